@@ -1,0 +1,358 @@
+"""Configuration (one YAML file to one dataclass), user errors, and seeded random streams.
+
+Nothing here imports torch: a configuration is checked before any device is touched.
+"""
+import dataclasses
+import difflib
+import errno
+import math
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: ends the program with one message and status 2."""
+
+
+def run_cli(main):
+    """Run `main()` and end the process: UserError and a full disk give one line and status 2."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full ({error}): free some space, then run the same command again; "
+              "what was complete before is kept", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def random_stream(seed, purpose, index):
+    """A numpy Generator that depends on (seed, purpose, index) alone: nothing to save, nothing to replay.
+
+    Philox is counter-based (Salmon et al. 2011), so stream `index` costs the same as stream 0.
+    purpose: small non-negative int, one for each use (see the constants below).
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, index]))
+
+
+STREAM_EPOCH_ORDER, STREAM_AUGMENTATION, STREAM_EXPLORATION, STREAM_EVAL_SUBSET = range(4)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The configuration
+# ---------------------------------------------------------------------------------------------------------
+def _knob(default=dataclasses.MISSING, **rule):
+    """A field with its rule: choices=(...), or any of gt=, ge=, lt=, le= for numbers."""
+    return field(default=default, metadata=rule)
+
+
+@dataclass(kw_only=True)
+class TPUConfig:
+    accelerator_type: str = "v4-8"              # slice to run on; v4-N has N/2 chips, one worker each
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    dataset_path: str                           # folder that scripts/build_sudoku_dataset.py wrote
+    expected_puzzles: int | None = _knob(None, ge=1)  # train puzzles (groups) the run is planned for; a dataset with another number is refused
+    augment: bool = True                        # augment training puzzles on the fly
+    prefetch_batches: int = _knob(8, ge=1)      # batches prepared ahead by the loader's thread
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    hidden_size: int = _knob(512, ge=8)
+    num_heads: int = _knob(8, ge=1)             # used by self-attention only
+    expansion: float = _knob(4.0, gt=0)         # SwiGLU width: expansion * 2/3, rounded up to 256
+    L_layers: int = _knob(2, ge=1)              # blocks of the one network
+    H_cycles: int = _knob(3, ge=1)              # T: the last cycle alone has a gradient
+    L_cycles: int = _knob(6, ge=1)              # n: updates of z_L in a cycle
+    mlp_t: bool = True                          # mix tokens by an MLP; false: self-attention
+    pos_encodings: str = _knob("none", choices=("none", "learned", "rope"))
+    puzzle_emb_ndim: int = _knob(512, ge=0)     # 0: no puzzle embedding, no prefix
+    puzzle_emb_len: int = _knob(16, ge=0)       # prefix positions; 0: as few as puzzle_emb_ndim needs
+    halt_max_steps: int = _knob(16, ge=1)       # N_sup: supervision steps
+    halt_exploration_prob: float = _knob(0.1, ge=0, le=1)
+    forward_dtype: str = _knob("bfloat16", choices=("bfloat16", "float32"))  # of activations; weights stay float32
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    seed: int = _knob(0, ge=0, lt=2**63)
+    global_batch_size: int = _knob(768, ge=1)   # slots (examples) over all workers
+    epochs: float = _knob(50_000, gt=0)         # passes over the puzzles
+    optimizer: str = _knob("adam_atan2", choices=("adam_atan2", "adamw"))
+    lr: float = _knob(1e-4, gt=0)
+    lr_min_ratio: float = _knob(1.0, ge=0, le=1)  # end of the cosine as a share of lr; 1: constant
+    lr_warmup_steps: int = _knob(2000, ge=0)
+    beta1: float = _knob(0.9, ge=0, lt=1)
+    beta2: float = _knob(0.95, ge=0, lt=1)
+    weight_decay: float = _knob(1.0, ge=0)      # decoupled, times lr
+    puzzle_emb_lr: float = _knob(1e-4, ge=0)
+    puzzle_emb_weight_decay: float = _knob(1.0, ge=0)
+    grad_clip_norm: float = _knob(0.0, ge=0)    # 0: no clipping
+    grad_accumulation_steps: int = _knob(1, ge=1)  # parts of a worker's batch, one after the other
+    ema: bool = True
+    ema_rate: float = _knob(0.999, ge=0, lt=1)
+    compile: str = _knob("auto", choices=("auto", "always", "never"))  # torch.compile; auto: on CUDA only
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    interval_steps: int = _knob(1000, ge=1)     # also saved: at evaluations and at the last step
+    keep_last_n: int = _knob(3, ge=1)           # the best by exact accuracy is kept besides
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    output_dir: str = "runs"                    # a run writes to output_dir/run_name
+    interval_steps: int = _knob(50, ge=1)       # steps averaged into one record
+    tensorboard: bool = True
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    split: str = _knob("test", choices=("test", "val"))  # looked at during training, and the best is chosen by it
+    interval_epochs: float = _knob(5000, gt=0)
+    batch_size: int = _knob(1024, ge=1)         # puzzles
+    max_examples: int | None = _knob(None, ge=1)  # during training only; null: all. The end always takes all
+
+
+@dataclass(kw_only=True)
+class Config:
+    device: str = _knob("auto", choices=("auto", "tpu", "xla_cpu", "cuda", "cpu"))
+    tpu: TPUConfig
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    evaluation: EvaluationConfig
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number and a key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789."))
+
+
+def _parse_yaml(text, source):
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_yaml(path, chain):
+    """Flatten `path` and its defaults into {dotted key: (value, source)}; later files win."""
+    path = Path(path)
+    if path.resolve() in chain:
+        names = " -> ".join(str(p.name) for p in [*chain, path])
+        raise UserError(f"{path}: `defaults` go round in a circle ({names}): take one of them out")
+    try:
+        raw = _parse_yaml(path.read_text(), path)
+    except OSError as error:
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
+        raise UserError(f"{path}: cannot read this configuration ({error.strerror}){hint}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, not {type(raw).__name__}")
+    defaults = raw.pop("defaults", [])
+    if not isinstance(defaults, list) or not all(isinstance(d, str) for d in defaults):
+        raise UserError(f"{path}: defaults = {defaults!r}: must be a list of file names, as in `defaults: [base_sudoku_tpu]`")
+    flat = {}
+    for name in defaults:
+        parent = path.parent / (name if name.endswith((".yaml", ".yml")) else name + ".yaml")
+        flat.update(_read_yaml(parent, [*chain, path.resolve()]))
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{k}": (v, str(path)) for k, v in value.items()})
+        else:
+            flat[str(key)] = (value, str(path))
+    return flat
+
+
+def _schema():
+    """{dotted key: (type, dataclass field)} of every knob."""
+    keys = {}
+    for top in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(top.type):
+            keys.update({f"{top.name}.{f.name}": (f.type, f) for f in dataclasses.fields(top.type)})
+        else:
+            keys[top.name] = (top.type, top)
+    return keys
+
+
+def _unknown_key(key, source, schema):
+    sections = sorted({k.split(".")[0] for k in schema if "." in k})
+    if key in sections:
+        return UserError(f"{source}: {key}: a section must hold `key: value` lines")
+    near = difflib.get_close_matches(key, schema, 1, 0.6) or [k for k in schema if k.split(".")[-1] == key.split(".")[-1]]
+    hint = f"; did you mean {near[0]}?" if near else f"; the sections are {', '.join(sections)}"
+    return UserError(f"{source}: {key}: there is no such key{hint}")
+
+
+def _convert(key, value, source, kind, rule):
+    """Check one value against its type and rule and return it in that type."""
+    def fail(text):
+        raise UserError(f"{source}: {key} = {value!r}: {text}")
+
+    optional = type(None) in typing.get_args(kind)
+    if optional and value is None:
+        return None
+    kind = typing.get_args(kind)[0] if optional else kind
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool and not isinstance(value, bool):
+        fail("must be true or false")
+    elif kind is str and not isinstance(value, str):
+        fail("must be text")
+    elif kind is int and not (number and math.isfinite(value) and float(value).is_integer()):
+        fail("must be a whole number" + (" or null" if optional else ""))
+    elif kind is float and not (number and math.isfinite(value)):
+        fail("must be a finite number")
+    value = kind(value)
+    if "choices" in rule and value not in rule["choices"]:
+        near = difflib.get_close_matches(value, rule["choices"], 1)
+        fail(f"must be one of {', '.join(rule['choices'])}" + (f"; did you mean {near[0]}?" if near else ""))
+    for name, sign, holds in (("gt", ">", lambda a, b: a > b), ("ge", ">=", lambda a, b: a >= b),
+                              ("lt", "<", lambda a, b: a < b), ("le", "<=", lambda a, b: a <= b)):
+        if name in rule and not holds(value, rule[name]):
+            fail(f"must be {sign} {rule[name]}")
+    return value
+
+
+def load_config(path, overrides=()):
+    """Read, inherit, override and check a configuration.
+
+    path: YAML file; `defaults: [name, ...]` in it names files (relative to its folder) that it builds on.
+    overrides: "section.key=value" strings, the value in YAML.
+    Returns Config. Raises UserError naming file, key, value, rule and the nearest valid name.
+    """
+    flat = _read_yaml(path, [])
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"command line: {text!r}: an override is written section.key=value, as in training.lr=2e-4")
+        flat[key.strip()] = (_parse_yaml(value, "command line"), "command line")
+    return _build(flat, str(path))
+
+
+def config_from_dict(values, source):
+    """Rebuild a Config from `dataclasses.asdict` of one (as checkpoints store it); raises UserError."""
+    flat = {}
+    for key, value in values.items():
+        for name, leaf in (value.items() if isinstance(value, dict) else [(None, value)]):
+            flat[key if name is None else f"{key}.{name}"] = (leaf, source)
+    return _build(flat, source)
+
+
+def _build(flat, path):
+    schema = _schema()
+    for key, (_, source) in flat.items():
+        if key not in schema:
+            raise _unknown_key(key, source, schema)
+    sections = {}
+    for key, (kind, f) in schema.items():
+        if key in flat:
+            value = _convert(key, *flat[key], kind, f.metadata)
+        elif f.default is not dataclasses.MISSING:
+            value = f.default
+        else:
+            raise UserError(f"{path}: {key} is missing: it has no default, write it or name a base in `defaults`")
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    top = sections.pop("")
+    config = Config(**top, **{name: _section_type(name)(**values) for name, values in sections.items()})
+    _check_combinations(config, lambda key: flat[key][1] if key in flat else path)
+    return config
+
+
+def _section_type(name):
+    return next(f.type for f in dataclasses.fields(Config) if f.name == name)
+
+
+def _check_combinations(config, source):
+    model, training = config.model, config.training
+
+    def fail(key, value, text):
+        raise UserError(f"{source(key)}: {key} = {value!r}: {text}")
+
+    if not re.fullmatch(r"v4-\d+", config.tpu.accelerator_type) or planned_workers(config, "tpu") < 1:
+        fail("tpu.accelerator_type", config.tpu.accelerator_type, "must be a v4 slice named by its TensorCores: v4-8, v4-16, v4-32, ...")
+    if not model.mlp_t and model.hidden_size % model.num_heads:
+        fail("model.hidden_size", model.hidden_size, f"must be divisible by model.num_heads = {model.num_heads}")
+    if not model.mlp_t and model.pos_encodings == "rope" and model.hidden_size // model.num_heads % 2:
+        fail("model.num_heads", model.num_heads, f"rope needs an even head size, and {model.hidden_size}/{model.num_heads} is odd")
+    if model.mlp_t and model.pos_encodings == "rope":
+        fail("model.pos_encodings", "rope", "rotary positions act in self-attention: use model.mlp_t=false, or none or learned here")
+    if model.puzzle_emb_ndim and model.puzzle_emb_len * model.hidden_size < model.puzzle_emb_ndim and model.puzzle_emb_len:
+        fail("model.puzzle_emb_len", model.puzzle_emb_len,
+             f"times model.hidden_size = {model.hidden_size} must hold model.puzzle_emb_ndim = {model.puzzle_emb_ndim}; 0 takes as many as it needs")
+    workers, parts = planned_workers(config), training.grad_accumulation_steps
+    if training.global_batch_size % (workers * parts):
+        fail("training.global_batch_size", training.global_batch_size,
+             f"must be divisible by workers x training.grad_accumulation_steps = {workers} x {parts} = {workers * parts}"
+             + (f" (tpu.accelerator_type {config.tpu.accelerator_type} has {workers} chips, one worker each)" if workers > 1 else ""))
+
+
+def planned_workers(config, device=None):
+    """Workers the configuration is planned for: one a chip on a TPU slice, otherwise one."""
+    if (device or config.device) != "tpu":
+        return 1
+    return int(config.tpu.accelerator_type.split("-")[1]) // 2
+
+
+def total_steps(config, num_puzzles):
+    """Optimizer steps of the whole run: floor(epochs * puzzles / global batch)."""
+    return int(config.training.epochs * num_puzzles // config.training.global_batch_size)
+
+
+def evaluation_interval_steps(config, num_puzzles):
+    """`evaluation.interval_epochs` in optimizer steps, at least one."""
+    return max(1, round(config.evaluation.interval_epochs * num_puzzles / config.training.global_batch_size))
+
+
+def config_yaml(config):
+    """The resolved configuration as YAML text."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)
+
+
+def replace_file(path, text):
+    """Write a small text file whole or not at all (temporary file, fsync, rename)."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
