@@ -1,0 +1,245 @@
+"""Sudoku datasets in the original's folder layout, and batches whose order depends on (seed, step) alone.
+
+Everything stays uint8 until it is on the device. The global batch of a step does not depend on the number of
+workers: each worker takes its slice of it.
+"""
+import hashlib
+import itertools
+import json
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sudoku import BOX_SHAPES
+from utils import STREAM_AUGMENTATION, STREAM_EPOCH_ORDER, STREAM_EVAL_SUBSET, UserError, random_stream
+
+FIELDS = {"inputs": 2, "labels": 2, "puzzle_identifiers": 1, "puzzle_indices": 1, "group_indices": 1}   # dimensions
+
+
+class SudokuDatasetTPU:
+    """One split of a dataset folder, checked and held in memory.
+
+    inputs, labels: [N, S] uint8 (0 pad, 1 empty cell, 2.. digits); puzzle_identifiers: [N] int32;
+    group_indices: [G+1] (a group is one puzzle and its augmentations); ratings: [N] int32 or None (datasets of
+    the original have none). Raises UserError where a file is missing, damaged or of another format.
+    """
+
+    def __init__(self, dataset_path, split):
+        self.path, self.split = Path(dataset_path), split
+        folder = self.path / split
+        if not (folder / "dataset.json").exists():
+            others = [p.parent.name for p in sorted(self.path.glob("*/dataset.json"))]
+            has = f" (it has {', '.join(others)})" if others else ""
+            raise UserError(f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has}: build it with "
+                            f"python scripts/build_sudoku_dataset.py --output_dir {self.path} (see --help)")
+        try:
+            meta = json.loads((folder / "dataset.json").read_text())
+            arrays = {name: np.load(folder / f"all__{name}.npy", allow_pickle=False) for name in FIELDS}
+            rating_file = folder / "all__ratings.npy"
+            self.ratings = np.load(rating_file, allow_pickle=False) if rating_file.exists() else None
+            self.seq_len, self.vocab_size = int(meta["seq_len"]), int(meta["vocab_size"])
+            self.num_puzzle_identifiers = int(meta["num_puzzle_identifiers"])
+            pad, ignored = meta["pad_id"], meta["ignore_label_id"]
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from None
+        self.inputs, self.labels = (np.ascontiguousarray(arrays[name]) for name in ("inputs", "labels"))
+        self.puzzle_identifiers, self.group_indices = arrays["puzzle_identifiers"], arrays["group_indices"]
+        self.size = round(self.seq_len ** 0.5)
+        self._check(arrays, pad, ignored)
+        digest = hashlib.sha256(self.inputs)
+        digest.update(self.labels)
+        self.fingerprint = digest.hexdigest()
+
+    def _damaged(self, what):
+        return UserError(f"dataset {self.path}, split {self.split}, is damaged or of another format: {what}. "
+                         "Build it again with scripts/build_sudoku_dataset.py --overwrite")
+
+    def _check(self, arrays, pad, ignored):
+        count = len(self.inputs)
+        for name, dimensions in FIELDS.items():
+            if arrays[name].ndim != dimensions or arrays[name].dtype.kind not in "iu":
+                raise self._damaged(f"all__{name}.npy is {arrays[name].dtype}{list(arrays[name].shape)}")
+        if self.size not in BOX_SHAPES or self.size ** 2 != self.seq_len or self.vocab_size != self.size + 2 or pad or ignored:
+            raise self._damaged(f"seq_len {self.seq_len}, vocab_size {self.vocab_size}, pad_id {pad}, ignore_label_id "
+                                f"{ignored}: Sudokus of size n in {list(BOX_SHAPES)} have n*n, n+2, 0, 0")
+        ratings = [] if self.ratings is None else [self.ratings]
+        lengths = {len(a) for a in (self.labels, self.puzzle_identifiers, arrays["puzzle_indices"][1:], *ratings)}
+        if lengths != {count} or not count or self.inputs.shape != self.labels.shape or self.inputs.shape[1] != self.seq_len:
+            raise self._damaged(f"its arrays differ in length (inputs {list(self.inputs.shape)}, labels {list(self.labels.shape)})")
+        if not np.array_equal(arrays["puzzle_indices"], np.arange(count + 1)):
+            raise self._damaged("a puzzle of a Sudoku dataset has exactly one example")
+        groups = self.group_indices
+        if len(groups) < 2 or groups[0] != 0 or groups[-1] != count or (np.diff(groups) < 1).any():
+            raise self._damaged("all__group_indices.npy does not cut the puzzles into groups")
+        identifiers = self.puzzle_identifiers
+        if identifiers.min() < 0 or identifiers.max() >= self.num_puzzle_identifiers:
+            raise self._damaged(f"puzzle identifiers go from {identifiers.min()} to {identifiers.max()}, of {self.num_puzzle_identifiers}")
+        digits = (self.labels >= 2) & (self.labels < self.vocab_size)
+        wrong = ~(digits & ((self.inputs == 1) | (self.inputs == self.labels))).all(1)
+        if wrong.any():
+            raise self._damaged(f"{wrong.sum()} of {count} puzzles do not agree with their solution (first: row {int(wrong.argmax())})")
+        self.inputs, self.labels = self.inputs.astype(np.uint8, copy=False), self.labels.astype(np.uint8, copy=False)
+
+    def __len__(self):
+        """Examples."""
+        return len(self.inputs)
+
+    @property
+    def num_puzzles(self):
+        """Puzzles: groups of one puzzle and its stored augmentations."""
+        return len(self.group_indices) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------------------
+def _all_permutations(n):
+    """Every permutation of 0..n-1, [n!, n] int64, built by insertion (no Python loop over permutations)."""
+    table = np.zeros((1, 1), np.int64)
+    for k in range(1, n):
+        table = np.concatenate([np.insert(table, place, k, axis=1) for place in range(k + 1)])
+    return table
+
+
+def _line_permutations(blocks, width):
+    """Every order of `blocks` bands of `width` lines that keeps bands together, [blocks! * (width!)^blocks, n]."""
+    inner = _all_permutations(width)
+    return np.array([np.concatenate([inner[k] + band * width for band, k in zip(order, choice)])
+                     for order in itertools.permutations(range(blocks))
+                     for choice in itertools.product(range(len(inner)), repeat=blocks)])
+
+
+class SudokuAugmenter:
+    """Symmetries of Sudoku: digits relabelled, bands, stacks and the lines in them permuted, and transposed where
+    boxes are square. The same map for puzzle and solution."""
+
+    def __init__(self, size):
+        box_height, box_width = BOX_SHAPES[size]
+        self.size, self.square = size, box_height == box_width
+        self.rows = _line_permutations(size // box_height, box_height)
+        self.columns = _line_permutations(size // box_width, box_width)
+        digits = _all_permutations(size).astype(np.uint8) + 2
+        self.digits = np.concatenate([np.tile(np.uint8([0, 1]), (len(digits), 1)), digits], axis=1)   # [size!, V]
+
+    def __call__(self, pairs, draws):
+        """pairs: [B, S] uint16, each a cell's input (first byte) and label; draws: [B] uint64.
+
+        Returns inputs, labels [B, S] uint8. One draw decides the whole map: it is read as a number in mixed radix
+        (the excess of 2^64 over the number of maps biases none by more than 1e-6).
+        """
+        batch, size = len(pairs), self.size
+        draws, row = np.divmod(draws, np.uint64(len(self.rows)))
+        draws, column = np.divmod(draws, np.uint64(len(self.columns)))
+        draws, digit = np.divmod(draws, np.uint64(len(self.digits)))
+        transposed = (draws & np.uint64(1)).astype(np.int64) * self.square
+        row_stride = np.where(transposed, 1, size)[:, None]
+        column_stride = np.where(transposed, size, 1)[:, None]
+        first_cell = (np.arange(batch) * size * size)[:, None]
+        rows = self.rows[row.astype(np.int64)] * row_stride + first_cell
+        columns = self.columns[column.astype(np.int64)] * column_stride
+        cells = (rows[:, :, None] + columns[:, None, :]).reshape(batch, -1)
+        moved = np.take(pairs.reshape(-1), cells).view(np.uint8)                      # [B, 2S], input and label in turn
+        vocabulary = self.digits.shape[1]
+        maps = self.digits[digit.astype(np.int64)]
+        relabelled = np.take(maps.reshape(-1), moved + (np.arange(batch) * vocabulary)[:, None])
+        return np.ascontiguousarray(relabelled[:, 0::2]), np.ascontiguousarray(relabelled[:, 1::2])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------
+class TrainLoader:
+    """Endless training batches of one worker, prepared ahead by a thread.
+
+    Puzzles stand in an endless row of epochs, each a permutation of them all; step s takes the s-th stretch of
+    global_batch_size of them, and for each draws one of its stored augmentations and, if asked, a fresh one.
+    """
+
+    def __init__(self, dataset, seed, global_batch_size, augment, prefetch_batches, rank=0, world_size=1):
+        self.dataset, self.seed, self.global_batch_size = dataset, seed, global_batch_size
+        self.prefetch_batches = prefetch_batches
+        local = global_batch_size // world_size
+        self.mine = slice(rank * local, (rank + 1) * local)
+        self.augmenter = SudokuAugmenter(dataset.size) if augment else None
+        self.pairs = np.stack((dataset.inputs, dataset.labels), axis=-1).view(np.uint16)[..., 0]
+        self.orders = {}
+        self.step = 0          # batches handed out
+
+    def _puzzles(self, step):
+        """Puzzle (group) numbers of the global batch of `step`, [global_batch_size]."""
+        count = self.dataset.num_puzzles
+        position = step * self.global_batch_size + np.arange(self.global_batch_size)[self.mine]
+        epochs, places = np.divmod(position, count)
+        chosen = np.empty(len(places), np.int64)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            if epoch not in self.orders:
+                # two orders at a time: the thread needs at most the epoch that ends and the one that begins
+                self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
+                self.orders[epoch] = random_stream(self.seed, STREAM_EPOCH_ORDER, epoch).permutation(count)
+            here = epochs == epoch
+            chosen[here] = self.orders[epoch][places[here]]
+        return chosen
+
+    def batch(self, step):
+        """This worker's part of the global batch of `step` (from 0): numpy inputs, labels [b, S] uint8,
+        puzzle_identifiers [b] int32. A pure function of (seed, step)."""
+        data, puzzles = self.dataset, self._puzzles(step)
+        bits = random_stream(self.seed, STREAM_AUGMENTATION, step).bit_generator.random_raw(2 * self.global_batch_size)
+        member, draws = bits.reshape(-1, 2)[self.mine].T
+        first = data.group_indices[puzzles].astype(np.int64)
+        examples = first + (member % (data.group_indices[puzzles + 1] - first).astype(np.uint64)).astype(np.int64)
+        if self.augmenter is None:
+            inputs, labels = data.inputs[examples], data.labels[examples]
+        else:
+            inputs, labels = self.augmenter(self.pairs[examples], draws)
+        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": data.puzzle_identifiers[examples].astype(np.int32)}
+
+    def __iter__(self):
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+            ahead = deque(thread.submit(self.batch, self.step + k) for k in range(self.prefetch_batches))
+            try:
+                while True:
+                    batch = ahead.popleft().result()
+                    ahead.append(thread.submit(self.batch, self.step + self.prefetch_batches))
+                    self.step += 1
+                    yield batch
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def state_dict(self):
+        """Where the loader stands, and what that position belongs to."""
+        return {"step": self.step, "seed": self.seed, "global_batch_size": self.global_batch_size,
+                "fingerprint": self.dataset.fingerprint}
+
+    def load_state_dict(self, state):
+        """Go on from `state`. Raises UserError if the training puzzles are not those it was saved with."""
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise UserError(f"the training puzzles in {self.dataset.path} are not those this run began with (their checksum "
+                            "differs): restore that dataset, or start a new run with --run_name")
+        self.step = state["step"]
+
+
+def create_dataloader_tpu(dataset, config, rank=0, world_size=1):
+    """TrainLoader of one worker for a utils.Config; rank's slice of each global batch is disjoint from the others'."""
+    return TrainLoader(dataset, config.training.seed, config.training.global_batch_size, config.data.augment,
+                       config.data.prefetch_batches, rank, world_size)
+
+
+def evaluation_batches(dataset, batch_size, max_examples=None):
+    """Every example once, in batches of one fixed shape.
+
+    Yields (batch, rows): a batch like the loader's, its last rows pads where examples run out, and the example
+    numbers [<= batch_size] of its real rows. max_examples: a random subset, the same at every call.
+    """
+    chosen = np.arange(len(dataset))
+    if max_examples is not None and max_examples < len(dataset):
+        chosen = np.sort(random_stream(0, STREAM_EVAL_SUBSET, 0).permutation(len(dataset))[:max_examples])
+    for start in range(0, len(chosen), batch_size):
+        rows = chosen[start:start + batch_size]
+        missing = batch_size - len(rows)
+        yield {"inputs": np.pad(dataset.inputs[rows], ((0, missing), (0, 0))),
+               "labels": np.pad(dataset.labels[rows], ((0, missing), (0, 0))),
+               "puzzle_identifiers": np.pad(dataset.puzzle_identifiers[rows], (0, missing)).astype(np.int32)}, rows

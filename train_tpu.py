@@ -1,0 +1,458 @@
+"""Train and evaluate a Tiny Recursive Model.
+
+    python train_tpu.py --config configs/quickstart.yaml                        # a laptop: 3 minutes
+    python train_tpu.py --config configs/e1_1.yaml --print_config               # what would run, and how much of it
+    python train_tpu.py --config configs/e1_1.yaml device=cuda training.seed=1 --run_name e1_1_seed1
+    python train_tpu.py --config configs/quickstart.yaml --eval_only --checkpoint best
+
+The same command again goes on where the run stopped.
+"""
+import argparse
+import dataclasses
+import json
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import trm_model
+import utils
+from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at, new_state
+from checkpoint_manager import CheckpointManager, load_checkpoint
+from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu, evaluation_batches
+from device import Device
+from ema_distributed import EMADistributed
+from metrics_logger import MetricsLogger, console_line
+from trm_model import METRIC_KEYS, Carry
+from utils import UserError
+
+RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)     # lower edges of the rating buckets
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
+    parser.add_argument("--run_name", help="folder under logging.output_dir (default: the configuration's name)")
+    parser.add_argument("--max_steps", type=int, metavar="N", help="stop after step N of the run, with a checkpoint")
+    parser.add_argument("--init_from", metavar="FILE", help="start from these weights (the original's or this kit's)")
+    parser.add_argument("--eval_only", action="store_true", help="evaluate --checkpoint on the test split, write eval.json")
+    parser.add_argument("--checkpoint", metavar="latest|best|FILE", help="what --eval_only evaluates (default: latest)")
+    parser.add_argument("--print_config", action="store_true", help="print what would run, and stop")
+    args = parser.parse_intermixed_args()
+    args.run_name = args.run_name or Path(args.config).stem
+    if Path(args.run_name).name != args.run_name:
+        raise UserError(f"--run_name {args.run_name!r}: must be one folder name; set logging.output_dir for the place")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise UserError(f"--max_steps {args.max_steps}: must be >= 1")
+    if args.checkpoint and not args.eval_only:
+        raise UserError("--checkpoint: only --eval_only takes it; to start from weights use --init_from, to resume give no flag")
+    if args.init_from and args.eval_only:
+        raise UserError("--init_from: not with --eval_only: name the file by --checkpoint")
+    return args
+
+
+def main():
+    args = parse_args()
+    config = utils.load_config(args.config, args.overrides)
+    if args.print_config:
+        print_config(config)
+    elif args.eval_only:
+        evaluate_only(config, args)
+    else:
+        train_worker(0, config, args)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The parts of a run
+# ---------------------------------------------------------------------------------------------------------
+def load_dataset(config, split):
+    dataset = SudokuDatasetTPU(config.data.dataset_path, split)
+    expected = config.data.expected_puzzles
+    if split == "train" and expected not in (None, dataset.num_puzzles):
+        raise UserError(f"data.expected_puzzles = {expected}: {config.data.dataset_path} has {dataset.num_puzzles} training puzzles: "
+                        "build the dataset that this configuration is planned for, or change data.expected_puzzles")
+    return dataset
+
+
+def create_model(config, dataset):
+    """The model for a dataset's grids, on the CPU; initial weights depend on training.seed alone."""
+    return trm_model.TinyRecursiveModel(config.model, dataset.seq_len, dataset.vocab_size, dataset.num_puzzle_identifiers, config.training.seed)
+
+
+def create_optimizer(config, model):
+    """(optimizer of the network, optimizer of the puzzle embedding or None) for a model on its device.
+
+    Learning rates are set at every step, as tensors; state has its final shape from the start.
+    """
+    training = config.training
+    shared = {"betas": (training.beta1, training.beta2), "weight_decay": training.weight_decay}
+    lr = torch.tensor(0.0).to(model.H_init.device)
+    if training.optimizer == "adam_atan2":
+        optimizer = AdamATan2(model.parameters(), lr, **shared)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr, capturable=lr.device.type != "cpu", **shared)
+        for p in model.parameters():
+            optimizer.state[p] = new_state(p)
+    puzzle_optimizer = None
+    if model.prefix_len:
+        puzzle_optimizer = PuzzleEmbeddingSGD(model.puzzle_emb.weights, training.puzzle_emb_weight_decay)
+    return optimizer, puzzle_optimizer
+
+
+class Run:
+    """Everything that training changes, on its device: what a checkpoint holds."""
+
+    def __init__(self, config, device, dataset, args, checkpoint):
+        self.config, self.device = config, device
+        self.model = create_model(config, dataset)
+        if checkpoint:
+            trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
+        elif args.init_from:
+            init_from(self.model, args.init_from)
+        # a deep copy on the CPU: one made on XLA would be part of the first step's graph, and of no other's
+        self.ema = EMADistributed(self.model, config.training.ema_rate) if config.training.ema else None
+        if checkpoint and self.ema:
+            trm_model.load_named_state(self.ema.module, checkpoint["ema"], "checkpoint")
+        self.model.to(device.torch)
+        if self.ema:
+            self.ema.module.to(device.torch)
+        self.optimizer, self.puzzle_optimizer = create_optimizer(config, self.model)
+        self.loader = create_dataloader_tpu(dataset, config, device.rank, device.world_size)
+        self.step, self.train_seconds = 0, 0.0
+        self.total_steps = utils.total_steps(config, dataset.num_puzzles)
+        self.start_interval()
+        carry = self.model.empty_carry(config.training.global_batch_size // device.world_size)
+        if checkpoint:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.loader.load_state_dict(checkpoint["loader"])
+            torch.set_rng_state(checkpoint["generator"])
+            carry, self.totals = Carry(**checkpoint["carry"]), device.put(checkpoint["totals"])
+            for name in ("step", "train_seconds", "interval_steps", "interval_seconds"):
+                setattr(self, name, checkpoint[name])
+        self.carry = device.put(carry)
+
+    def start_interval(self):
+        """Begin a new logging interval. totals: sums of METRIC_KEYS and of the gradient norm, and the first step
+        with a non-finite number (0: none)."""
+        self.totals = self.device.put(torch.zeros(len(METRIC_KEYS) + 2))
+        self.interval_steps, self.interval_seconds = 0, 0.0
+
+    def state_dict(self):
+        """All of it on the CPU, as tensors and plain data."""
+        return self.device.fetch({
+            "step": self.step, "model": trm_model.named_state(self.model),
+            "ema": trm_model.named_state(self.ema.module) if self.ema else None, "optimizer": self.optimizer.state_dict(),
+            "carry": self.carry._asdict(), "loader": self.loader.state_dict(), "generator": torch.get_rng_state(),
+            "config": dataclasses.asdict(self.config), "totals": self.totals, "train_seconds": self.train_seconds,
+            "interval_steps": self.interval_steps, "interval_seconds": self.interval_seconds})
+
+
+def init_from(model, path):
+    """Load weights from a file of the original or of this kit; says what had no place."""
+    content = load_checkpoint(path)
+    state = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
+    if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
+        raise UserError(f"--init_from {path}: holds no state dict")
+    notes = trm_model.load_named_state(model, state, f"--init_from {path}")
+    print(f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes))
+
+
+def check_same_run(config, checkpoint, run_dir):
+    """A resumed run must be the same training; raises UserError naming what changed."""
+    free = {"data.dataset_path", "data.prefetch_batches", "training.compile"}
+    changed = []
+    for section in ("model", "data", "training"):
+        now = dataclasses.asdict(getattr(config, section))
+        changed += [f"{section}.{key} {checkpoint['config'][section].get(key)!r} -> {value!r}" for key, value in now.items()
+                    if checkpoint["config"][section].get(key) != value and f"{section}.{key}" not in free]
+    if changed:
+        raise UserError(f"{run_dir} was begun with another configuration ({'; '.join(changed)}): "
+                        "give this one its own --run_name, or restore the old values to go on")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One training step
+# ---------------------------------------------------------------------------------------------------------
+def train_step(run, batch, forward):
+    """Forward, backward and update on one batch: one XLA graph, and no host sync.
+
+    batch: on the device; the loader's, with min_halt_steps [B] and scalars = (lr, puzzle_emb_lr, step) float32.
+    forward: trm_model.act_step, compiled or not.
+    """
+    training, model = run.config.training, run.model
+    lr, puzzle_emb_lr, step = batch["scalars"].unbind()
+    parts = training.grad_accumulation_steps
+    carry = model.admit(run.carry, batch)
+    rows = model.puzzle_rows(carry)
+    metrics, carries, row_grads = 0, [], []
+    for part in range(parts):
+        part_of = [tensor.chunk(parts)[part] for tensor in carry]
+        part_rows = None if rows is None else rows.chunk(parts)[part].detach().requires_grad_()
+        loss, part_metrics, after = forward(model, Carry(*part_of), part_rows, batch["min_halt_steps"].chunk(parts)[part])
+        (loss / training.global_batch_size).backward()
+        metrics = metrics + part_metrics
+        carries.append(after)
+        row_grads.append(None if rows is None else part_rows.grad)
+    run.carry = carries[0] if parts == 1 else Carry(*(torch.cat(tensors) for tensors in zip(*carries)))
+
+    params = list(model.parameters())
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    if training.grad_clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(params, training.grad_clip_norm, grad_norm)
+    run.optimizer.param_groups[0]["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if rows is not None:
+        run.puzzle_optimizer.step(run.carry.puzzle_identifiers, torch.cat(row_grads), puzzle_emb_lr)
+    if run.ema:
+        run.ema.update(model)
+
+    sums = torch.cat((metrics, grad_norm.float().view(1)))
+    first_bad = run.totals[-1]
+    first_bad = torch.where((first_bad == 0) & ~torch.isfinite(sums).all(), step, first_bad)
+    run.totals = torch.cat((run.totals[:-1] + sums, first_bad.view(1)))
+
+
+def host_batch(run, batch):
+    """Add to a loader's batch what the next step needs from the host: exploration and learning rates."""
+    training, model, step = run.config.training, run.config.model, run.step + 1
+    min_steps = trm_model.exploration_min_steps(training.seed, step, training.global_batch_size, model.halt_exploration_prob, model.halt_max_steps)
+    rates = [lr_at(step, base, training.lr_warmup_steps, run.total_steps, training.lr_min_ratio) for base in (training.lr, training.puzzle_emb_lr)]
+    return {**batch, "min_halt_steps": min_steps[run.loader.mine], "scalars": np.float32([*rates, step])}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------
+def train_worker(rank, config, args):
+    """Train one worker from its newest checkpoint, or from the start, to the last step; evaluate on the way."""
+    # ----- data, device, state -----
+    datasets = {split: load_dataset(config, split) for split in {"train", config.evaluation.split, "test"}}
+    num_puzzles = datasets["train"].num_puzzles
+    total, eval_interval = check_schedule(config, num_puzzles)
+    last = min(total, args.max_steps or total)
+    run_dir = Path(config.logging.output_dir) / args.run_name
+    checkpoints = CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_last_n)
+    checkpoint = checkpoints.load_latest()
+    if checkpoint:
+        check_same_run(config, checkpoint, run_dir)
+    device = Device(config.device)
+    run = Run(config, device, datasets["train"], args, checkpoint)
+    evaluated = checkpoints.metrics(run.step) is not None
+
+    def evaluation_due():
+        return run.step > 0 and (run.step % eval_interval == 0 or run.step == total)
+    if run.step >= last and (evaluated or not evaluation_due()):
+        print(f"{run_dir} has done step {run.step} of {total} already: {checkpoints.newest_text()}")
+        return
+
+    # ----- say what will happen -----
+    run_dir.mkdir(parents=True, exist_ok=True)
+    utils.replace_file(run_dir / "config.yaml", utils.config_yaml(config))
+    logger = MetricsLogger(run_dir, run.step, evaluated, last, config.logging.tensorboard)
+    peak = device.peak_flops()
+    logger.say(start_text(run, num_puzzles, last, eval_interval, run_dir, peak))
+    forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
+
+    # ----- the loop -----
+    batches = iter(run.loader)
+    if evaluation_due() and not evaluated:      # the run was stopped between this step's checkpoint and its evaluation
+        evaluate_step(run, datasets, eval_forward, checkpoints, logger)
+    clock = time.perf_counter()
+    while run.step < last:
+        batch = host_batch(run, next(batches))
+        train_step(run, device.put(batch), forward)
+        device.end_step()
+        run.step += 1
+        run.interval_steps += 1
+        logger.advance(run.step)
+        log = run.step % config.logging.interval_steps == 0 or run.step == last
+        save = run.step % config.checkpoint.interval_steps == 0 or run.step == last or evaluation_due()
+        if not (log or save):
+            continue
+        totals = device.fetch(run.totals).tolist()          # waits for the device, so that the clock is right
+        seconds = time.perf_counter() - clock
+        run.train_seconds, run.interval_seconds = run.train_seconds + seconds, run.interval_seconds + seconds
+        stop_if_not_finite(totals, checkpoints)
+        if log:
+            logger.log(training_record(run, totals, float(batch["scalars"][0]), num_puzzles, peak[0]))
+            run.start_interval()
+        if save:
+            logger.flush()
+            checkpoints.save(run.step, run.state_dict())
+        if evaluation_due():
+            evaluate_step(run, datasets, eval_forward, checkpoints, logger)
+        clock = time.perf_counter()
+    batches.close()
+    logger.say(f"step {run.step} of {total}: {'finished' if run.step == total else 'stopped by --max_steps'}; "
+               f"{checkpoints.newest_text()}; records: {logger.path}")
+    logger.close()
+
+
+def check_schedule(config, num_puzzles):
+    """(total steps, steps between evaluations); raises UserError where not one full batch is asked for."""
+    total = utils.total_steps(config, num_puzzles)
+    if total < 1:
+        raise UserError(f"training.epochs = {config.training.epochs}: of {num_puzzles} puzzles they make no full batch of "
+                        f"{config.training.global_batch_size}: ask for more epochs, or a smaller training.global_batch_size")
+    return total, utils.evaluation_interval_steps(config, num_puzzles)
+
+
+def stop_if_not_finite(totals, checkpoints):
+    if totals[-1]:
+        raise UserError(f"step {int(totals[-1])}: the loss or a gradient is not finite; {checkpoints.newest_text()}. "
+                        "Lower training.lr, set training.grad_clip_norm, or use model.forward_dtype=float32")
+
+
+def training_record(run, totals, lr, num_puzzles, peak):
+    """The record of a logging interval: losses are means over examples, accuracies over those that halted."""
+    sums, batch = dict(zip((*METRIC_KEYS, "grad_norm"), totals)), run.config.training.global_batch_size
+    halted, steps = max(1.0, sums["count"]), run.interval_steps
+    rate = steps / run.interval_seconds
+    lm_loss, q_halt_loss = (sums[key] / (steps * batch) for key in ("lm_loss", "q_halt_loss"))
+    flops = rate * batch * trm_model.step_flops_per_example(run.model, train=True)
+    return {"step": run.step, "split": "train", "epoch": run.step * batch / num_puzzles, "lr": lr,
+            "loss": lm_loss + 0.5 * q_halt_loss, "lm_loss": lm_loss, "q_halt_loss": q_halt_loss, "grad_norm": sums["grad_norm"] / steps,
+            "count": int(sums["count"]), **{key: sums[key] / halted for key in ("cell_accuracy", "exact_accuracy", "q_halt_accuracy")},
+            "mean_steps": sums["steps"] / halted, "wall_time": time.time(), "train_seconds": run.train_seconds,
+            "steps_per_second": rate, "examples_per_second": rate * batch, "model_flops_per_second": flops,
+            "mfu": flops / peak / run.device.world_size, **run.device.counters()}
+
+
+def start_text(run, num_puzzles, last, eval_interval, run_dir, peak):
+    config, device = run.config, run.device
+    begins = f"goes on after step {run.step}" if run.step else "begins"
+    flops = config.training.global_batch_size * trm_model.step_flops_per_example(run.model, train=True)
+    return (f"{run_dir} {begins}: to step {last:,} of {run.total_steps:,} ({config.training.epochs:,g} epochs of {num_puzzles:,} puzzles), "
+            f"evaluation every {eval_interval:,}\n"
+            f"device {device.name}, {device.world_size} worker(s), batch {config.training.global_batch_size} "
+            f"({config.training.global_batch_size // device.world_size} a worker), {trm_model.num_parameters(run.model):,} parameters, "
+            f"{flops:.3g} FLOP a step, peak {peak[0] / 1e12:.2f} TFLOP/s ({peak[1]})")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
+    """Run every puzzle (or a random max_examples) once for exactly halt_max_steps supervision steps.
+
+    forward: trm_model.evaluation_step, compiled or not. Returns a dict: count, exact_accuracy, cell_accuracy,
+    q_halt_accuracy, lm_loss, q_halt_loss (means over puzzles), exact_accuracy_by_step [halt_max_steps],
+    by_rating [{rating_min, rating_max, count, exact_accuracy}], eval_seconds, puzzles_per_second.
+    """
+    start, steps = time.perf_counter(), model.config.halt_max_steps
+    carry = device.put(model.empty_carry(batch_size))
+    rows, results, pending = [], [], deque()
+    for batch, batch_rows in evaluation_batches(dataset, batch_size, max_examples):
+        batch = device.put(batch)
+        scores = []
+        for _ in range(steps):
+            carry, score = forward(model, carry, batch)
+            device.end_step()
+            scores.append(score)
+        rows.append(batch_rows)
+        pending.append(scores)
+        if len(pending) > 1:        # read one batch late: the device has the next one to work on meanwhile
+            results.append(device.fetch(pending.popleft()))
+    results.append(device.fetch(pending.popleft()))
+    seconds = time.perf_counter() - start
+
+    scores = np.concatenate([torch.stack(batch).numpy()[:, :, :len(r)] for batch, r in zip(results, rows)], axis=2)   # [N_sup, 5, N]
+    rows, final = np.concatenate(rows), scores[-1].astype(np.float64).mean(1)
+    return {"count": len(rows), **{key: final[k] for k, key in enumerate(("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss"))},
+            "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
+            "by_rating": accuracy_by_rating(None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]),
+            "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds}
+
+
+def accuracy_by_rating(ratings, exact):
+    """Exact accuracy in the buckets that RATING_EDGES cut; empty buckets, and datasets without ratings, give none."""
+    buckets = []
+    for low, high in zip(RATING_EDGES, (*RATING_EDGES[1:], None)) if ratings is not None else ():
+        inside = (ratings >= low) & (ratings < (high or np.inf))
+        if inside.any():
+            buckets.append({"rating_min": low, "rating_max": high and high - 1, "count": int(inside.sum()),
+                            "exact_accuracy": float(exact[inside].mean(dtype=np.float64))})
+    return buckets
+
+
+def evaluate_step(run, datasets, forward, checkpoints, logger):
+    """Evaluate the present step and note the result beside its checkpoint.
+
+    During training: evaluation.max_examples of evaluation.split, averaged weights if there are any. At the end:
+    all of it, and all of test with averaged and with raw weights, into eval.json.
+    """
+    config, final = run.config.evaluation, run.step == run.total_steps
+    models = {"ema": run.ema.module, "raw": run.model} if run.ema else {"raw": run.model}
+    selects = next(iter(models))
+    wanted = [(config.split, selects)]
+    if final:
+        wanted = list(dict.fromkeys([*wanted, *(("test", name) for name in models)]))
+    results = []
+    for split, name in wanted:
+        metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, None if final else config.max_examples)
+        results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
+        logger.log(results[-1])
+    if final:
+        write_eval_json(logger.path.with_name("eval.json"), checkpoints.path(run.step), results)
+    logger.flush()
+    checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
+
+
+def write_eval_json(path, checkpoint, results):
+    utils.replace_file(path, json.dumps({"checkpoint": str(checkpoint), "results": results}, indent=1) + "\n")
+    print(f"evaluation: {path}")
+
+
+def evaluate_only(config, args):
+    """Evaluate a checkpoint on the whole test split, averaged and raw weights, and write eval.json."""
+    dataset, run_dir = load_dataset(config, "test"), Path(config.logging.output_dir) / args.run_name
+    path = CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_last_n).resolve(args.checkpoint or "latest")
+    content, device, results = load_checkpoint(path), Device(config.device), []
+    forward = device.compiled(trm_model.evaluation_step, config.training.compile)
+    states = {"ema": content.get("ema"), "raw": content.get("model")} if "carry" in content else {"raw": content}
+    for name, state in states.items():
+        if state is None:
+            continue
+        model = create_model(config, dataset)
+        trm_model.load_named_state(model, state, path)
+        metrics = evaluate(model.to(device.torch), dataset, device, config.evaluation.batch_size, forward)
+        results.append({"step": content.get("step"), "split": "test", "weights": name, "wall_time": time.time(), **metrics})
+        print(console_line(results[-1]), flush=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_eval_json(run_dir / "eval.json", path, results)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --print_config
+# ---------------------------------------------------------------------------------------------------------
+def print_config(config):
+    """The resolved configuration, and what follows from it."""
+    print(utils.config_yaml(config))
+    try:
+        dataset = load_dataset(config, "train")
+        num_puzzles, known = dataset.num_puzzles, f"{dataset.path}"
+        model = create_model(config, dataset)
+    except UserError as error:
+        num_puzzles, known = config.data.expected_puzzles, f"not read: {error}"
+        model = trm_model.TinyRecursiveModel(config.model, 81, 11)
+    batch, workers = config.training.global_batch_size, utils.planned_workers(config)
+    derived = {
+        "dataset": known, "training puzzles": num_puzzles if num_puzzles else "unknown before the dataset is there",
+        "workers": workers, "per-worker batch": batch // workers, "parameters": trm_model.num_parameters(model),
+        "sequence length": f"{model.length} ({model.prefix_len} prefix positions and {model.seq_len} cells)",
+        "FLOP a step": f"{batch * trm_model.step_flops_per_example(model, train=True):.4g}"}
+    if num_puzzles:
+        total, eval_interval = check_schedule(config, num_puzzles)
+        derived |= {"steps an epoch": f"{num_puzzles / batch:.4g}", "epochs": f"{config.training.epochs:g}", "total steps": total,
+                    "evaluation every": f"{eval_interval} steps", "checkpoint every": f"{config.checkpoint.interval_steps} steps"}
+    for key, value in derived.items():
+        print(f"# {key}: {value}")
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)
