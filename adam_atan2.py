@@ -31,7 +31,7 @@ class AdamATan2(torch.optim.Optimizer):
             grads = [p.grad for p in params]
             m, v, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1)
-            t = steps[0]
+            t = steps[0].squeeze(0)
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
@@ -45,9 +45,10 @@ class AdamATan2(torch.optim.Optimizer):
 
 def new_state(p):
     """Adam's state for one parameter, under torch.optim's names."""
-    # made on the CPU and moved: zeros made on XLA would be part of the first step's graph, and of no other's
+    # made on the CPU and moved, and the step count with one axis: zeros made on XLA, or a scalar 0 moved there, would
+    # be constants of the first step's graph, and of no other's
     zeros = torch.zeros_like(p, device="cpu")
-    return {"step": torch.zeros(()).to(p.device), "exp_avg": zeros.to(p.device), "exp_avg_sq": zeros.clone().to(p.device)}
+    return {"step": torch.zeros(1).to(p.device), "exp_avg": zeros.to(p.device), "exp_avg_sq": zeros.clone().to(p.device)}
 
 
 class PuzzleEmbeddingSGD:

@@ -89,11 +89,11 @@ def create_optimizer(config, model):
     """
     training = config.training
     shared = {"betas": (training.beta1, training.beta2), "weight_decay": training.weight_decay}
-    lr = torch.tensor(0.0).to(model.H_init.device)
     if training.optimizer == "adam_atan2":
-        optimizer = AdamATan2(model.parameters(), lr, **shared)
+        optimizer = AdamATan2(model.parameters(), 0.0, **shared)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr, capturable=lr.device.type != "cpu", **shared)
+        on_cpu = model.H_init.device.type == "cpu"
+        optimizer = torch.optim.AdamW(model.parameters(), 0.0, capturable=not on_cpu, **shared)
         for p in model.parameters():
             optimizer.state[p] = new_state(p)
     puzzle_optimizer = None

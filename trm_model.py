@@ -45,6 +45,12 @@ def rms_norm(x, dim=-1):
     return (wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + 1e-5)).to(x.dtype)
 
 
+def cast(weight, dtype):
+    """`weight` in `dtype`, always as a tensor of its own: a view of a parameter (as products take) is traced
+    differently on XLA once the parameter has been updated in place, and the second step would compile anew."""
+    return weight.to(dtype, copy=True)
+
+
 class Linear(nn.Module):
     """y = x W^T (+ b) in x's dtype; weight [d_out, d_in] float32, truncated normal, std 1/sqrt(d_in)."""
 
@@ -53,7 +59,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(truncated_normal((d_out, d_in), d_in ** -0.5, generator))
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, cast(self.weight, x.dtype))
 
 
 class Table(nn.Module):
@@ -75,7 +81,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         # two products, and no split of a wide result: its backward would put the two halves together again
-        gate, up = self.gate_up_proj.weight.to(x.dtype).chunk(2)
+        gate, up = cast(self.gate_up_proj.weight, x.dtype).chunk(2)
         return self.down_proj(F.silu(F.linear(x, gate)) * F.linear(x, up))
 
 
@@ -221,12 +227,12 @@ class TinyRecursiveModel(nn.Module):
         dtype, dim = self.forward_dtype, self.config.hidden_size
         # a product with a one-hot matrix: the backward of F.embedding would run the pending XLA graph
         one_hot = (inputs.unsqueeze(-1) == torch.arange(self.vocab_size, device=inputs.device)).to(dtype)
-        x = one_hot @ self.embed_tokens.embedding_weight.to(dtype)
+        x = one_hot @ cast(self.embed_tokens.embedding_weight, dtype)
         if self.prefix_len:
             prefix = F.pad(puzzle_rows, (0, self.prefix_len * dim - puzzle_rows.shape[-1]))
             x = torch.cat((prefix.view(-1, self.prefix_len, dim).to(dtype), x), dim=1)
         if self.config.pos_encodings == "learned":
-            x = (x + self.embed_pos.embedding_weight.to(dtype)) * 0.5 ** 0.5
+            x = (x + cast(self.embed_pos.embedding_weight, dtype)) * 0.5 ** 0.5
         return x * dim ** 0.5
 
     def supervision_step(self, carry, puzzle_rows):
@@ -249,7 +255,7 @@ class TinyRecursiveModel(nn.Module):
                 z_H, z_L = cycle(z_H, z_L)
         z_H, z_L = cycle(z_H, z_L)
         logits = self.lm_head(z_H[:, self.prefix_len:])
-        q_halt = self.q_head(z_H[:, 0].float())[:, 0]
+        q_halt = F.linear(z_H[:, 0].float(), cast(self.q_head.weight, torch.float32), self.q_head.bias)[:, 0]
         return z_H, z_L, logits, q_halt
 
 
