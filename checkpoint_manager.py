@@ -6,7 +6,6 @@
 import hashlib
 import json
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -76,13 +75,14 @@ class CheckpointManager:
                 continue
             try:
                 marker = json.loads(path.read_text())
-                size = self.path(marker["step"]).stat().st_size
-            except (OSError, ValueError, KeyError) as error:
-                print(f"warning: {path} is passed over: {error}", file=sys.stderr)
+                payload = self.path(marker["step"])
+                size, written = payload.stat().st_size, marker["bytes"]
+                marker["sha256"], marker["metrics"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(f"warning: {path} is passed over: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
-            if size != marker["bytes"]:
-                print(f"warning: {self.path(marker['step'])} is passed over: it has {size} bytes, its marker says {marker['bytes']}",
-                      file=sys.stderr)
+            if size != written:
+                print(f"warning: {payload} is passed over: it has {size} bytes, its marker says {written}", file=sys.stderr)
                 continue
             found.append(marker)
         return sorted(found, key=lambda marker: marker["step"])
@@ -94,27 +94,34 @@ class CheckpointManager:
 
     def best_marker(self):
         """The marker with the highest exact accuracy (the later one of equals), or None."""
-        scored = [m for m in self.markers() if m["metrics"]]
-        return max(scored, key=lambda m: (m["metrics"][BEST_BY], m["step"]), default=None)
+        return next(iter(self._best_first()), None)
 
-    def load_latest(self):
-        """The newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
-        for marker in reversed(self.markers()):
+    def _best_first(self):
+        scored = [m for m in self.markers() if m["metrics"]]
+        return sorted(scored, key=lambda m: (m["metrics"][BEST_BY], m["step"]), reverse=True)
+
+    def _first_whole(self, markers):
+        """Path of the first of these checkpoints whose checksum holds, or None; the others get a warning."""
+        for marker in markers:
             path = self.path(marker["step"])
             if _sha256(path) == marker["sha256"]:
-                return load_checkpoint(path)
+                return path
             print(f"warning: {path} is passed over: its content is not what was written (checksum)", file=sys.stderr)
         return None
 
+    def load_latest(self):
+        """The newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
+        path = self._first_whole(reversed(self.markers()))
+        return path and load_checkpoint(path)
+
     def resolve(self, name):
-        """Path of "latest", "best" or of a file. Raises UserError where there is none."""
+        """Path of "latest", "best" (each the first that is whole) or of a file. Raises UserError where there is none."""
         if name not in ("latest", "best"):
             return Path(name)
-        markers = self.markers()
-        marker = self.best_marker() if name == "best" else (markers or [None])[-1]
-        if marker is None:
+        path = self._first_whole(self._best_first() if name == "best" else reversed(self.markers()))
+        if path is None:
             raise UserError(f"--checkpoint {name}: there is no such checkpoint in {self.folder}: give a file, or train first")
-        return self.path(marker["step"])
+        return path
 
     def _retire(self):
         markers = self.markers()
@@ -129,6 +136,7 @@ class CheckpointManager:
                         file.unlink(missing_ok=True)
                     except OSError as error:
                         print(f"warning: {file} could not be deleted: {error}", file=sys.stderr)
+                        break
 
 
 def load_checkpoint(path):
@@ -140,8 +148,9 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}): "
+    except Exception as error:      # bytes that are no checkpoint make the unpickler raise anything, KeyError and struct.error too
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}): "
                         "it may be cut off, or hold more than tensors; take another one") from None
 
 

@@ -4,18 +4,20 @@ Everything stays uint8 until it is on the device. The global batch of a step doe
 workers: each worker takes its slice of it.
 """
 import hashlib
-import itertools
+import io
 import json
+import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from sudoku import BOX_SHAPES
+from sudoku import BOX_SHAPES, SudokuAugmenter, paired
 from utils import STREAM_AUGMENTATION, STREAM_EPOCH_ORDER, STREAM_EVAL_SUBSET, UserError, random_stream
 
-FIELDS = {"inputs": 2, "labels": 2, "puzzle_identifiers": 1, "puzzle_indices": 1, "group_indices": 1}   # dimensions
+# name: dimensions; ratings may be missing
+FIELDS = {"inputs": 2, "labels": 2, "puzzle_identifiers": 1, "puzzle_indices": 1, "group_indices": 1, "ratings": 1}
 
 
 class SudokuDatasetTPU:
@@ -36,42 +38,48 @@ class SudokuDatasetTPU:
                             f"python scripts/build_sudoku_dataset.py --output_dir {self.path} (see --help)")
         try:
             meta = json.loads((folder / "dataset.json").read_text())
-            arrays = {name: np.load(folder / f"all__{name}.npy", allow_pickle=False) for name in FIELDS}
-            rating_file = folder / "all__ratings.npy"
-            self.ratings = np.load(rating_file, allow_pickle=False) if rating_file.exists() else None
             self.seq_len, self.vocab_size = int(meta["seq_len"]), int(meta["vocab_size"])
             self.num_puzzle_identifiers = int(meta["num_puzzle_identifiers"])
             pad, ignored = meta["pad_id"], meta["ignore_label_id"]
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise self._damaged(f"{type(error).__name__}: {error}") from None
+            self.size = math.isqrt(self.seq_len)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(f"dataset.json: {type(error).__name__}: {error}") from None
+        files = {name: folder / f"all__{name}.npy" for name in FIELDS}
+        arrays = {name: self._load(file) for name, file in files.items() if name != "ratings" or file.exists()}
         self.inputs, self.labels = (np.ascontiguousarray(arrays[name]) for name in ("inputs", "labels"))
-        self.puzzle_identifiers, self.group_indices = arrays["puzzle_identifiers"], arrays["group_indices"]
-        self.size = round(self.seq_len ** 0.5)
+        self.puzzle_identifiers, self.group_indices, self.ratings = (arrays.get(k) for k in ("puzzle_identifiers", "group_indices", "ratings"))
         self._check(arrays, pad, ignored)
         digest = hashlib.sha256(self.inputs)
         digest.update(self.labels)
         self.fingerprint = digest.hexdigest()
+
+    def _load(self, file):
+        try:
+            # no pickles: numpy would run what they say; its advice to allow them is left out of the message
+            return np.lib.format.read_array(io.BytesIO(file.read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or str(error).split(". ")[0]
+            raise self._damaged(f"{file.name}: {reason}") from None
 
     def _damaged(self, what):
         return UserError(f"dataset {self.path}, split {self.split}, is damaged or of another format: {what}. "
                          "Build it again with scripts/build_sudoku_dataset.py --overwrite")
 
     def _check(self, arrays, pad, ignored):
-        count = len(self.inputs)
-        for name, dimensions in FIELDS.items():
-            if arrays[name].ndim != dimensions or arrays[name].dtype.kind not in "iu":
-                raise self._damaged(f"all__{name}.npy is {arrays[name].dtype}{list(arrays[name].shape)}")
+        for name, array in arrays.items():
+            if array.ndim != FIELDS[name] or array.dtype.kind not in "iu":
+                raise self._damaged(f"all__{name}.npy is {array.dtype}{list(array.shape)}")
         if self.size not in BOX_SHAPES or self.size ** 2 != self.seq_len or self.vocab_size != self.size + 2 or pad or ignored:
             raise self._damaged(f"seq_len {self.seq_len}, vocab_size {self.vocab_size}, pad_id {pad}, ignore_label_id "
                                 f"{ignored}: Sudokus of size n in {list(BOX_SHAPES)} have n*n, n+2, 0, 0")
-        ratings = [] if self.ratings is None else [self.ratings]
-        lengths = {len(a) for a in (self.labels, self.puzzle_identifiers, arrays["puzzle_indices"][1:], *ratings)}
+        count = len(self.inputs)
+        lengths = {len(a) for a in (self.labels, self.puzzle_identifiers, arrays["puzzle_indices"][1:], arrays.get("ratings", self.labels))}
         if lengths != {count} or not count or self.inputs.shape != self.labels.shape or self.inputs.shape[1] != self.seq_len:
             raise self._damaged(f"its arrays differ in length (inputs {list(self.inputs.shape)}, labels {list(self.labels.shape)})")
         if not np.array_equal(arrays["puzzle_indices"], np.arange(count + 1)):
             raise self._damaged("a puzzle of a Sudoku dataset has exactly one example")
         groups = self.group_indices
-        if len(groups) < 2 or groups[0] != 0 or groups[-1] != count or (np.diff(groups) < 1).any():
+        if len(groups) < 2 or groups[0] != 0 or groups[-1] != count or (np.diff(groups.astype(np.int64)) < 1).any():
             raise self._damaged("all__group_indices.npy does not cut the puzzles into groups")
         identifiers = self.puzzle_identifiers
         if identifiers.min() < 0 or identifiers.max() >= self.num_puzzle_identifiers:
@@ -93,61 +101,6 @@ class SudokuDatasetTPU:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Augmentation
-# ---------------------------------------------------------------------------------------------------------
-def _all_permutations(n):
-    """Every permutation of 0..n-1, [n!, n] int64, built by insertion (no Python loop over permutations)."""
-    table = np.zeros((1, 1), np.int64)
-    for k in range(1, n):
-        table = np.concatenate([np.insert(table, place, k, axis=1) for place in range(k + 1)])
-    return table
-
-
-def _line_permutations(blocks, width):
-    """Every order of `blocks` bands of `width` lines that keeps bands together, [blocks! * (width!)^blocks, n]."""
-    inner = _all_permutations(width)
-    return np.array([np.concatenate([inner[k] + band * width for band, k in zip(order, choice)])
-                     for order in itertools.permutations(range(blocks))
-                     for choice in itertools.product(range(len(inner)), repeat=blocks)])
-
-
-class SudokuAugmenter:
-    """Symmetries of Sudoku: digits relabelled, bands, stacks and the lines in them permuted, and transposed where
-    boxes are square. The same map for puzzle and solution."""
-
-    def __init__(self, size):
-        box_height, box_width = BOX_SHAPES[size]
-        self.size, self.square = size, box_height == box_width
-        self.rows = _line_permutations(size // box_height, box_height)
-        self.columns = _line_permutations(size // box_width, box_width)
-        digits = _all_permutations(size).astype(np.uint8) + 2
-        self.digits = np.concatenate([np.tile(np.uint8([0, 1]), (len(digits), 1)), digits], axis=1)   # [size!, V]
-
-    def __call__(self, pairs, draws):
-        """pairs: [B, S] uint16, each a cell's input (first byte) and label; draws: [B] uint64.
-
-        Returns inputs, labels [B, S] uint8. One draw decides the whole map: it is read as a number in mixed radix
-        (the excess of 2^64 over the number of maps biases none by more than 1e-6).
-        """
-        batch, size = len(pairs), self.size
-        draws, row = np.divmod(draws, np.uint64(len(self.rows)))
-        draws, column = np.divmod(draws, np.uint64(len(self.columns)))
-        draws, digit = np.divmod(draws, np.uint64(len(self.digits)))
-        transposed = (draws & np.uint64(1)).astype(np.int64) * self.square
-        row_stride = np.where(transposed, 1, size)[:, None]
-        column_stride = np.where(transposed, size, 1)[:, None]
-        first_cell = (np.arange(batch) * size * size)[:, None]
-        rows = self.rows[row.astype(np.int64)] * row_stride + first_cell
-        columns = self.columns[column.astype(np.int64)] * column_stride
-        cells = (rows[:, :, None] + columns[:, None, :]).reshape(batch, -1)
-        moved = np.take(pairs.reshape(-1), cells).view(np.uint8)                      # [B, 2S], input and label in turn
-        vocabulary = self.digits.shape[1]
-        maps = self.digits[digit.astype(np.int64)]
-        relabelled = np.take(maps.reshape(-1), moved + (np.arange(batch) * vocabulary)[:, None])
-        return np.ascontiguousarray(relabelled[:, 0::2]), np.ascontiguousarray(relabelled[:, 1::2])
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------
 class TrainLoader:
@@ -162,8 +115,8 @@ class TrainLoader:
         self.prefetch_batches = prefetch_batches
         local = global_batch_size // world_size
         self.mine = slice(rank * local, (rank + 1) * local)
-        self.augmenter = SudokuAugmenter(dataset.size) if augment else None
-        self.pairs = np.stack((dataset.inputs, dataset.labels), axis=-1).view(np.uint16)[..., 0]
+        self.augmenter = SudokuAugmenter(dataset.size, first_digit=2) if augment else None
+        self.pairs = paired(dataset.inputs, dataset.labels)
         self.orders = {}
         self.step = 0          # batches handed out
 

@@ -32,8 +32,6 @@ class Device:
             raise UserError("device = 'cuda': PyTorch sees no CUDA device here: use device=cpu, or install a CUDA build and its driver")
         else:
             self.torch = torch.device(name)
-        if name == "cuda":
-            torch.set_float32_matmul_precision("high")
 
     def _start_xla(self):
         if importlib.util.find_spec("torch_xla") is None:
@@ -68,7 +66,9 @@ class Device:
         return torch.compile(function, dynamic=False)
 
     def counters(self):
-        """Compiles, executions and transferred bytes so far on XLA; nothing elsewhere."""
+        """So far: on XLA compiles, executions and transferred bytes; on CUDA the most bytes allocated; else nothing."""
+        if self.name == "cuda":
+            return {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
         if not self.is_xla:
             return {}
         metrics = self._xla.debug.metrics
@@ -78,10 +78,6 @@ class Device:
             return int(data[index]) if data else 0
         return {"xla_compiles": read("CompileTime", 0), "xla_executions": read("ExecuteTime", 0),
                 "xla_bytes_to_device": read("OutboundData", 1), "xla_bytes_from_device": read("InboundData", 1)}
-
-    def peak_memory(self):
-        """Most bytes the CUDA allocator has held, None elsewhere."""
-        return torch.cuda.max_memory_allocated() if self.name == "cuda" else None
 
     def peak_flops(self):
         """(FLOP/s, where the number comes from): the data sheet's, or a bfloat16 matrix product measured now."""

@@ -1,4 +1,4 @@
-"""Sudoku rules, solver and puzzle generator for sizes 4, 6 and 9 (numpy and the standard library).
+"""Sudoku rules, solver, puzzle generator and symmetries for sizes 4, 6 and 9 (numpy and the standard library).
 
 A grid is its cells in reading order: digits 1..size, 0 for an empty cell. The solver sees the
 puzzle as exact cover. One Python integer holds every candidate, bit d * cells + c meaning "digit
@@ -7,6 +7,7 @@ exactly one is true: its cell, and its digit's row, column and box. The groups o
 the same distances from each other, so a handful of shifts examine all of them at once; in pure
 Python that is several times faster than visiting cells.
 """
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def format_grid(grid):
     return "".join("." if digit == 0 else str(int(digit)) for digit in grid)
 
 
-def _units(size):
+def units(size):
     """Cell numbers of every row, column and box: int [3 * size, size]."""
     rows, columns = box_shape(size)
     cell = np.arange(size * size).reshape(size, size)
@@ -68,7 +69,7 @@ def is_solved(grids):
     size = size_of(grids.shape[1])
     legal = ((grids >= 1) & (grids <= size)).all(1)
     seen = np.left_shift(1, np.where(legal[:, None], grids, 1).astype(np.int32))
-    for unit in _units(size):
+    for unit in units(size):
         # size values whose bitwise OR has all size bits are all different.
         legal &= np.bitwise_or.reduce(seen[:, unit], axis=1) == (2 << size) - 2
     return legal
@@ -80,7 +81,7 @@ def has_conflict(puzzles):
     size = size_of(puzzles.shape[1])
     conflict = np.zeros(len(puzzles), bool)
     bits = np.where(puzzles > 0, np.left_shift(1, puzzles.astype(np.int32)), 0)
-    for unit in _units(size):
+    for unit in units(size):
         # Distinct bits add up to their OR; a repeated one carries.
         conflict |= bits[:, unit].sum(1) != np.bitwise_or.reduce(bits[:, unit], axis=1)
     return conflict
@@ -293,30 +294,65 @@ def generate(size, rng, clues=None):
     raise RuntimeError(f"no {size}x{size} puzzle with {clues} clues in {_MAX_DIGS} grids")
 
 
-def random_symmetries(size, count, rng):
-    """`count` random rule-preserving maps, as (cells int64 [count, S], digits uint8 [count, size + 1]):
-    relabelled digits, permuted bands and rows within each, the same for stacks and columns, and a
-    transposition half of the time where boxes are square. Digit 0 stays 0.
-    The image of grid g under map k is digits[k][g[cells[k]]]. `rng`: numpy Generator."""
-    def shuffled(*shape):
-        return rng.random(shape).argsort(-1)
-
-    def lines(thickness):
-        """A random order of the rows (or columns), bands of `thickness` kept together: [count, size]."""
-        bands = size // thickness
-        order = shuffled(count, bands)[:, :, None] * thickness + shuffled(count, bands, thickness)
-        return order.reshape(count, size)
-
-    rows, columns = box_shape(size)
-    cells = lines(rows)[:, :, None] * size + lines(columns)[:, None, :]
-    if rows == columns:
-        transposed = rng.random(count) < 0.5
-        cells[transposed] = cells[transposed].swapaxes(1, 2)
-    digits = np.zeros((count, size + 1), np.uint8)
-    digits[:, 1:] = shuffled(count, size) + 1
-    return cells.reshape(count, size * size), digits
+# ---------------------------------------------------------------------------------------------------------
+# Symmetries
+# ---------------------------------------------------------------------------------------------------------
+def _all_permutations(n):
+    """Every permutation of 0..n-1, [n!, n] int64, built by insertion (no Python loop over permutations)."""
+    table = np.zeros((1, 1), np.int64)
+    for k in range(1, n):
+        table = np.concatenate([np.insert(table, place, k, axis=1) for place in range(k + 1)])
+    return table
 
 
-def apply_symmetries(grids, cells, digits):
-    """Images of grids uint8 [N, S] under the N maps of `random_symmetries`: uint8 [N, S]."""
-    return np.take_along_axis(digits, np.take_along_axis(grids, cells, 1).astype(np.int64), 1)
+def _line_permutations(blocks, width):
+    """Every order of `blocks` bands of `width` lines that keeps bands together, [blocks! * (width!)^blocks, n]."""
+    inner = _all_permutations(width)
+    return np.array([np.concatenate([inner[k] + band * width for band, k in zip(order, choice)])
+                     for order in itertools.permutations(range(blocks))
+                     for choice in itertools.product(range(len(inner)), repeat=blocks)])
+
+
+def paired(puzzles, solutions):
+    """Two uint8 [N, S] arrays as one, [N, S] uint16: what `SudokuAugmenter` moves about at half the cost."""
+    return np.stack((puzzles, solutions), axis=-1).view(np.uint16)[..., 0]
+
+
+class SudokuAugmenter:
+    """Symmetries of Sudoku: digits relabelled, bands, stacks and the lines in them permuted, and transposed where
+    boxes are square. The same map for puzzle and solution.
+
+    first_digit: the code of digit 1: 1 in this module's grids, 2 in a dataset. Codes below it (empty, pad) stay.
+    """
+
+    def __init__(self, size, first_digit=1):
+        box_height, box_width = box_shape(size)
+        self.size, self.square = size, box_height == box_width
+        self.rows = _line_permutations(size // box_height, box_height)
+        self.columns = _line_permutations(size // box_width, box_width)
+        digits = _all_permutations(size).astype(np.uint8) + np.uint8(first_digit)
+        kept = np.tile(np.arange(first_digit, dtype=np.uint8), (len(digits), 1))
+        self.digits = np.concatenate([kept, digits], axis=1)                          # [size!, codes]
+
+    def __call__(self, pairs, draws):
+        """pairs: [B, S] uint16, see `paired`; draws: [B] uint64, uniform.
+
+        Returns the images of puzzles and solutions, each [B, S] uint8. One draw decides the whole map: it is read
+        as a number in mixed radix (the excess of 2^64 over the number of maps biases none by more than 1e-6).
+        """
+        batch, size = len(pairs), self.size
+        draws, row = np.divmod(draws, np.uint64(len(self.rows)))
+        draws, column = np.divmod(draws, np.uint64(len(self.columns)))
+        draws, digit = np.divmod(draws, np.uint64(len(self.digits)))
+        transposed = (draws & np.uint64(1)).astype(np.int64) * self.square
+        row_stride = np.where(transposed, 1, size)[:, None]
+        column_stride = np.where(transposed, size, 1)[:, None]
+        first_cell = (np.arange(batch) * size * size)[:, None]
+        rows = self.rows[row.astype(np.int64)] * row_stride + first_cell
+        columns = self.columns[column.astype(np.int64)] * column_stride
+        cells = (rows[:, :, None] + columns[:, None, :]).reshape(batch, -1)
+        moved = np.take(pairs.reshape(-1), cells).view(np.uint8)           # [B, 2S], puzzle and solution in turn
+        codes = self.digits.shape[1]
+        maps = self.digits[digit.astype(np.int64)]
+        relabelled = np.take(maps.reshape(-1), moved + (np.arange(batch) * codes)[:, None])
+        return np.ascontiguousarray(relabelled[:, 0::2]), np.ascontiguousarray(relabelled[:, 1::2])

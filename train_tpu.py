@@ -105,13 +105,13 @@ def create_optimizer(config, model):
 class Run:
     """Everything that training changes, on its device: what a checkpoint holds."""
 
-    def __init__(self, config, device, dataset, args, checkpoint):
+    def __init__(self, config, device, dataset, checkpoint=None, init_from=None):
         self.config, self.device = config, device
         self.model = create_model(config, dataset)
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
-        elif args.init_from:
-            init_from(self.model, args.init_from)
+        elif init_from:
+            load_initial_weights(self.model, init_from)
         # a deep copy on the CPU: one made on XLA would be part of the first step's graph, and of no other's
         self.ema = EMADistributed(self.model, config.training.ema_rate) if config.training.ema else None
         if checkpoint and self.ema:
@@ -150,7 +150,7 @@ class Run:
             "interval_steps": self.interval_steps, "interval_seconds": self.interval_seconds})
 
 
-def init_from(model, path):
+def load_initial_weights(model, path):
     """Load weights from a file of the original or of this kit; says what had no place."""
     content = load_checkpoint(path)
     state = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
@@ -240,7 +240,7 @@ def train_worker(rank, config, args):
     if checkpoint:
         check_same_run(config, checkpoint, run_dir)
     device = Device(config.device)
-    run = Run(config, device, datasets["train"], args, checkpoint)
+    run = Run(config, device, datasets["train"], checkpoint, args.init_from)
     evaluated = checkpoints.metrics(run.step) is not None
 
     def evaluation_due():
@@ -383,22 +383,24 @@ def accuracy_by_rating(ratings, exact):
 def evaluate_step(run, datasets, forward, checkpoints, logger):
     """Evaluate the present step and note the result beside its checkpoint.
 
-    During training: evaluation.max_examples of evaluation.split, averaged weights if there are any. At the end:
-    all of it, and all of test with averaged and with raw weights, into eval.json.
+    Always: evaluation.max_examples of evaluation.split, averaged weights if there are any; the best checkpoint is
+    chosen by this look, at the same puzzles every time. At the end also: all of test, averaged and raw weights, into
+    eval.json.
     """
     config, final = run.config.evaluation, run.step == run.total_steps
     models = {"ema": run.ema.module, "raw": run.model} if run.ema else {"raw": run.model}
     selects = next(iter(models))
-    wanted = [(config.split, selects)]
+    look = min(config.max_examples or len(datasets[config.split]), len(datasets[config.split]))
+    wanted = [(config.split, selects, look)]
     if final:
-        wanted = list(dict.fromkeys([*wanted, *(("test", name) for name in models)]))
+        wanted = list(dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)]))
     results = []
-    for split, name in wanted:
-        metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, None if final else config.max_examples)
+    for split, name, count in wanted:
+        metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
         results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
         logger.log(results[-1])
     if final:
-        write_eval_json(logger.path.with_name("eval.json"), checkpoints.path(run.step), results)
+        write_eval_json(logger.path.with_name("eval.json"), checkpoints.path(run.step), results[-len(models):])
     logger.flush()
     checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
 
@@ -438,7 +440,7 @@ def print_config(config):
         num_puzzles, known = dataset.num_puzzles, f"{dataset.path}"
         model = create_model(config, dataset)
     except UserError as error:
-        num_puzzles, known = config.data.expected_puzzles, f"not read: {error}"
+        num_puzzles, known = config.data.expected_puzzles, f"not read, 9x9 grids and data.expected_puzzles assumed: {error}"
         model = trm_model.TinyRecursiveModel(config.model, 81, 11)
     batch, workers = config.training.global_batch_size, utils.planned_workers(config)
     derived = {

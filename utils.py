@@ -5,7 +5,6 @@ Nothing here imports torch: a configuration is checked before any device is touc
 import dataclasses
 import difflib
 import errno
-import math
 import os
 import re
 import sys
@@ -49,7 +48,7 @@ def random_stream(seed, purpose, index):
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, index]))
 
 
-STREAM_EPOCH_ORDER, STREAM_AUGMENTATION, STREAM_EXPLORATION, STREAM_EVAL_SUBSET = range(4)
+STREAM_EPOCH_ORDER, STREAM_AUGMENTATION, STREAM_EXPLORATION, STREAM_EVAL_SUBSET, STREAM_STORED_AUGMENTATION = range(5)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -147,6 +146,9 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------
+_SCIENTIFIC = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789."))
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number and a key that stands twice is an error."""
 
@@ -160,15 +162,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that _Loader would take for a number."""
+
+
+_Loader.add_implicit_resolver(*_SCIENTIFIC)
+_Dumper.add_implicit_resolver(*_SCIENTIFIC)
 
 
 def _parse_yaml(text, source):
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:    # a date of month 13 or a list as a key is not a YAMLError
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -179,7 +184,7 @@ def _read_yaml(path, chain):
         names = " -> ".join(str(p.name) for p in [*chain, path])
         raise UserError(f"{path}: `defaults` go round in a circle ({names}): take one of them out")
     try:
-        raw = _parse_yaml(path.read_text(), path)
+        raw = _parse_yaml(path.read_bytes(), path)
     except OSError as error:
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
@@ -217,7 +222,8 @@ def _unknown_key(key, source, schema):
     sections = sorted({k.split(".")[0] for k in schema if "." in k})
     if key in sections:
         return UserError(f"{source}: {key}: a section must hold `key: value` lines")
-    near = difflib.get_close_matches(key, schema, 1, 0.6) or [k for k in schema if k.split(".")[-1] == key.split(".")[-1]]
+    same_name = [k for k in schema if k.split(".")[-1] == key.split(".")[-1]]       # in another section
+    near = difflib.get_close_matches(key, schema, 1, 0.8) or same_name or difflib.get_close_matches(key, schema, 1, 0.6)
     hint = f"; did you mean {near[0]}?" if near else f"; the sections are {', '.join(sections)}"
     return UserError(f"{source}: {key}: there is no such key{hint}")
 
@@ -231,14 +237,14 @@ def _convert(key, value, source, kind, rule):
     if optional and value is None:
         return None
     kind = typing.get_args(kind)[0] if optional else kind
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < sys.float_info.max
     if kind is bool and not isinstance(value, bool):
         fail("must be true or false")
     elif kind is str and not isinstance(value, str):
         fail("must be text")
-    elif kind is int and not (number and math.isfinite(value) and float(value).is_integer()):
+    elif kind is int and not (number and float(value).is_integer()):
         fail("must be a whole number" + (" or null" if optional else ""))
-    elif kind is float and not (number and math.isfinite(value)):
+    elif kind is float and not number:
         fail("must be a finite number")
     value = kind(value)
     if "choices" in rule and value not in rule["choices"]:
@@ -344,7 +350,7 @@ def evaluation_interval_steps(config, num_puzzles):
 
 def config_yaml(config):
     """The resolved configuration as YAML text."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def replace_file(path, text):

@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sudoku
 from sudoku_sources import Split, csv_splits, generate_splits, rows_as_bytes
-from utils import UserError, run_cli
+from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli
 
 HUB_REPO = "sapientinc/sudoku-extreme"
 GENERATE_ONLY = ("num_train", "num_test", "clues", "min_guesses")
@@ -85,16 +85,13 @@ def report(splits):
 
 def with_augmentations(split, size, num_aug, seed):
     """Each row followed by its `num_aug` random images."""
-    copies = 1 + num_aug
+    copies, augmenter = 1 + num_aug, sudoku.SudokuAugmenter(size)
     out = Split(*(np.repeat(array, copies, axis=0) for array in split))
-    rng = np.random.default_rng([seed, 1])
-    step = max(1, 20_000 // copies) * copies  # bounds the memory of the maps
-    for first in range(0, len(out.ratings), step):
-        rows = np.arange(first, min(first + step, len(out.ratings)))
-        rows = rows[rows % copies > 0]
-        maps = sudoku.random_symmetries(size, len(rows), rng)
-        for grids in (out.puzzles, out.solutions):
-            grids[rows] = sudoku.apply_symmetries(grids[rows], *maps)
+    rows = np.flatnonzero(np.arange(len(out.ratings)) % copies)
+    draws = random_stream(seed, STREAM_STORED_AUGMENTATION, 0).bit_generator.random_raw(len(rows))
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 20_000)):  # bounds the memory of the maps
+        pairs = sudoku.paired(out.puzzles[rows[part]], out.solutions[rows[part]])
+        out.puzzles[rows[part]], out.solutions[rows[part]] = augmenter(pairs, draws[part])
     return out
 
 
@@ -260,6 +257,8 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name} {value} must be {low} or more")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed} must be below 2^63")
     wrong = [f"--{name}" for name in (CSV_ONLY + ("train_csv", "test_csv") if args.generate else GENERATE_ONLY)
              if getattr(args, name) is not None]
     if wrong:

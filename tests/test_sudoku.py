@@ -85,17 +85,28 @@ class Rules(unittest.TestCase):
         self.assertEqual(sudoku.has_conflict(empty).tolist(), [True, True, True, False])
 
     def test_symmetries_keep_the_rules(self):
-        rng = np.random.default_rng(0)
+        draws = np.random.Philox(0).random_raw(200)
         for size in (4, 6, 9):
             grid = np.frombuffer(sudoku.random_solution(size, random.Random(1)), np.uint8)
-            cells, digits = sudoku.random_symmetries(size, 200, rng)
-            images = sudoku.apply_symmetries(np.repeat(grid[None], 200, 0), cells, digits)
-            self.assertTrue(sudoku.is_solved(images).all())
-            self.assertGreater(len(np.unique(images, axis=0)), 50)
-            self.assertTrue((digits[:, 0] == 0).all())
-            # Cells 0 and 1 share a row, and lie in one column only after a transposition.
-            transposed = (cells[:, 0] // size != cells[:, 1] // size).mean()
-            self.assertTrue(transposed == 0 if size == 6 else 0.3 < transposed < 0.7, transposed)
+            puzzle = np.where(np.arange(size * size) % 3 == 0, grid, 0).astype(np.uint8)
+            for shift in (0, 1):      # this module's codes, and a dataset's
+                pairs = np.repeat(sudoku.paired(puzzle[None] + np.uint8(shift), grid[None] + np.uint8(shift)), 200, 0)
+                puzzles, solutions = (a - shift for a in sudoku.SudokuAugmenter(size, 1 + shift)(pairs, draws))
+                self.assertTrue(sudoku.is_solved(solutions).all())
+                self.assertTrue(((puzzles == 0) | (puzzles == solutions)).all())
+                self.assertTrue(((puzzles > 0).sum(1) == (puzzle > 0).sum()).all())
+                self.assertGreater(len(np.unique(solutions, axis=0)), 50)
+
+    def test_symmetries_transpose_square_boxes_only(self):
+        draws = np.random.Philox(0).random_raw(400)
+        for size in (4, 6, 9):
+            # Not a Sudoku: cells 0 and 1 alone are filled, and lie in one column only after a transposition.
+            marked = np.zeros((400, size * size), np.uint8)
+            marked[:, :2] = 1, 2
+            images = sudoku.SudokuAugmenter(size)(sudoku.paired(marked, marked), draws)[0]
+            columns = np.nonzero(images)[1].reshape(400, 2) % size
+            transposed = (columns[:, 0] == columns[:, 1]).mean()
+            self.assertTrue(transposed == 0 if size == 6 else 0.4 < transposed < 0.6, transposed)
 
 
 class Solver(unittest.TestCase):

@@ -300,7 +300,7 @@ class Mistakes(Folder):
                 (SMALL + ["--clues", "few"], "MIN MAX"),
                 (SMALL + ["--num_aug", "-1"], "--num_aug -1"),
                 (SMALL + ["--num_workers", "0"], "--num_workers 0"),
-                (SMALL + ["--seed", "x"], "--seed"),
+                (SMALL + ["--seed", "x"], "--seed"), (SMALL + ["--seed", str(2**63)], "below 2^63"),
                 (SMALL[:1] + ["--size", "5"], "--size"),
                 (["--train_csv", "x.csv"], "go together"),
                 (["--size", "4"], "Sudoku-Extreme is 9x9")]:
