@@ -36,22 +36,23 @@ class CheckpointManager:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
-        temporary = path.with_suffix(".pt.tmp")
+        temporary, marker_path = path.with_suffix(".pt.tmp"), path.with_suffix(".json")
         try:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
+            marker_path.unlink(missing_ok=True)     # the marker of a damaged predecessor must not vouch for it
+            os.replace(temporary, path)
+            self._mark({"step": step, "bytes": path.stat().st_size, "sha256": _sha256(path), "metrics": None})
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as RuntimeError; the cause, where it has one, is the OSError in its context
             temporary.unlink(missing_ok=True)
+            if not marker_path.exists():
+                path.unlink(missing_ok=True)        # nobody would use it, and the disk may be full
             cause = error if isinstance(error, OSError) else error.__context__ or error
             raise UserError(f"{path}: the checkpoint could not be written ({cause}): free some space or set logging.output_dir; "
                             f"{self.newest_text()}") from None
-        path.with_suffix(".json").unlink(missing_ok=True)     # the marker of a damaged predecessor must not vouch for it
-        os.replace(temporary, path)
-        marker = {"step": step, "bytes": path.stat().st_size, "sha256": _sha256(path), "metrics": None}
-        self._mark(marker)
 
     def add_metrics(self, step, metrics):
         """Note the evaluation of the checkpoint of `step` (a dict with exact_accuracy) in its marker."""
@@ -164,5 +165,7 @@ def _sha256(path):
 
 def _sync_folder(folder):
     handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -47,8 +47,12 @@ class Device:
             raise UserError(f"device = {self.name!r}: no such device here ({reason}): run on a TPU VM, or use device=cpu") from None
 
     def put(self, tree):
-        """Copy tensors and numpy arrays (also in dicts, lists and named tuples) to the device."""
-        return tree_map(lambda leaf: torch.as_tensor(leaf).to(self.torch, non_blocking=True), tree)
+        """Copy CPU tensors and numpy arrays (also in dicts, lists and named tuples) to the device."""
+        def copy(leaf):
+            leaf = torch.as_tensor(leaf)
+            # from pageable memory a copy to CUDA would wait for the kernels queued before it
+            return (leaf.pin_memory() if self.name == "cuda" else leaf).to(self.torch, non_blocking=True)
+        return tree_map(copy, tree)
 
     def fetch(self, tree):
         """Copy tensors (also in dicts, lists and named tuples) to the CPU; waits for what computes them."""

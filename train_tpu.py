@@ -396,6 +396,8 @@ def evaluate_step(run, datasets, forward, checkpoints, logger):
         wanted = list(dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)]))
     results = []
     for split, name, count in wanted:
+        if final:
+            logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
         metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
         results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
         logger.log(results[-1])

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, found again, retired, and never a way to run code."""
 import contextlib
+import errno
 import io
 import json
 import os
@@ -245,7 +246,7 @@ class Malice(CheckpointTest):
         class Evil:
             def __reduce__(self):
                 return os.mkdir, (str(target),)
-        for write in (lambda: torch.save({"model": Evil()}, evil), lambda: evil.write_bytes(pickle.dumps({"model": Evil()})),
+        for write in (lambda: torch.save({"model": Evil()}, evil), lambda: evil.write_bytes(pickle.dumps({"model": Evil()}, protocol=2)),
                       lambda: torch.save({"model": Evil()}, evil, _use_new_zipfile_serialization=False)):
             write()
             self.user_error(lambda: load_checkpoint(evil), f"{evil}: not a readable checkpoint", "more than tensors", "take another one")
@@ -297,10 +298,21 @@ run_cli(main)
             self.assertEqual(self.files(), self.names(1))
         self.assertEqual(self.silent(self.manager.load_latest)["step"], 1)
 
-    def test_a_folder_that_cannot_be_made(self):
-        (self.folder / "file").write_text("")
-        with self.assertRaises(OSError):
-            CheckpointManager(self.folder / "file" / "checkpoints", 3).save(1, {})
+    def test_no_space_at_any_write(self):
+        """Payload, marker and folder are each brought to the disk once; the disk may be full at any of them."""
+        self.saved(1)
+        for at, kept in ((1, []), (2, []), (3, [2])):
+            calls = []
+
+            def full(handle):
+                calls.append(handle)
+                if len(calls) == at:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self.subTest(at), mock.patch.object(os, "fsync", full):
+                self.user_error(lambda: self.manager.save(2, some_state(2)), f"{self.manager.path(2)}: the checkpoint could not be written",
+                                "No space left", "the last good checkpoint is")
+                self.assertEqual(self.files(), self.names(1, *kept))
+        self.same(self.silent(self.manager.load_latest), some_state(2))
 
 
 if __name__ == "__main__":
