@@ -92,7 +92,8 @@ class Device:
             if model.startswith(name):
                 return peak, f"{name} data sheet"
         size = 8192 if self.name == "cuda" else 1024
-        a = torch.randn(size, size, device="cuda" if self.name == "cuda" else "cpu").bfloat16()
+        # a generator of its own: the global one is part of the run's state
+        a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).bfloat16().to("cuda" if self.name == "cuda" else "cpu")
         seconds = []
         for _ in range(8):
             start = time.perf_counter()

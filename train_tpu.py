@@ -107,6 +107,7 @@ class Run:
 
     def __init__(self, config, device, dataset, checkpoint=None, init_from=None):
         self.config, self.device = config, device
+        torch.manual_seed(config.training.seed)
         self.model = create_model(config, dataset)
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")

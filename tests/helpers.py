@@ -1,14 +1,21 @@
-"""What several test files share: temporary folders, tiny configurations and datasets."""
+"""What several test files share: temporary folders, tiny configurations and datasets, the command in a process."""
+import importlib.util
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import sudoku
 import utils
+from metrics_logger import TIMING_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +35,33 @@ class FolderTest(unittest.TestCase):
         for text in says:
             self.assertIn(text, str(caught.exception))
         return str(caught.exception)
+
+
+class XLATest(unittest.TestCase):
+    """Tests on torch_xla's CPU device, each in a process of its own: PyTorch's autograd engine counts the devices at
+    the first backward of a process, and fails on one that is registered later. There `self.device` is the XLA device."""
+
+    def run(self, result=None):
+        if os.environ.get("TRM_TEST_PROCESS") != self.id():
+            self.setUp, method = self.skip_without_torch_xla, self.in_own_process
+            setattr(self, self._testMethodName, method)
+        else:
+            import torch_xla
+            self.device = str(torch_xla.device())
+        return super().run(result)
+
+    def skip_without_torch_xla(self):
+        if importlib.util.find_spec("torch_xla") is None:
+            self.skipTest("torch_xla is not installed here")
+
+    def in_own_process(self):
+        environment = {**os.environ, "PJRT_DEVICE": "CPU", "TRM_TEST_PROCESS": self.id()}
+        done = subprocess.run([sys.executable, "-m", "unittest", self.id()], cwd=ROOT, env=environment, text=True, timeout=600,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("Ran 1 test", done.stdout)
+        if skipped := re.search(r"^OK \(skipped=1\)", done.stdout, re.MULTILINE):
+            self.skipTest(f"{skipped[0]} in its own process: {done.stdout}")
 
 
 def write_config(path, text="data: {dataset_path: nowhere}\n"):
@@ -65,3 +99,71 @@ def write_split(folder, inputs, labels, group_sizes=None, ratings=None):
             "mean_puzzle_examples": 1, "total_puzzles": len(group_sizes), "sets": ["all"]}
     (folder / "dataset.json").write_text(json.dumps(meta))
     return folder
+
+
+TINY = """\
+device: cpu
+tpu: {{}}
+data: {{dataset_path: {data}}}
+model: {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1, halt_max_steps: 3}}
+training: {{global_batch_size: 8, epochs: 6, lr: 1e-2, lr_warmup_steps: 10, ema_rate: 0.9}}
+checkpoint: {{interval_steps: 7}}
+logging: {{output_dir: {out}, interval_steps: 5, tensorboard: false}}
+evaluation: {{interval_epochs: 2, batch_size: 16, max_examples: 20}}
+"""
+
+
+class CommandTest(unittest.TestCase):
+    """Tests of the command itself, in real processes, on 80 training and 50 test puzzles of 4x4 and a val split:
+    60 steps of 8, an evaluation every 20, a checkpoint every 7, a record every 5."""
+
+    @classmethod
+    def setUpClass(cls):
+        holder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(holder.cleanup)
+        cls.folder = Path(holder.name)
+        build = [sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", "4", "--num_train", "90", "--num_test", "50",
+                 "--val_size", "10", "--clues", "5", "9", "--output_dir", str(cls.folder / "data")]
+        subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        cls.config = write_config(cls.folder / "tiny.yaml", TINY.format(data=cls.folder / "data", out=cls.folder / "runs"))
+
+    def train(self, *args, status=0, driver=(str(ROOT / "train_tpu.py"),), **options):
+        """Run the command on the tiny configuration; returns its stdout and stderr as one text."""
+        done = subprocess.run([sys.executable, *driver, "--config", str(self.config), *args], cwd=ROOT, text=True, timeout=300,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+        self.assertEqual(done.returncode, status, done.stdout)
+        return done.stdout
+
+    def user_mistake(self, *args, says=(), **options):
+        """The command must end with status 2 and one line that begins with `error:` and holds each of `says`."""
+        output = self.train(*args, status=2, **options)
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        self.assertEqual(len(errors), 1, output)
+        self.assertNotIn("Traceback", output)
+        for text in says:
+            self.assertIn(text, errors[0])
+        return output
+
+    def records(self, run_name, timing=False):
+        """The run's metrics.jsonl, without what differs between two runs of the same training."""
+        lines = (self.folder / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if timing or k not in TIMING_KEYS} for line in lines]
+
+    def checkpoint(self, run_name, step):
+        return self.folder / "runs" / run_name / "checkpoints" / f"checkpoint_step_{step}.pt"
+
+    def same_content(self, ours, theirs, path="checkpoint"):
+        """Bit by bit the same, but for measured seconds."""
+        self.assertIs(type(ours), type(theirs), path)
+        if isinstance(ours, dict):
+            self.assertEqual(list(ours), list(theirs), path)
+            for key in set(ours) - {"train_seconds", "interval_seconds", "output_dir"}:
+                self.same_content(ours[key], theirs[key], f"{path}.{key}")
+        elif isinstance(ours, (list, tuple)):
+            self.assertEqual(len(ours), len(theirs), path)
+            for k, pair in enumerate(zip(ours, theirs)):
+                self.same_content(*pair, f"{path}[{k}]")
+        elif isinstance(ours, torch.Tensor):
+            self.assertTrue(ours.dtype == theirs.dtype and torch.equal(ours, theirs), path)
+        else:
+            self.assertEqual(ours, theirs, path)

@@ -13,6 +13,7 @@ import torch
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at
 from ema_distributed import EMADistributed
+from tests.helpers import XLATest
 from trm_model import CHECKPOINT_PREFIX, Carry
 from utils import ModelConfig
 
@@ -62,7 +63,9 @@ class Recording:
         return loss, metrics, dict(zip(names, grads)), row_grads, after
 
 
-class ParityTest(unittest.TestCase):
+class Parity:
+    """What the tests on the two devices share."""
+
     def setUp(self):
         if not RECORDINGS:
             self.skipTest(f"no recordings (*.npz) in {PARITY_DIR}: set TRM_PARITY_DIR")
@@ -114,6 +117,8 @@ class ParityTest(unittest.TestCase):
                 for key, value in recording.carry(prefix + "carry_after/")._asdict().items():
                     self.close(getattr(after, key).float(), value.cpu(), f"carry {key} after step {t}", tolerance)
 
+
+class ParityTest(Parity, unittest.TestCase):
     def test_evaluation_on_cpu(self):
         self.check_evaluation("cpu", 1e-6)
 
@@ -178,21 +183,9 @@ class ParityTest(unittest.TestCase):
                                for name, _ in model.named_parameters()])
 
 
-class ParityOnXLATest(ParityTest):
+class ParityOnXLATest(Parity, XLATest):
     """The same on torch_xla's CPU device, where the loss is float32 (a TPU has no float64) and matrix products
     and roots are XLA's own: float32 accuracy over a dozen calls of the network is 1e-5 there."""
-
-    test_optimizers_on_recorded_gradients = test_schedule = test_closed_loop_and_ema = None
-    test_evaluation_on_cpu = test_training_steps_on_cpu = None
-
-    def setUp(self):
-        super().setUp()
-        try:
-            os.environ.setdefault("PJRT_DEVICE", "CPU")
-            import torch_xla
-        except ImportError as error:
-            self.skipTest(f"torch_xla is not installed here: {error}")
-        self.device = str(torch_xla.device())
 
     def test_evaluation_on_xla(self):
         self.check_evaluation(self.device, 1e-5)

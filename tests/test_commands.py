@@ -1,0 +1,216 @@
+"""The command as a user types it: what it says, what it writes, and how it ends after each kind of mistake."""
+import fcntl
+import json
+import os
+import pty
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import unittest
+
+import torch
+import yaml
+
+import trm_model
+import utils
+from checkpoint_manager import load_checkpoint
+from tests.helpers import ROOT, CommandTest
+
+# the real command, whose weights become NaN before the given step
+NAN_DRIVER = """
+import sys
+at = int(sys.argv[1])
+sys.argv = ["train_tpu.py", *sys.argv[2:]]
+import torch, train_tpu, utils
+step = train_tpu.train_step
+
+def poisoned(run, *rest):
+    if run.step + 1 == at:
+        with torch.no_grad():
+            run.model.lm_head.weight.fill_(torch.nan)
+    step(run, *rest)
+train_tpu.train_step = poisoned
+utils.run_cli(train_tpu.main)
+"""
+
+
+class Training(CommandTest):
+    def test_says_what_it_will_do_and_writes_it_down(self):
+        output = self.train("--run_name", "whole")
+        for text in ("to step 60 of 60 (6 epochs of 80 puzzles), evaluation every 20", "device cpu, 1 worker(s), batch 8 (8 a worker)",
+                     "TFLOP/s", "step     60  loss", "evaluation: ", "step 60 of 60: finished", "checkpoint_step_60.pt"):
+            self.assertIn(text, output)
+        run_dir = self.folder / "runs" / "whole"
+        self.assertEqual(utils.load_config(run_dir / "config.yaml"), utils.load_config(self.config))
+        for record in self.records("whole", timing=True):
+            self.assertTrue(0 <= record["exact_accuracy"] <= record["cell_accuracy"] <= 1, record)
+            self.assertGreater(record["wall_time"], 1.7e9)
+            if record["split"] == "train":
+                self.assertAlmostEqual(record["loss"], record["lm_loss"] + 0.5 * record["q_halt_loss"], places=6)
+                self.assertTrue(record["examples_per_second"] > 0 and 0 < record["mfu"] < 1 and 1 <= record["mean_steps"] <= 3, record)
+
+    def test_eval_json_counts_every_puzzle_of_each_rating_once(self):
+        self.train("--run_name", "judged")
+        content = json.loads((self.folder / "runs" / "judged" / "eval.json").read_text())
+        self.assertEqual([(r["weights"], r["split"], r["count"], r["step"]) for r in content["results"]], [("ema", "test", 50, 60), ("raw", "test", 50, 60)])
+        for result in content["results"]:
+            self.assertEqual(sum(bucket["count"] for bucket in result["by_rating"]), 50)
+            self.assertAlmostEqual(sum(b["count"] * b["exact_accuracy"] for b in result["by_rating"]), 50 * result["exact_accuracy"], places=6)
+            self.assertEqual(len(result["exact_accuracy_by_step"]), 3)
+            self.assertEqual(result["exact_accuracy_by_step"][-1], result["exact_accuracy"])
+        before = content["results"]
+        for checkpoint in ("best", "latest", str(self.checkpoint("judged", 60))):
+            (self.folder / "runs" / "judged" / "eval.json").unlink()
+            self.train("--run_name", "judged", "--eval_only", "--checkpoint", checkpoint, "evaluation.batch_size=7")
+            again = json.loads((self.folder / "runs" / "judged" / "eval.json").read_text())
+            self.assertEqual([r["count"] for r in again["results"]], [50, 50])
+            if checkpoint != "best":    # whatever the batch size
+                self.assertEqual([r["exact_accuracy"] for r in again["results"]], [r["exact_accuracy"] for r in before])
+
+    def test_validation_split_chooses_the_best_and_the_end_takes_all_of_test(self):
+        self.train("--run_name", "chosen", "evaluation.split=val")
+        looks = [(r["step"], r["split"], r["weights"], r["count"]) for r in self.records("chosen") if r["split"] != "train"]
+        self.assertEqual(looks, [(20, "val", "ema", 10), (40, "val", "ema", 10), (60, "val", "ema", 10), (60, "test", "ema", 50), (60, "test", "raw", 50)])
+        marker = json.loads(self.checkpoint("chosen", 60).with_suffix(".json").read_text())
+        self.assertEqual(marker["metrics"]["split"], "val")
+
+    def test_init_from_takes_weights_of_the_original_compiled_or_not(self):
+        self.train("--run_name", "source", "--max_steps", "5")
+        state = load_checkpoint(self.checkpoint("source", 5))["model"]
+        weights = {name: tensor for name, tensor in state.items() if not name.endswith("_init")}
+        for prefix in ("", "_orig_mod."):
+            path = self.folder / f"weights{prefix}.pt"
+            torch.save({prefix + name: torch.randn(tensor.shape) if name in weights else tensor for name, tensor in state.items()} | {"step": torch.tensor(1)}, path)
+            given = load_checkpoint(path)
+            run_name = f"from{len(prefix)}"
+            output = self.train("--run_name", run_name, "--init_from", str(path), "--max_steps", "1", "training.lr_warmup_steps=1000000")
+            self.assertIn(f"initial weights: {path}", output)
+            self.assertIn("left out: step has no place here", output)
+            trained = load_checkpoint(self.checkpoint(run_name, 1))["model"]
+            for name in weights:
+                # a learning rate of 1e-8 moved them by no more
+                if name != trm_model.CHECKPOINT_PREFIX + "puzzle_emb.weights":
+                    torch.testing.assert_close(trained[name], given[prefix + name], rtol=0, atol=1e-6, msg=name)
+
+    def test_print_config_runs_nothing(self):
+        output = self.train("--print_config", "training.lr=2e-4")
+        self.assertEqual(yaml.safe_load(output)["training"]["lr"], 2e-4)
+        for text in ("# total steps: 60", "# per-worker batch: 8", "# epochs: 6", "# parameters: ", "# evaluation every: 20 steps"):
+            self.assertIn(text, output)
+        self.assertFalse((self.folder / "runs" / "tiny").exists())
+        study = subprocess.run([sys.executable, "train_tpu.py", "--config", "configs/e1_1.yaml", "--print_config"], cwd=ROOT, text=True, capture_output=True, check=True)
+        for text in ("# workers: 32", "# per-worker batch: 24", "# parameters: 5028866", "# total steps: 65104"):
+            self.assertIn(text, study.stdout)
+
+    def test_a_bar_on_a_terminal(self):
+        parent, child = pty.openpty()
+        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+        process = subprocess.Popen([sys.executable, "train_tpu.py", "--config", str(self.config), "--run_name", "terminal"], cwd=ROOT, stdout=child, stderr=child)
+        os.close(child)
+        shown = b""
+        while True:
+            try:
+                block = os.read(parent, 4096)
+            except OSError:     # the terminal is gone once the process has ended
+                break
+            shown += block
+        os.close(parent)
+        self.assertEqual(process.wait(60), 0, shown)
+        self.assertIn("| 60/60 [", shown.decode())
+        self.assertIn("step     60  loss", shown.decode())
+
+
+class Mistakes(CommandTest):
+    def test_configuration_and_flags(self):
+        for args, says in [(("training.learning_rate=1",), ["training.learning_rate", "did you mean training."]),
+                           (("training.lr=fast",), ["training.lr = 'fast'", "finite number"]),
+                           (("model.pos_encodings=rotary",), ["model.pos_encodings", "none, learned, rope"]),
+                           (("--max_steps", "0"), ["--max_steps 0", ">= 1"]),
+                           (("--run_name", "a/b"), ["one folder name"]),
+                           (("--checkpoint", "best"), ["--eval_only"]),
+                           (("--init_from", "x", "--eval_only"), ["--checkpoint"]),
+                           (("training.epochs=0.01",), ["no full batch of 8"]),
+                           (("data.expected_puzzles=1000",), ["has 80 training puzzles"])]:
+            with self.subTest(args=args):
+                self.user_mistake(*args, says=says)
+        self.assertFalse((self.folder / "runs" / "tiny").exists())
+
+    def test_missing_configuration(self):
+        done = subprocess.run([sys.executable, "train_tpu.py", "--config", "configs/e1_11.yaml"], cwd=ROOT, text=True, capture_output=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("did you mean configs/e1_1.yaml?", done.stderr)
+
+    def test_datasets(self):
+        self.user_mistake(f"data.dataset_path={self.folder / 'nowhere'}", says=["there is no train split", "build_sudoku_dataset.py"])
+        damaged = self.folder / "damaged"
+        shutil.copytree(self.folder / "data", damaged)
+        file = damaged / "test" / "all__labels.npy"
+        file.write_bytes(file.read_bytes()[:200])
+        self.user_mistake(f"data.dataset_path={damaged}", says=[str(damaged), "split test", "is damaged"])
+        self.assertFalse((self.folder / "runs" / "tiny").exists())
+
+    def test_checkpoints_of_another_model_and_none_at_all(self):
+        self.user_mistake("--eval_only", says=["--checkpoint latest: there is no such checkpoint", "train first"])
+        self.user_mistake("--eval_only", "--checkpoint", "nowhere.pt", says=["nowhere.pt: there is no such checkpoint"])
+        self.train("--run_name", "mine", "--max_steps", "1")
+        file = str(self.checkpoint("mine", 1))
+        for flags in (("--run_name", "other", "--init_from", file), ("--run_name", "other", "--eval_only", "--checkpoint", file)):
+            self.user_mistake(*flags, "model.hidden_size=64", "model.puzzle_emb_ndim=64", says=["do not fit the model", "lm_head.weight is [6, 32], here [6, 64]"])
+        self.assertFalse((self.folder / "runs" / "other").exists())
+
+    def test_a_loss_that_is_not_finite_ends_the_run(self):
+        output = self.user_mistake("--run_name", "nan", driver=("-c", NAN_DRIVER, "12"), says=["step 12:", "not finite", "checkpoint_step_7.pt", "training.lr"])
+        self.assertNotIn("finished", output)
+        self.assertTrue(all(r["step"] <= 10 for r in self.records("nan")))
+        self.assertEqual(sorted(p.name for p in self.checkpoint("nan", 7).parent.iterdir()), ["checkpoint_step_7.json", "checkpoint_step_7.pt"])
+
+    def test_no_space_for_a_checkpoint(self):
+        """A limit on the size of files stands in for a full disk: both make the write fail, in the real process."""
+        output = self.user_mistake("--run_name", "full", says=["checkpoint_step_7.pt: the checkpoint could not be written", "free some space"],
+                                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+        self.assertIn("there is no checkpoint yet", output)
+        self.assertEqual(list(self.checkpoint("full", 7).parent.iterdir()), [])
+        self.assertIn("begins: to step 60", self.train("--run_name", "full"))
+
+    def test_devices_that_are_not_here(self):
+        if not torch.cuda.is_available():
+            self.user_mistake("device=cuda", says=["device = 'cuda'", "use device=cpu"])
+        hidden = "import sys; sys.modules['torch_xla'] = None\nimport importlib.util\nimportlib.util.find_spec = lambda name, find=importlib.util.find_spec: None if name == 'torch_xla' else find(name)\n"
+        script = hidden + "sys.argv[0] = 'train_tpu.py'\nimport train_tpu, utils\nutils.run_cli(train_tpu.main)\n"
+        self.user_mistake("device=xla_cpu", driver=("-c", script), says=["device = 'xla_cpu'", "torch_xla is not installed"])
+        self.assertIn("device cpu", self.train("--run_name", "without_xla", "--max_steps", "1", "device=auto" if not torch.cuda.is_available() else "device=cpu", driver=("-c", script)))
+
+
+class Solving(CommandTest):
+    """analysis/solve.py on a checkpoint of the command's."""
+
+    def solve(self, *args, status=0):
+        done = subprocess.run([sys.executable, "analysis/solve.py", *args], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        self.assertEqual(done.returncode, status, done.stdout)
+        self.assertNotIn("Traceback", done.stdout)
+        return done.stdout
+
+    def test_puzzles(self):
+        self.train("--run_name", "solver", "--max_steps", "20")
+        run, puzzle = str(self.folder / "runs" / "solver"), "12..34..21434321"
+        for checkpoint in (run, str(self.checkpoint("solver", 20))):
+            output = self.solve("--checkpoint", checkpoint, puzzle)
+            self.assertIn("checkpoint_step_20.pt", output)
+            self.assertIn(f"puzzle     {puzzle}  (12 clues)", output)
+            self.assertEqual(output.count("\nsupervision step "), 3)
+            self.assertRegex(output, r"\n(solved|not solved): [1-4.]{16}")
+        held_out = [self.solve("--checkpoint", run, *flags).splitlines()[1] for flags in ((), ("--example", "0"), ("--example", "1"))]
+        self.assertNotEqual(held_out[1], held_out[2])
+        self.assertIn("(5 clues)", held_out[0])         # one with the fewest
+        for text, says in (("11..............", "conflict"), ("." * 16, "more than one solution"), ("123...4.........", "no solution"), (puzzle + "1", "17 cells"),
+                           ("12..34..2143432x", "'x' at position 16"), ("." * 81, "this checkpoint solves 4x4 grids")):
+            self.assertIn(says, self.solve("--checkpoint", run, text, status=2), text)
+        self.assertIn("has puzzles 0 to 49", self.solve("--checkpoint", run, "--example", "50", status=2))
+        self.assertIn("there is no such checkpoint", self.solve("--checkpoint", "nowhere.pt", puzzle, status=2))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,155 @@
+"""Runs that are killed and started again: nothing is lost but time, and the training is the same bit by bit."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+import torch
+
+from checkpoint_manager import load_checkpoint
+from tests.helpers import ROOT, CommandTest
+
+# the real command, which kills itself with SIGKILL at the count-th time that it comes to a point
+DRIVER = """
+import io, os, signal, sys
+point, count = sys.argv[1], int(sys.argv[2])
+sys.argv = ["train_tpu.py", *sys.argv[3:]]
+import torch, checkpoint_manager, metrics_logger, train_tpu, utils
+
+def arrive():
+    global count
+    count -= 1
+    return count == 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name):
+    original = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        if arrive():
+            die()
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+def half_a_file(state, file, save=torch.save):
+    content = io.BytesIO()
+    save(state, content)
+    file.write(content.getvalue()[:len(content.getvalue()) // (2 if arrive() else 1)])
+    file.flush()
+    if count == 0:
+        die()
+
+def half_a_line(self, record, log=metrics_logger.MetricsLogger.log):
+    if arrive():
+        self.file.write('{"step": %d, "split": "tr' % record["step"])
+        self.file.flush()
+        die()
+    log(self, record)
+
+if point == "step":
+    before(train_tpu, "train_step")
+elif point == "half a payload":
+    checkpoint_manager.torch.save = half_a_file
+elif point == "between payload and marker":
+    before(checkpoint_manager.CheckpointManager, "_mark")
+elif point == "in evaluation":
+    before(train_tpu, "evaluate")
+elif point == "half a record":
+    metrics_logger.MetricsLogger.log = half_a_line
+elif point == "before the final evaluation counts":
+    before(checkpoint_manager.CheckpointManager, "add_metrics")
+utils.run_cli(train_tpu.main)
+"""
+
+
+class ResumeTest(CommandTest):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls().train("--run_name", "unbroken")
+        cls.last = load_checkpoint(cls().checkpoint("unbroken", 60))
+
+    def same_as_unbroken(self, run_name):
+        self.same_content(load_checkpoint(self.checkpoint(run_name, 60)), self.last)
+        self.assertEqual(self.records(run_name), self.records("unbroken"))
+        markers = [json.loads(self.checkpoint(name, 60).with_suffix(".json").read_text())["metrics"] for name in (run_name, "unbroken")]
+        self.assertEqual(*markers)
+
+    def test_unbroken_run_records_every_step_once(self):
+        records = self.records("unbroken")
+        self.assertEqual([r["step"] for r in records if r["split"] == "train"], list(range(5, 61, 5)))
+        self.assertEqual([(r["step"], r["weights"], r["count"]) for r in records if r["split"] == "test"],
+                         [(20, "ema", 20), (40, "ema", 20), (60, "ema", 20), (60, "ema", 50), (60, "raw", 50)])
+
+    def test_killed_at_every_kind_of_moment(self):
+        moments = [("step", 1), ("half a payload", 1), ("step", 9), ("half a record", 3), ("between payload and marker", 2),
+                   ("in evaluation", 1), ("half a payload", 2), ("step", 17), ("in evaluation", 3), ("before the final evaluation counts", 1)]
+        for point, count in moments:
+            output = self.train("--run_name", "killed", status=-signal.SIGKILL, driver=("-c", DRIVER, point, str(count)))
+            self.assertNotIn("Traceback", output, point)
+        self.train("--run_name", "killed")
+        self.same_as_unbroken("killed")
+
+    def test_killed_from_outside(self):
+        """By SIGKILL from another process, each time soon after so many records are there."""
+        metrics = self.folder / "runs" / "outside" / "metrics.jsonl"
+        for lines in (1, 4, 8, 11):
+            process = subprocess.Popen([sys.executable, "train_tpu.py", "--config", str(self.config), "--run_name", "outside"], cwd=ROOT,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+                time.sleep(0.002)
+            process.kill()
+            self.assertEqual(process.wait(60), -signal.SIGKILL, lines)
+        self.train("--run_name", "outside")
+        self.same_as_unbroken("outside")
+
+    def test_damaged_newest_checkpoint_is_passed_over(self):
+        for name, damage in (("cut", lambda content: content[:len(content) // 2]),
+                             ("flipped", lambda content: content[:5000] + bytes(b ^ 255 for b in content[5000:5100]) + content[5100:])):
+            self.train("--run_name", name, "--max_steps", "35")
+            newest = self.checkpoint(name, 35)
+            newest.write_bytes(damage(newest.read_bytes()))
+            output = self.train("--run_name", name)
+            self.assertRegex(output, rf"warning: .*{newest.name} is passed over")
+            self.assertIn("goes on after step 28", output)
+            self.same_as_unbroken(name)
+
+    def test_max_steps_then_on_and_finished(self):
+        self.assertIn("stopped by --max_steps", self.train("--run_name", "short", "--max_steps", "23"))
+        self.assertTrue(self.checkpoint("short", 23).with_suffix(".json").exists())
+        self.train("--run_name", "short")
+        # a record is due at the last step, so step 23 has one of its own and the interval after it is shorter
+        self.same_content(load_checkpoint(self.checkpoint("short", 60)), self.last)
+        self.assertEqual([r["step"] for r in self.records("short") if r["split"] == "train"], [5, 10, 15, 20, 23, *range(25, 61, 5)])
+        before = {p: p.stat().st_mtime_ns for p in (self.folder / "runs" / "short").rglob("*") if p.is_file()}
+        self.assertIn("has done step 60 of 60 already", self.train("--run_name", "short"))
+        self.assertEqual({p: p.stat().st_mtime_ns for p in (self.folder / "runs" / "short").rglob("*") if p.is_file()}, before)
+
+    def test_another_training_does_not_resume(self):
+        self.train("--run_name", "fixed", "--max_steps", "2")
+        self.user_mistake("--run_name", "fixed", "training.lr=0.5", says=["training.lr 0.01 -> 0.5", "--run_name"])
+        self.user_mistake("--run_name", "fixed", "model.L_layers=1", says=["model.L_layers 2 -> 1"])
+        shutil.copytree(self.folder / "data", self.folder / "moved", dirs_exist_ok=True)
+        self.train("--run_name", "fixed", "--max_steps", "4", "logging.interval_steps=1", "evaluation.batch_size=5", "checkpoint.keep_last_n=1",
+                   f"data.dataset_path={self.folder / 'moved'}")
+        subprocess.run([sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", "4", "--num_train", "90", "--num_test", "50", "--seed", "1",
+                        "--output_dir", str(self.folder / "other")], cwd=ROOT, check=True, capture_output=True, timeout=120)
+        self.user_mistake("--run_name", "fixed", f"data.dataset_path={self.folder / 'other'}", says=["not those this run began with"])
+
+    def test_best_and_last_n_are_kept(self):
+        markers = sorted((self.folder / "runs" / "unbroken" / "checkpoints").glob("*.json"), key=lambda p: int(p.stem.split("_")[-1]))
+        content = [json.loads(p.read_text()) for p in markers]
+        self.assertEqual([m["step"] for m in content][-3:], [49, 56, 60])
+        scored = {r["step"]: r["exact_accuracy"] for r in self.records("unbroken") if r["split"] == "test" and r["count"] == 20}
+        best = max(scored, key=lambda step: (scored[step], step))
+        self.assertIn(best, [m["step"] for m in content])
+        self.assertLessEqual(len(content), 4)
+        self.assertTrue(all(torch.isfinite(t).all() for t in self.last["model"].values()))
+
+
+if __name__ == "__main__":
+    unittest.main()
