@@ -62,13 +62,20 @@ class PuzzleEmbeddingSGD:
         self.weights, self.weight_decay = weights, weight_decay
 
     @torch.no_grad()
-    def step(self, puzzle_identifiers, row_grads, lr):
-        """puzzle_identifiers: [B] integers; row_grads: [B, E] float32; lr: float or scalar tensor."""
+    def row_sums(self, puzzle_identifiers, row_grads):
+        """(gradient of each row [N, E], occurrences of each row [N]), float32: what is summed over the workers.
+
+        puzzle_identifiers: [B] integers; row_grads: [B, E] float32. A product with a one-hot matrix, no scatter.
+        """
         ids = torch.arange(len(self.weights), device=self.weights.device)
-        occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)     # [N, B]: a product, no scatter
-        seen = occurs.amax(1, keepdim=True) > 0
-        updated = self.weights * (1 - lr * self.weight_decay) - lr * torch.sign(occurs @ row_grads)
-        self.weights.copy_(torch.where(seen, updated, self.weights))
+        occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)     # [N, B]
+        return occurs @ row_grads, occurs.sum(1)
+
+    @torch.no_grad()
+    def step(self, grads, occurrences, lr):
+        """grads, occurrences: sums of `row_sums` over the global batch; lr: float or scalar tensor."""
+        updated = self.weights * (1 - lr * self.weight_decay) - lr * torch.sign(grads)
+        self.weights.copy_(torch.where((occurrences > 0).unsqueeze(1), updated, self.weights))
 
 
 def lr_at(step, base, warmup_steps, total_steps, min_ratio):

@@ -181,17 +181,19 @@ def create_dataloader_tpu(dataset, config, rank=0, world_size=1):
                        config.data.prefetch_batches, rank, world_size)
 
 
-def evaluation_batches(dataset, batch_size, max_examples=None):
-    """Every example once, in batches of one fixed shape.
+def evaluation_batches(dataset, batch_size, max_examples=None, rank=0, world_size=1):
+    """One worker's share of the examples, every one in exactly one share, in as many batches on each worker.
 
-    Yields (batch, rows): a batch like the loader's, its last rows pads where examples run out, and the example
-    numbers [<= batch_size] of its real rows. max_examples: a random subset, the same at every call.
+    Yields (batch, rows): a batch of one fixed shape like the loader's, its last rows pads where examples run out, and the
+    example numbers [<= batch_size] of its real rows. max_examples: a random subset, the same at every call.
     """
     chosen = np.arange(len(dataset))
     if max_examples is not None and max_examples < len(dataset):
         chosen = np.sort(random_stream(0, STREAM_EVAL_SUBSET, 0).permutation(len(dataset))[:max_examples])
-    for start in range(0, len(chosen), batch_size):
-        rows = chosen[start:start + batch_size]
+    share = math.ceil(len(chosen) / world_size)
+    ours = chosen[rank * share:(rank + 1) * share]
+    for start in range(0, share, batch_size):
+        rows = ours[start:start + batch_size]
         missing = batch_size - len(rows)
         yield {"inputs": np.pad(dataset.inputs[rows], ((0, missing), (0, 0))),
                "labels": np.pad(dataset.labels[rows], ((0, missing), (0, 0))),

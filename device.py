@@ -1,51 +1,198 @@
-"""The device a worker computes on, behind one small class: the training loop reads the same on all of them."""
+"""The device a worker computes on and its fellow workers, behind one small class: the training loop reads as if
+there were one device.
+
+Two kinds of collectives. `all_reduce` sums tensors on their device (XLA, nccl or gloo) and is part of the training
+step. Everything else passes host memory between the hosts over gloo, whatever the device: on XLA a collective in a
+graph that not all replicas run alike would hang the slice.
+"""
+import contextlib
+import datetime
 import glob
 import importlib.util
 import os
+import sys
 import time
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from utils import UserError
+from utils import RunFailure, UserError
 
 # dense bfloat16 FLOP/s of the data sheets; any other device is measured when the run starts
 PEAK_FLOPS = {"tpu v4": 275e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
+LOST_SECONDS = 300              # without a word from a fellow worker; more than any of them takes on its own
+
+
+def resolve_device(name):
+    """"auto" as "tpu", "cuda" or "cpu", the first that is here; any other name as it is. Starts no device.
+    Raises UserError where it needs torch_xla and that is not installed."""
+    has_xla = importlib.util.find_spec("torch_xla") is not None
+    if name in ("tpu", "xla_cpu") and not has_xla:
+        raise UserError(f"device = {name!r}: torch_xla is not installed: pip install -r requirements.txt, or use device=cpu or cuda")
+    if name != "auto":
+        return name
+    on_tpu_vm = glob.glob("/dev/accel[0-9]*") and has_xla
+    return "tpu" if on_tpu_vm else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Device:
-    """One worker's device.
+    """One worker's device; rank and world_size say which worker of how many.
 
     name: "auto" (TPU, then CUDA, then CPU), "tpu", "xla_cpu", "cuda" or "cpu". torch_xla is imported for tpu and
-    xla_cpu only. Raises UserError where the device is not to be had.
+    xla_cpu only. Joins the other workers of the run (see workers.py) and waits for them.
+    Raises UserError where the device is not to be had, RunFailure where a worker does not come.
     """
 
-    rank, world_size = 0, 1
-
     def __init__(self, name):
-        if name == "auto":
-            on_tpu_vm = glob.glob("/dev/accel[0-9]*") and importlib.util.find_spec("torch_xla")
-            name = "tpu" if on_tpu_vm else "cuda" if torch.cuda.is_available() else "cpu"
-        self.name, self.is_xla = name, name in ("tpu", "xla_cpu")
+        self.name = name = resolve_device(name)
+        self.is_xla = name in ("tpu", "xla_cpu")
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.is_xla:
             self._start_xla()
-        elif name == "cuda" and not torch.cuda.is_available():
-            raise UserError("device = 'cuda': PyTorch sees no CUDA device here: use device=cpu, or install a CUDA build and its driver")
+        elif name == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError("device = 'cuda': PyTorch sees no CUDA device here: use device=cpu, or install a CUDA build and its driver")
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"training.num_workers: this host has {torch.cuda.device_count()} CUDA device(s), one for each worker: start fewer workers")
+            self.torch = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.torch)
         else:
             self.torch = torch.device(name)
+            if self.world_size > 1:     # workers of one host share its cores
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
+        if self.world_size > 1:
+            self._join()
 
     def _start_xla(self):
-        if importlib.util.find_spec("torch_xla") is None:
-            raise UserError(f"device = {self.name!r}: torch_xla is not installed: pip install -r requirements.txt, or use device=cpu or cuda")
         os.environ["PJRT_DEVICE"] = "TPU" if self.name == "tpu" else "CPU"
         import torch_xla
+        import torch_xla.core.xla_model
         import torch_xla.debug.metrics
+        import torch_xla.runtime
         self._xla = torch_xla
         try:
             self.torch = torch_xla.device()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"device = {self.name!r}: no such device here ({reason}): run on a TPU VM, or use device=cpu") from None
+        self.rank, self.world_size = torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
 
+    def _join(self):
+        if self.name == "tpu" and "MASTER_ADDR" not in os.environ:
+            from torch_xla._internal.tpu import discover_master_worker_ip
+            os.environ["MASTER_ADDR"] = discover_master_worker_ip()
+        os.environ.setdefault("MASTER_PORT", "29500")
+        backend = "cpu:gloo,cuda:nccl" if self.name == "cuda" else "gloo"
+        with _stdout_closed():      # gloo prints a line from each worker
+            self._collective(lambda: dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
+                                                             timeout=datetime.timedelta(seconds=LOST_SECONDS)))
+
+    def leave(self):
+        """Wait for the fellow workers, then part from them: nobody takes its connections away while rank 0 still works."""
+        if self.world_size > 1:
+            self._collective(dist.barrier)
+            dist.destroy_process_group()
+
+    # ----- fellow workers -----
+    def _collective(self, operation):
+        """operation(), in which a worker that is gone is a RunFailure."""
+        try:
+            return operation()
+        except (RuntimeError, ValueError) as error:     # gloo, nccl and the store raise these
+            reason = str(error).strip().splitlines()[0][:200]
+            raise RunFailure(f"worker {self.rank}: another worker is gone or does not answer ({reason}): "
+                             "run the same command again, it goes on from the last checkpoint") from None
+
+    def all_reduce(self, tensors):
+        """Sums over the workers of a list of float32 tensors on the device, as a list: one collective for all.
+
+        Nothing is gained by starting earlier, with part of the gradients: every weight is used until the end of the
+        backward pass.
+        """
+        if self.world_size == 1:
+            return tensors
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        if self.is_xla:
+            flat = self._xla.core.xla_model.all_reduce(self._xla.core.xla_model.REDUCE_SUM, flat)
+        else:
+            self._collective(lambda: dist.all_reduce(flat))
+        return [part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)]
+
+    def gather(self, tensors):
+        """[[tensor of worker 0, of worker 1, ...] for each of a list of CPU tensors] on rank 0, None elsewhere; the
+        shapes must be the same on every worker."""
+        if self.world_size == 1:
+            return [[tensor] for tensor in tensors]
+        ours = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+        flat = torch.cat(ours)
+        received = [torch.empty_like(flat) for _ in range(self.world_size)] if self.rank == 0 else None
+        self._collective(lambda: dist.gather(flat, received, dst=0))
+        if self.rank:
+            return None
+        pieces = [worker.split([len(part) for part in ours]) for worker in received]
+        return [[worker[k].clone().view(tensor.dtype).view(tensor.shape) for worker in pieces] for k, tensor in enumerate(tensors)]
+
+    def broadcast_bytes(self, data):
+        """The bytes (or None) that rank 0 gives, on every worker."""
+        if self.world_size == 1:
+            return data
+        length = torch.tensor([-1 if data is None else len(data)])
+        self._collective(lambda: dist.broadcast(length, src=0))
+        if length < 0:
+            return None
+        buffer = torch.from_numpy(np.frombuffer(data, np.uint8).copy()) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+        self._collective(lambda: dist.broadcast(buffer, src=0))
+        return buffer.numpy().tobytes()
+
+    def broadcast_parameters(self, module):
+        """Give `module` of every worker the parameters (float32) that it has on rank 0."""
+        if self.world_size == 1:
+            return
+        params = list(module.parameters())
+        flat = torch.cat([tensor.flatten() for tensor in self.fetch(params)])
+        self._collective(lambda: dist.broadcast(flat, src=0))
+        if self.rank:
+            for param, part in zip(params, flat.split([p.numel() for p in params])):
+                # new device data and no copy_: that would be an operation of the next step's graph, on this replica alone
+                param.data = self.put(part.view(param.shape).clone())
+
+    def on_all(self, function):
+        """function() of this worker, once it has succeeded on every one. A UserError of any ends them all; it is said once."""
+        result, mistake = None, None
+        try:
+            result = function()
+        except UserError as error:
+            if self.world_size == 1:
+                raise
+            mistake = str(error)
+        if self.world_size > 1:
+            mistakes = [None] * self.world_size
+            self._collective(lambda: dist.all_gather_object(mistakes, mistake))
+            said = [text for text in mistakes if text is not None]
+            if said and self.rank == 0:
+                raise UserError(said[0])
+            if said:
+                sys.exit(2)
+        return result
+
+    def start_vote(self, votes):
+        """Begin to sum `votes` (CPU integers) over the workers, in place; returns what to wait() for."""
+        return self._collective(lambda: dist.all_reduce(votes, async_op=True))
+
+    def wait_for_vote(self, work):
+        """Return when the sum that start_vote began is there."""
+        self._collective(work.wait)
+
+    def second_store(self):
+        """A connection of its own to the run's key-value store, for a thread; None with one worker."""
+        if self.world_size == 1:
+            return None
+        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return dist.PrefixStore(f"preemption/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", client)
+
+    # ----- tensors and programs -----
     def put(self, tree):
         """Copy CPU tensors and numpy arrays (also in dicts, lists and named tuples) to the device."""
         def copy(leaf):
@@ -102,6 +249,20 @@ class Device:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return 2 * size ** 3 / min(seconds), "a bfloat16 matrix product, measured here"
+
+
+@contextlib.contextmanager
+def _stdout_closed():
+    """What C++ code prints to file descriptor 1 in the block goes nowhere."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def tree_map(function, tree):

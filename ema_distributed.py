@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights."""
+"""Exponential moving average of the trained weights, on one worker or on all."""
 import copy
 
 import torch
@@ -7,12 +7,15 @@ import torch
 class EMADistributed:
     """shadow = rate * shadow + (1 - rate) * weight after each optimizer step, no bias correction.
 
-    `module` is a second model with the averaged weights, ready to evaluate. It shares the buffers of the trained
-    model (H_init, L_init, puzzle embedding), which are not averaged. Make it before the model goes to its device.
+    `module` is a second model with the averaged weights. It shares the buffers of the trained model (H_init, L_init,
+    puzzle embedding), which are not averaged. Make it before the model goes to its device.
+
+    strategy: "every_worker" keeps the average on all of them, as part of the training step: nothing is sent. "rank0"
+    keeps it there alone and sends it when it is evaluated. Both give the same numbers.
     """
 
-    def __init__(self, model, rate):
-        self.rate = rate
+    def __init__(self, model, rate, device, strategy="every_worker"):
+        self.rate, self.device, self.strategy = rate, device, strategy
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.share_buffers(model)
 
@@ -24,4 +27,15 @@ class EMADistributed:
     @torch.no_grad()
     def update(self, model):
         """Take in the model's present weights (float32, on the same device)."""
+        if self.strategy == "rank0":
+            # on XLA a program of its own: replicas whose step programs differ would hang in the step's all-reduce
+            self.device.end_step()
+            if self.device.rank:
+                return
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - self.rate)
+
+    def ready_module(self):
+        """`module` with the average on every worker; all of them must call it."""
+        if self.strategy == "rank0":
+            self.device.broadcast_parameters(self.module)
+        return self.module

@@ -73,6 +73,25 @@ class MetricsLogger:
             self.bar.close()
 
 
+class SilentLogger:
+    """What the other workers have in place of a MetricsLogger."""
+
+    def log(self, record):
+        pass
+
+    def say(self, text):
+        pass
+
+    def advance(self, step):
+        pass
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
 def console_line(record):
     """One line of text for a record."""
     if record["split"] == "train":

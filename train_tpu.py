@@ -9,26 +9,29 @@ The same command again goes on where the run stopped.
 """
 import argparse
 import dataclasses
-import json
+import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import preemption
 import trm_model
 import utils
+import workers
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at, new_state
-from checkpoint_manager import CheckpointManager, load_checkpoint
-from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu, evaluation_batches
+from checkpoint_manager import fetch_file, load_checkpoint
+from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
+from dataset_cache import local_dataset
 from device import Device
 from ema_distributed import EMADistributed
-from metrics_logger import MetricsLogger, console_line
+from evaluation import evaluate, write_eval_json
+from metrics_logger import MetricsLogger, SilentLogger, console_line
+from run_folder import RunFolder, open_checkpoints, run_url
+from storage import cache_folder, join, open_folder
 from trm_model import METRIC_KEYS, Carry
-from utils import UserError
-
-RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)     # lower edges of the rating buckets
+from utils import RunFailure, UserError
 
 
 def parse_args():
@@ -38,6 +41,7 @@ def parse_args():
     parser.add_argument("--run_name", help="folder under logging.output_dir (default: the configuration's name)")
     parser.add_argument("--max_steps", type=int, metavar="N", help="stop after step N of the run, with a checkpoint")
     parser.add_argument("--init_from", metavar="FILE", help="start from these weights (the original's or this kit's)")
+    parser.add_argument("--take_over", action="store_true", help="train even though another process holds the run; that one ends")
     parser.add_argument("--eval_only", action="store_true", help="evaluate --checkpoint on the test split, write eval.json")
     parser.add_argument("--checkpoint", metavar="latest|best|FILE", help="what --eval_only evaluates (default: latest)")
     parser.add_argument("--print_config", action="store_true", help="print what would run, and stop")
@@ -60,21 +64,28 @@ def main():
     if args.print_config:
         print_config(config)
     elif args.eval_only:
-        evaluate_only(config, args)
+        return workers.launch(evaluate_only, config, args)
     else:
-        train_worker(0, config, args)
+        return workers.launch(train_worker, config, args)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The parts of a run
 # ---------------------------------------------------------------------------------------------------------
 def load_dataset(config, split):
-    dataset = SudokuDatasetTPU(config.data.dataset_path, split)
+    dataset = SudokuDatasetTPU(local_dataset(config.data.dataset_path), split)
     expected = config.data.expected_puzzles
     if split == "train" and expected not in (None, dataset.num_puzzles):
         raise UserError(f"data.expected_puzzles = {expected}: {config.data.dataset_path} has {dataset.num_puzzles} training puzzles: "
                         "build the dataset that this configuration is planned for, or change data.expected_puzzles")
     return dataset
+
+
+def load_datasets(config):
+    """{split: dataset} of what a training needs; raises UserError where a split or enough training puzzles are missing."""
+    datasets = {split: load_dataset(config, split) for split in ("train", config.evaluation.split, "test")}
+    check_schedule(config, datasets["train"].num_puzzles)
+    return datasets
 
 
 def create_model(config, dataset):
@@ -112,9 +123,9 @@ class Run:
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
         elif init_from:
-            load_initial_weights(self.model, init_from)
+            load_initial_weights(self.model, init_from, device.rank)
         # a deep copy on the CPU: one made on XLA would be part of the first step's graph, and of no other's
-        self.ema = EMADistributed(self.model, config.training.ema_rate) if config.training.ema else None
+        self.ema = EMADistributed(self.model, config.training.ema_rate, device, config.training.ema_strategy) if config.training.ema else None
         if checkpoint and self.ema:
             trm_model.load_named_state(self.ema.module, checkpoint["ema"], "checkpoint")
         self.model.to(device.torch)
@@ -125,12 +136,13 @@ class Run:
         self.step, self.train_seconds = 0, 0.0
         self.total_steps = utils.total_steps(config, dataset.num_puzzles)
         self.start_interval()
-        carry = self.model.empty_carry(config.training.global_batch_size // device.world_size)
+        carry = self.model.empty_carry(local_batch_size(config, device))
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.loader.load_state_dict(checkpoint["loader"])
             torch.set_rng_state(checkpoint["generator"])
-            carry, self.totals = Carry(**checkpoint["carry"]), device.put(checkpoint["totals"])
+            carry = Carry(**{name: tensor[self.loader.mine] for name, tensor in checkpoint["carry"].items()})
+            self.totals = device.put(checkpoint["totals"])
             for name in ("step", "train_seconds", "interval_steps", "interval_seconds"):
                 setattr(self, name, checkpoint[name])
         self.carry = device.put(carry)
@@ -142,35 +154,50 @@ class Run:
         self.interval_steps, self.interval_seconds = 0, 0.0
 
     def state_dict(self):
-        """All of it on the CPU, as tensors and plain data."""
+        """All of it on the CPU, as tensors and plain data, the same whatever the number of workers; on rank 0 (None on the
+        others, all of which must call it: each has its slots of the carry)."""
+        carry = self.device.gather(list(self.device.fetch(self.carry)))
+        if carry is None:
+            return None
         return self.device.fetch({
             "step": self.step, "model": trm_model.named_state(self.model),
             "ema": trm_model.named_state(self.ema.module) if self.ema else None, "optimizer": self.optimizer.state_dict(),
-            "carry": self.carry._asdict(), "loader": self.loader.state_dict(), "generator": torch.get_rng_state(),
+            "carry": {name: torch.cat(parts) for name, parts in zip(Carry._fields, carry)},
+            "loader": self.loader.state_dict(), "generator": torch.get_rng_state(),
             "config": dataclasses.asdict(self.config), "totals": self.totals, "train_seconds": self.train_seconds,
             "interval_steps": self.interval_steps, "interval_seconds": self.interval_seconds})
 
 
-def load_initial_weights(model, path):
+def local_batch_size(config, device):
+    """Slots of one worker; raises UserError where the workers that are there cannot share the batch and its parts."""
+    batch, parts = config.training.global_batch_size, config.training.grad_accumulation_steps
+    if batch % (device.world_size * parts):
+        raise UserError(f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
+                        f"{device.world_size} x {parts}: this many workers have been started")
+    return batch // device.world_size
+
+
+def load_initial_weights(model, path, rank):
     """Load weights from a file of the original or of this kit; says what had no place."""
-    content = load_checkpoint(path)
+    content = load_checkpoint(fetch_file(path, cache_folder()))
     state = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
     if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
         raise UserError(f"--init_from {path}: holds no state dict")
     notes = trm_model.load_named_state(model, state, f"--init_from {path}")
-    print(f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes))
+    if rank == 0:
+        print(f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes), flush=True)
 
 
-def check_same_run(config, checkpoint, run_dir):
+def check_same_run(config, checkpoint, run_name):
     """A resumed run must be the same training; raises UserError naming what changed."""
-    free = {"data.dataset_path", "data.prefetch_batches", "training.compile"}
+    free = {"data.dataset_path", "data.prefetch_batches", "training.compile", "training.num_workers", "training.ema_strategy"}
     changed = []
     for section in ("model", "data", "training"):
         now = dataclasses.asdict(getattr(config, section))
         changed += [f"{section}.{key} {checkpoint['config'][section].get(key)!r} -> {value!r}" for key, value in now.items()
                     if checkpoint["config"][section].get(key) != value and f"{section}.{key}" not in free]
     if changed:
-        raise UserError(f"{run_dir} was begun with another configuration ({'; '.join(changed)}): "
+        raise UserError(f"{run_name} was begun with another configuration ({'; '.join(changed)}): "
                         "give this one its own --run_name, or restore the old values to go on")
 
 
@@ -178,7 +205,7 @@ def check_same_run(config, checkpoint, run_dir):
 # One training step
 # ---------------------------------------------------------------------------------------------------------
 def train_step(run, batch, forward):
-    """Forward, backward and update on one batch: one XLA graph, and no host sync.
+    """Forward, backward and update on this worker's part of a batch: one XLA graph, one all-reduce, no host sync.
 
     batch: on the device; the loader's, with min_halt_steps [B] and scalars = (lr, puzzle_emb_lr, step) float32.
     forward: trm_model.act_step, compiled or not.
@@ -200,6 +227,10 @@ def train_step(run, batch, forward):
     run.carry = carries[0] if parts == 1 else Carry(*(torch.cat(tensors) for tensors in zip(*carries)))
 
     params = list(model.parameters())
+    row_sums = () if rows is None else run.puzzle_optimizer.row_sums(run.carry.puzzle_identifiers, torch.cat(row_grads))
+    metrics, *summed = run.device.all_reduce([metrics, *(p.grad for p in params), *row_sums])
+    for p, grad in zip(params, summed):
+        p.grad = grad
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     if training.grad_clip_norm:
         torch.nn.utils.clip_grads_with_norm_(params, training.grad_clip_norm, grad_norm)
@@ -207,14 +238,14 @@ def train_step(run, batch, forward):
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if rows is not None:
-        run.puzzle_optimizer.step(run.carry.puzzle_identifiers, torch.cat(row_grads), puzzle_emb_lr)
-    if run.ema:
-        run.ema.update(model)
+        run.puzzle_optimizer.step(*summed[len(params):], puzzle_emb_lr)
 
     sums = torch.cat((metrics, grad_norm.float().view(1)))
     first_bad = run.totals[-1]
     first_bad = torch.where((first_bad == 0) & ~torch.isfinite(sums).all(), step, first_bad)
     run.totals = torch.cat((run.totals[:-1] + sums, first_bad.view(1)))
+    if run.ema:
+        run.ema.update(model)
 
 
 def host_batch(run, batch):
@@ -229,68 +260,125 @@ def host_batch(run, batch):
 # Training
 # ---------------------------------------------------------------------------------------------------------
 def train_worker(rank, config, args):
-    """Train one worker from its newest checkpoint, or from the start, to the last step; evaluate on the way."""
-    # ----- data, device, state -----
-    datasets = {split: load_dataset(config, split) for split in {"train", config.evaluation.split, "test"}}
-    num_puzzles = datasets["train"].num_puzzles
+    """Train one worker from the newest checkpoint, or from the start, to the last step; evaluate on the way.
+    Returns the exit status, 143 after SIGTERM."""
+    files = preempted = None
+    try:
+        device = Device(config.device)
+        datasets = device.on_all(lambda: load_datasets(config))
+        files = device.on_all(lambda: RunFolder(config, args.run_name, args.take_over) if rank == 0 else None)
+        preempted = preemption.Preemption(device, *((files.hurry, files.leave) if files else (lambda: None, lambda: True)))
+        return train(config, args, device, datasets, files, preempted)
+    except RunFailure:
+        time.sleep(1)       # for news of a SIGTERM: that a fellow worker left because of it is no failure
+        if preemption.requested():
+            return preemption.EXIT_STATUS
+        first = preempted and preempted.first_failure(1)
+        if first:           # which has said what there is to say
+            sys.exit(first)
+        raise
+    except Exception as error:
+        if preempted:
+            preempted.first_failure(2 if isinstance(error, UserError) else 1)
+        raise
+    finally:
+        if preempted:
+            preempted.close()
+        if files:
+            files.leave()
+
+
+def train(config, args, device, datasets, files, preempted):
+    """The training of one worker. files: RunFolder on rank 0, None on the others. Returns the exit status."""
+    # ----- state -----
+    num_puzzles, url = datasets["train"].num_puzzles, run_url(config, args.run_name)
     total, eval_interval = check_schedule(config, num_puzzles)
     last = min(total, args.max_steps or total)
-    run_dir = Path(config.logging.output_dir) / args.run_name
-    checkpoints = CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_last_n)
-    checkpoint = checkpoints.load_latest()
+    checkpoint = device.broadcast_bytes(device.on_all(lambda: files.checkpoints.load_latest() if files else None))
     if checkpoint:
-        check_same_run(config, checkpoint, run_dir)
-    device = Device(config.device)
-    run = Run(config, device, datasets["train"], checkpoint, args.init_from)
-    evaluated = checkpoints.metrics(run.step) is not None
+        checkpoint = load_checkpoint(checkpoint)
+        device.on_all(lambda: check_same_run(config, checkpoint, url))
+    run = device.on_all(lambda: Run(config, device, datasets["train"], checkpoint, args.init_from))
+    evaluated = bool(device.broadcast_bytes(b"yes" if files and files.checkpoints.metrics(run.step) else None))
 
     def evaluation_due():
         return run.step > 0 and (run.step % eval_interval == 0 or run.step == total)
     if run.step >= last and (evaluated or not evaluation_due()):
-        print(f"{run_dir} has done step {run.step} of {total} already: {checkpoints.newest_text()}")
-        return
+        if files:
+            print(f"{url} has done step {run.step} of {total} already: {files.checkpoints.newest_text()}")
+        preempted.close()
+        device.leave()
+        return 0
 
     # ----- say what will happen -----
-    run_dir.mkdir(parents=True, exist_ok=True)
-    utils.replace_file(run_dir / "config.yaml", utils.config_yaml(config))
-    logger = MetricsLogger(run_dir, run.step, evaluated, last, config.logging.tensorboard)
-    peak = device.peak_flops()
-    logger.say(start_text(run, num_puzzles, last, eval_interval, run_dir, peak))
+    peak, logger = device.peak_flops(), SilentLogger()
+    if files:
+        files.prepare()
+        utils.replace_file(files.path / "config.yaml", utils.config_yaml(config))
+        logger = MetricsLogger(files.path, run.step, evaluated, last, config.logging.tensorboard)
+    logger.say(start_text(run, num_puzzles, last, eval_interval, url, peak))
     forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
 
     # ----- the loop -----
     batches = iter(run.loader)
     if evaluation_due() and not evaluated:      # the run was stopped between this step's checkpoint and its evaluation
-        evaluate_step(run, datasets, eval_forward, checkpoints, logger)
-    clock = time.perf_counter()
+        evaluate_step(run, datasets, eval_forward, files, logger)
+    clock = saved_at = time.monotonic()
     while run.step < last:
         batch = host_batch(run, next(batches))
         train_step(run, device.put(batch), forward)
         device.end_step()
         run.step += 1
         run.interval_steps += 1
+        preempted.nothing_to_lose = False
         logger.advance(run.step)
+        minutes = config.checkpoint.interval_minutes
+        stop, save = preempted.poll(run.step, bool(files and minutes and time.monotonic() - saved_at > 60 * minutes))
         log = run.step % config.logging.interval_steps == 0 or run.step == last
-        save = run.step % config.checkpoint.interval_steps == 0 or run.step == last or evaluation_due()
+        save = save or stop or run.step % config.checkpoint.interval_steps == 0 or run.step == last or evaluation_due()
         if not (log or save):
             continue
         totals = device.fetch(run.totals).tolist()          # waits for the device, so that the clock is right
-        seconds = time.perf_counter() - clock
+        seconds = time.monotonic() - clock
         run.train_seconds, run.interval_seconds = run.train_seconds + seconds, run.interval_seconds + seconds
-        stop_if_not_finite(totals, checkpoints)
+        stop_if_not_finite(totals, files)
+        if files:
+            files.lock.check()
         if log:
             logger.log(training_record(run, totals, float(batch["scalars"][0]), num_puzzles, peak[0]))
             run.start_interval()
         if save:
             logger.flush()
-            checkpoints.save(run.step, run.state_dict())
+            state = run.state_dict()
+            if files:
+                files.save(run.step, state)
+            saved_at = time.monotonic()
+            preempted.saved()
+        if stop:
+            break
         if evaluation_due():
-            evaluate_step(run, datasets, eval_forward, checkpoints, logger)
-        clock = time.perf_counter()
+            preempted.nothing_to_lose = True
+            evaluate_step(run, datasets, eval_forward, files, logger)
+        clock = time.monotonic()
+
+    # ----- the end -----
     batches.close()
-    logger.say(f"step {run.step} of {total}: {'finished' if run.step == total else 'stopped by --max_steps'}; "
-               f"{checkpoints.newest_text()}; records: {logger.path}")
     logger.close()
+    stopped = run.step < last
+    if stopped and files:
+        saved = files.leave()
+        logger.say(f"step {run.step} of {total}: stopped by SIGTERM" + (f"; {files.newest_text()}; records: {url}/metrics.jsonl" if saved else ""))
+    if stopped or not files:
+        preempted.close()
+    device.leave()      # the others need not wait for the last upload
+    if files and not stopped:
+        preempted.alone()
+        preempted.nothing_to_lose = True
+        files.close()
+        ending = "finished" if run.step == total else "stopped by --max_steps"
+        logger.say(f"step {run.step} of {total}: {ending}; {files.newest_text()}; records: {url}/metrics.jsonl")
+        preempted.close()
+    return preemption.EXIT_STATUS if stopped else 0
 
 
 def check_schedule(config, num_puzzles):
@@ -302,9 +390,12 @@ def check_schedule(config, num_puzzles):
     return total, utils.evaluation_interval_steps(config, num_puzzles)
 
 
-def stop_if_not_finite(totals, checkpoints):
+def stop_if_not_finite(totals, files):
     if totals[-1]:
-        raise UserError(f"step {int(totals[-1])}: the loss or a gradient is not finite; {checkpoints.newest_text()}. "
+        if not files:
+            raise SystemExit(2)     # rank 0 says it
+        files.saver.finish()
+        raise UserError(f"step {int(totals[-1])}: the loss or a gradient is not finite; {files.checkpoints.newest_text()}. "
                         "Lower training.lr, set training.grad_clip_norm, or use model.forward_dtype=float32")
 
 
@@ -323,11 +414,11 @@ def training_record(run, totals, lr, num_puzzles, peak):
             "mfu": flops / peak / run.device.world_size, **run.device.counters()}
 
 
-def start_text(run, num_puzzles, last, eval_interval, run_dir, peak):
+def start_text(run, num_puzzles, last, eval_interval, run_name, peak):
     config, device = run.config, run.device
     begins = f"goes on after step {run.step}" if run.step else "begins"
     flops = config.training.global_batch_size * trm_model.step_flops_per_example(run.model, train=True)
-    return (f"{run_dir} {begins}: to step {last:,} of {run.total_steps:,} ({config.training.epochs:,g} epochs of {num_puzzles:,} puzzles), "
+    return (f"{run_name} {begins}: to step {last:,} of {run.total_steps:,} ({config.training.epochs:,g} epochs of {num_puzzles:,} puzzles), "
             f"evaluation every {eval_interval:,}\n"
             f"device {device.name}, {device.world_size} worker(s), batch {config.training.global_batch_size} "
             f"({config.training.global_batch_size // device.world_size} a worker), {trm_model.num_parameters(run.model):,} parameters, "
@@ -337,51 +428,7 @@ def start_text(run, num_puzzles, last, eval_interval, run_dir, peak):
 # ---------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
-    """Run every puzzle (or a random max_examples) once for exactly halt_max_steps supervision steps.
-
-    forward: trm_model.evaluation_step, compiled or not. Returns a dict: count, exact_accuracy, cell_accuracy,
-    q_halt_accuracy, lm_loss, q_halt_loss (means over puzzles), exact_accuracy_by_step [halt_max_steps],
-    by_rating [{rating_min, rating_max, count, exact_accuracy}], eval_seconds, puzzles_per_second.
-    """
-    start, steps = time.perf_counter(), model.config.halt_max_steps
-    carry = device.put(model.empty_carry(batch_size))
-    rows, results, pending = [], [], deque()
-    for batch, batch_rows in evaluation_batches(dataset, batch_size, max_examples):
-        batch = device.put(batch)
-        scores = []
-        for _ in range(steps):
-            carry, score = forward(model, carry, batch)
-            device.end_step()
-            scores.append(score)
-        rows.append(batch_rows)
-        pending.append(scores)
-        if len(pending) > 1:        # read one batch late: the device has the next one to work on meanwhile
-            results.append(device.fetch(pending.popleft()))
-    results.append(device.fetch(pending.popleft()))
-    seconds = time.perf_counter() - start
-
-    scores = np.concatenate([torch.stack(batch).numpy()[:, :, :len(r)] for batch, r in zip(results, rows)], axis=2)   # [N_sup, 5, N]
-    rows, final = np.concatenate(rows), scores[-1].astype(np.float64).mean(1)
-    return {"count": len(rows), **{key: final[k] for k, key in enumerate(("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss"))},
-            "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
-            "by_rating": accuracy_by_rating(None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]),
-            "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds}
-
-
-def accuracy_by_rating(ratings, exact):
-    """Exact accuracy in the buckets that RATING_EDGES cut; empty buckets, and datasets without ratings, give none."""
-    buckets = []
-    for low, high in zip(RATING_EDGES, (*RATING_EDGES[1:], None)) if ratings is not None else ():
-        inside = (ratings >= low) & (ratings < (high or np.inf))
-        if inside.any():
-            buckets.append({"rating_min": low, "rating_max": high and high - 1, "count": int(inside.sum()),
-                            "exact_accuracy": float(exact[inside].mean(dtype=np.float64))})
-    return buckets
-
-
-def evaluate_step(run, datasets, forward, checkpoints, logger):
+def evaluate_step(run, datasets, forward, files, logger):
     """Evaluate the present step and note the result beside its checkpoint.
 
     Always: evaluation.max_examples of evaluation.split, averaged weights if there are any; the best checkpoint is
@@ -389,7 +436,7 @@ def evaluate_step(run, datasets, forward, checkpoints, logger):
     eval.json.
     """
     config, final = run.config.evaluation, run.step == run.total_steps
-    models = {"ema": run.ema.module, "raw": run.model} if run.ema else {"raw": run.model}
+    models = {"ema": run.ema.ready_module(), "raw": run.model} if run.ema else {"raw": run.model}
     selects = next(iter(models))
     look = min(config.max_examples or len(datasets[config.split]), len(datasets[config.split]))
     wanted = [(config.split, selects, look)]
@@ -400,36 +447,37 @@ def evaluate_step(run, datasets, forward, checkpoints, logger):
         if final:
             logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
         metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
-        results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
-        logger.log(results[-1])
-    if final:
-        write_eval_json(logger.path.with_name("eval.json"), checkpoints.path(run.step), results[-len(models):])
+        if metrics:
+            results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
+            logger.log(results[-1])
     logger.flush()
-    checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
+    if files:
+        if final:
+            write_eval_json(files.home, files.checkpoints.url(run.step), results[-len(models):])
+        files.checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
 
 
-def write_eval_json(path, checkpoint, results):
-    utils.replace_file(path, json.dumps({"checkpoint": str(checkpoint), "results": results}, indent=1) + "\n")
-    print(f"evaluation: {path}")
-
-
-def evaluate_only(config, args):
+def evaluate_only(rank, config, args):
     """Evaluate a checkpoint on the whole test split, averaged and raw weights, and write eval.json."""
-    dataset, run_dir = load_dataset(config, "test"), Path(config.logging.output_dir) / args.run_name
-    path = CheckpointManager(run_dir / "checkpoints", config.checkpoint.keep_last_n).resolve(args.checkpoint or "latest")
-    content, device, results = load_checkpoint(path), Device(config.device), []
-    forward = device.compiled(trm_model.evaluation_step, config.training.compile)
+    device, checkpoints = Device(config.device), open_checkpoints(config, args.run_name)
+    dataset = device.on_all(lambda: load_dataset(config, "test"))
+    path = device.on_all(lambda: checkpoints.resolve(args.checkpoint or "latest") if rank == 0 else None)
+    content = load_checkpoint(device.broadcast_bytes(path and path.read_bytes()))
+    forward, results = device.compiled(trm_model.evaluation_step, config.training.compile), []
     states = {"ema": content.get("ema"), "raw": content.get("model")} if "carry" in content else {"raw": content}
     for name, state in states.items():
         if state is None:
             continue
         model = create_model(config, dataset)
-        trm_model.load_named_state(model, state, path)
+        device.on_all(lambda: trm_model.load_named_state(model, state, path))
         metrics = evaluate(model.to(device.torch), dataset, device, config.evaluation.batch_size, forward)
-        results.append({"step": content.get("step"), "split": "test", "weights": name, "wall_time": time.time(), **metrics})
-        print(console_line(results[-1]), flush=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_eval_json(run_dir / "eval.json", path, results)
+        if metrics:
+            results.append({"step": content.get("step"), "split": "test", "weights": name, "wall_time": time.time(), **metrics})
+            print(console_line(results[-1]), flush=True)
+    if rank == 0:
+        found = join(checkpoints.folder.url, path.name) if args.checkpoint in (None, "latest", "best") else args.checkpoint
+        write_eval_json(open_folder(run_url(config, args.run_name)), found, results)
+    device.leave()
 
 
 # ---------------------------------------------------------------------------------------------------------

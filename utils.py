@@ -20,13 +20,21 @@ class UserError(Exception):
     """A mistake that its user can mend: ends the program with one message and status 2."""
 
 
+class RunFailure(Exception):
+    """A failure that is not its user's mistake (a worker is gone, the storage does not answer): one message and status 1."""
+
+
 def run_cli(main):
-    """Run `main()` and end the process: UserError and a full disk give one line and status 2."""
+    """Run `main()` and end the process with the status it returns. UserError and a full disk give one line and status 2,
+    RunFailure one line and status 1."""
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except RunFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -105,14 +113,17 @@ class TrainingConfig:
     puzzle_emb_weight_decay: float = _knob(1.0, ge=0)
     grad_clip_norm: float = _knob(0.0, ge=0)    # 0: no clipping
     grad_accumulation_steps: int = _knob(1, ge=1)  # parts of a worker's batch, one after the other
+    num_workers: int | None = _knob(None, ge=1)  # processes of this host on CUDA (one a GPU) and CPU; null: 1. On a TPU: one a chip
     ema: bool = True
     ema_rate: float = _knob(0.999, ge=0, lt=1)
+    ema_strategy: str = _knob("every_worker", choices=("every_worker", "rank0"))  # which workers keep the average
     compile: str = _knob("auto", choices=("auto", "always", "never"))  # torch.compile; auto: on CUDA only
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    interval_steps: int = _knob(1000, ge=1)     # also saved: at evaluations and at the last step
+    interval_steps: int = _knob(1000, ge=1)     # also saved: at evaluations, at the last step and on SIGTERM
+    interval_minutes: float | None = _knob(None, gt=0)  # since the last checkpoint; whichever comes first
     keep_last_n: int = _knob(3, ge=1)           # the best by exact accuracy is kept besides
 
 
@@ -324,17 +335,22 @@ def _check_combinations(config, source):
     if model.puzzle_emb_ndim and model.puzzle_emb_len * model.hidden_size < model.puzzle_emb_ndim and model.puzzle_emb_len:
         fail("model.puzzle_emb_len", model.puzzle_emb_len,
              f"times model.hidden_size = {model.hidden_size} must hold model.puzzle_emb_ndim = {model.puzzle_emb_ndim}; 0 takes as many as it needs")
+    if config.device == "xla_cpu" and training.num_workers not in (None, 1):
+        fail("training.num_workers", training.num_workers, "device xla_cpu is one worker: use device=cpu for several")
+    if config.device == "tpu" and training.num_workers not in (None, planned_workers(config)):
+        fail("training.num_workers", training.num_workers,
+             f"tpu.accelerator_type {config.tpu.accelerator_type} has {planned_workers(config)} chips, one worker each: leave it null")
     workers, parts = planned_workers(config), training.grad_accumulation_steps
     if training.global_batch_size % (workers * parts):
         fail("training.global_batch_size", training.global_batch_size,
              f"must be divisible by workers x training.grad_accumulation_steps = {workers} x {parts} = {workers * parts}"
-             + (f" (tpu.accelerator_type {config.tpu.accelerator_type} has {workers} chips, one worker each)" if workers > 1 else ""))
+             + (f" (tpu.accelerator_type {config.tpu.accelerator_type} has {workers} chips, one worker each)" if config.device == "tpu" else ""))
 
 
 def planned_workers(config, device=None):
-    """Workers the configuration is planned for: one a chip on a TPU slice, otherwise one."""
+    """Workers the configuration is planned for: one a chip on a TPU slice, otherwise training.num_workers."""
     if (device or config.device) != "tpu":
-        return 1
+        return config.training.num_workers or 1
     return int(config.tpu.accelerator_type.split("-")[1]) // 2
 
 

@@ -19,6 +19,7 @@ import trm_model
 import utils
 from checkpoint_manager import CheckpointManager
 from device import Device
+from storage import BackgroundSaver, open_folder
 
 
 def main():
@@ -50,7 +51,8 @@ def main():
     evaluation_rate()                             # compiles
     row("evaluation", [evaluation_rate() for _ in range(args.runs)], "puzzles/s")
     with tempfile.TemporaryDirectory() as folder:
-        row("checkpoint", [save_seconds(run, CheckpointManager(folder, keep_last_n=1)) for _ in range(args.runs)], "s")
+        checkpoints = CheckpointManager(open_folder(folder), 1, folder, BackgroundSaver())
+        row("checkpoint", [save_seconds(run, checkpoints) for _ in range(args.runs)], "s")
     for key, value in device.counters().items():
         print(f"{key} {value:,}")
 
@@ -84,6 +86,7 @@ def train_seconds(run, forward, steps):
 def save_seconds(run, checkpoints):
     start = time.perf_counter()
     checkpoints.save(run.step, run.state_dict())
+    checkpoints.saver.finish()
     return time.perf_counter() - start
 
 

@@ -16,8 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sudoku
 import trm_model
 import utils
-from checkpoint_manager import CheckpointManager, load_checkpoint
+from checkpoint_manager import CheckpointManager, fetch_file, load_checkpoint
 from data_loader_tpu import SudokuDatasetTPU
+from dataset_cache import local_dataset
+from run_folder import working_folder
+from storage import cache_folder, join, open_folder
 from utils import UserError
 
 
@@ -31,7 +34,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    path = find_checkpoint(Path(args.checkpoint))
+    path = find_checkpoint(args.checkpoint)
     model, config = load_model(path)
     puzzle = read_puzzle(args.puzzle, model) if args.puzzle else test_puzzle(config, args.example)
     solution = check_puzzle(puzzle, model)
@@ -40,10 +43,11 @@ def main():
     solve(model, puzzle, solution)
 
 
-def find_checkpoint(path):
-    if not path.is_dir():
-        return path
-    manager = CheckpointManager(path / "checkpoints", keep_last_n=1)
+def find_checkpoint(name):
+    """Local path of a checkpoint file, or of the best one (the newest, if none was evaluated) of a run's folder; both may be gs://."""
+    if name.endswith(".pt"):
+        return fetch_file(name, cache_folder())
+    manager = CheckpointManager(open_folder(join(name, "checkpoints")), 1, working_folder(name) / "checkpoints")
     return manager.resolve("best" if manager.best_marker() else "latest")
 
 
@@ -73,7 +77,7 @@ def read_puzzle(text, model):
 
 
 def test_puzzle(config, example):
-    dataset = SudokuDatasetTPU(config.data.dataset_path, "test")
+    dataset = SudokuDatasetTPU(local_dataset(config.data.dataset_path), "test")
     if example is None:
         example = int((dataset.inputs > 1).sum(1).argmin())
     if not 0 <= example < len(dataset):

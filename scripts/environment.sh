@@ -15,18 +15,20 @@ find_python() {
     return 2
 }
 
+# set_up_environment [requirements file ...]   (default: requirements.txt)
 set_up_environment() {
-    local venv="${TRM_VENV:-.venv}" wanted base
-    wanted=$(sha256sum requirements.txt | cut -d' ' -f1)
-    if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/requirements.sha256" 2>/dev/null)" = "$wanted" ]; then
+    local venv="${TRM_VENV:-.venv}" base file markers=()
+    local files=("${@:-requirements.txt}")
+    for file in "${files[@]}"; do markers+=("$venv/installed-$(sha256sum < "$file" | cut -c1-16)"); done
+    if [ -x "$venv/bin/python" ] && ls "${markers[@]}" >/dev/null 2>&1; then
         echo "environment: $venv (its requirements have not changed)"
     else
         base=$(find_python) || return
-        echo "environment: installing requirements.txt into $venv with $base (2 to 5 minutes, 7 GB)"
-        rm -f "$venv/requirements.sha256"       # an interrupted installation is not taken for a whole one
+        echo "environment: installing ${files[*]} into $venv with $base (2 to 5 minutes and 7 GB the first time)"
+        rm -f "$venv"/installed-*       # an interrupted installation is not taken for a whole one
         "$base" -m venv "$venv" || { echo "error: $base cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; return 2; }
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
-        echo "$wanted" > "$venv/requirements.sha256"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${files[@]/#/--requirement=}"
+        touch "${markers[@]}"
     fi
     # shellcheck disable=SC2034  # for the scripts that source this
     PYTHON="$venv/bin/python"

@@ -93,7 +93,9 @@ class PuzzleEmbedding(unittest.TestCase):
         start = weights.clone()
         grads = torch.tensor([[1.0, -1.0, 0.5], [-3.0, 0.4, 0.5], [1.0, 0.4, -1.0], [2.0, -2.0, 0.0]])
         optimizer = PuzzleEmbeddingSGD(weights, weight_decay=0.5)
-        optimizer.step(torch.tensor([1, 1, 1, 3]), grads, 0.1)
+        # as from two workers: sums of sums
+        parts = [optimizer.row_sums(torch.tensor(ids), part) for ids, part in (([1, 1], grads[:2]), ([1, 3], grads[2:]))]
+        optimizer.step(*(a + b for a, b in zip(*parts)), 0.1)
         signs = torch.tensor([[0.0, 0, 0], [-1, -1, 0], [0, 0, 0], [1, -1, 0]])       # of the sums -1, -0.2, 0
         seen = torch.tensor([[0.0], [1], [0], [1]])
         self.assertTrue(torch.allclose(weights, start * (1 - 0.1 * 0.5 * seen) - 0.1 * signs, atol=1e-6))
@@ -104,7 +106,7 @@ class PuzzleEmbedding(unittest.TestCase):
     def test_in_place_and_with_tensors(self):
         weights = torch.ones(3, 2)
         optimizer, address = PuzzleEmbeddingSGD(weights), weights.data_ptr()
-        optimizer.step(torch.tensor([2], dtype=torch.int32), torch.tensor([[5.0, -5.0]]), torch.tensor(0.25))
+        optimizer.step(*optimizer.row_sums(torch.tensor([2], dtype=torch.int32), torch.tensor([[5.0, -5.0]])), torch.tensor(0.25))
         self.assertEqual(weights.tolist(), [[1, 1], [1, 1], [0.75, 1.25]])
         self.assertEqual(optimizer.weights.data_ptr(), address)
 
@@ -133,7 +135,7 @@ class Averaging(unittest.TestCase):
 
     def test_formula(self):
         model = self.model()
-        ema, expected = EMADistributed(model, 0.75), [p.detach().double().numpy() for p in model.parameters()]
+        ema, expected = EMADistributed(model, 0.75, Device("cpu")), [p.detach().double().numpy() for p in model.parameters()]
         for _ in range(4):
             with torch.no_grad():
                 for p in model.parameters():
@@ -147,7 +149,7 @@ class Averaging(unittest.TestCase):
 
     def test_buffers_are_shared_and_parameters_are_not(self):
         model = self.model()
-        ema = EMADistributed(model, 0.5)
+        ema = EMADistributed(model, 0.5, Device("cpu"))
         for (name, ours), theirs in zip(ema.module.named_parameters(), model.parameters(), strict=True):
             self.assertNotEqual(ours.data_ptr(), theirs.data_ptr(), name)
             self.assertFalse(ours.requires_grad)
@@ -156,7 +158,7 @@ class Averaging(unittest.TestCase):
         self.assertEqual(names, {"puzzle_emb.weights", "H_init", "L_init"})
         for (name, ours), theirs in zip(ema.module.named_buffers(), model.buffers(), strict=True):
             self.assertEqual(ours.data_ptr(), theirs.data_ptr(), name)
-        PuzzleEmbeddingSGD(model.puzzle_emb.weights).step(torch.tensor([1]), torch.ones(1, 16), 0.5)
+        model.puzzle_emb.weights[1] = -0.5
         self.assertEqual(ema.module.puzzle_emb.weights[1, 0].item(), -0.5)
 
 
@@ -200,16 +202,16 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
                 run.model.q_head.weight[0].copy_(torch.linspace(-1, 1, 32))
                 run.model.q_head.bias[0] = 0.0
 
-            def puzzle(ids, row_grads, lr):
-                grads.extend((ids, row_grads))
-                puzzle_step(ids, row_grads, lr)
+            def puzzle(row_grads, occurrences, lr):
+                grads.extend((row_grads, occurrences))
+                puzzle_step(row_grads, occurrences, lr)
             run.puzzle_optimizer.step = puzzle
             self.steps(run, 1, lambda run: grads.extend(p.grad.clone() for p in run.model.parameters()))
             recorded.append([*grads, run.totals, *run.carry, *run.model.parameters()])
             self.assertTrue(all(p.grad is None for p in run.model.parameters()))
         whole, halves, quarters = recorded
         names = [name for name, _ in run.model.named_parameters()]
-        labels = [*(f"gradient of {n}" for n in names), "ids", "row gradients", "totals", *run.carry._fields, *(f"weight {n}" for n in names)]
+        labels = [*(f"gradient of {n}" for n in names), "row gradients", "occurrences", "totals", *run.carry._fields, *(f"weight {n}" for n in names)]
         self.assertEqual(len(labels), len(whole))
         self.assertTrue(all(t.any() for t in whole[:len(names)]))
         for parts in (halves, quarters):

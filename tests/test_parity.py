@@ -12,6 +12,7 @@ import torch
 
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at
+from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import XLATest
 from trm_model import CHECKPOINT_PREFIX, Carry
@@ -137,8 +138,9 @@ class ParityTest(Parity, unittest.TestCase):
                     p.grad = torch.tensor(arrays[f"{prefix}grad/{CHECKPOINT_PREFIX}{name}"])
                 optimizer.param_groups[0]["lr"] = float(arrays[prefix + "lr"])
                 optimizer.step()
-                puzzle_optimizer.step(recording.integers(prefix + "carry_after/puzzle_identifiers"),
-                                      torch.tensor(arrays[prefix + "grad_puzzle_rows"]), float(arrays[prefix + "puzzle_emb_lr"]))
+                row_sums = puzzle_optimizer.row_sums(recording.integers(prefix + "carry_after/puzzle_identifiers"),
+                                                     torch.tensor(arrays[prefix + "grad_puzzle_rows"]))
+                puzzle_optimizer.step(*row_sums, float(arrays[prefix + "puzzle_emb_lr"]))
                 for name, value in trm_model.named_state(model).items():
                     if following + name in arrays:
                         self.close(value, arrays[following + name], f"{name} after step {t}", 3e-8)
@@ -157,7 +159,7 @@ class ParityTest(Parity, unittest.TestCase):
         for recording in self.each():
             train, arrays = recording.meta["train"], recording.arrays
             model = recording.model("init/")
-            ema = EMADistributed(model, train["ema_rate"])
+            ema = EMADistributed(model, train["ema_rate"], Device("cpu"))
             optimizer = AdamATan2(model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"])
             puzzle_optimizer = PuzzleEmbeddingSGD(model.puzzle_emb.weights, train["puzzle_emb_weight_decay"])
             carry = recording.carry("train/step1/carry_before/")
@@ -169,7 +171,7 @@ class ParityTest(Parity, unittest.TestCase):
                     p.grad = grads[name]
                 optimizer.param_groups[0]["lr"] = lr_at(t, train["lr"], train["warmup"], 10_000, 1.0)
                 optimizer.step()
-                puzzle_optimizer.step(carry.puzzle_identifiers, row_grads, lr_at(t, train["puzzle_emb_lr"], train["warmup"], 10_000, 1.0))
+                puzzle_optimizer.step(*puzzle_optimizer.row_sums(carry.puzzle_identifiers, row_grads), lr_at(t, train["puzzle_emb_lr"], train["warmup"], 10_000, 1.0))
                 ema.update(model)
             for label, ours in (("final/", model), ("final_ema/", ema.module)):
                 start, end = self.flat(recording, "init/", ours), self.flat(recording, label, ours)

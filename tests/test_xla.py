@@ -1,11 +1,21 @@
 """The command on torch_xla's CPU device: how often it compiles and executes, and that it is the same training."""
 import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import unittest
+from pathlib import Path
 
 import torch
 
+import train_tpu
+import trm_model
 from checkpoint_manager import load_checkpoint
-from tests.helpers import CommandTest
+from device import Device
+from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
+from utils import load_config
 
 ATTENTION = ("model.mlp_t=false", "model.pos_encodings=rope")
 
@@ -61,6 +71,81 @@ class XLATrainingTest(CommandTest):
         ends = [load_checkpoint(self.checkpoint(name, 20))["model"] for name in ("cpu_then_xla_cpu", "xla_cpu_then_cpu")]
         changes = [torch.cat([(end[key] - start[key]).flatten() for key in start]) for end in ends]
         self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99)
+
+    def test_four_replicas_in_one_program_train_as_one_worker(self):
+        """In float32: the first step to its last bits, later ones as far as AdamATan2's first updates allow."""
+        files = {}
+        for name, script in (("four", "tests/xla_replicas.py"), ("one", "-c")):
+            files[name] = self.folder / f"{name}.pt"
+            command = [script] if script != "-c" else ["-c", ONE_WORKER]
+            done = subprocess.run([sys.executable, *command, str(self.config), str(files[name]), "model.forward_dtype=float32"], cwd=ROOT, text=True,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+            self.assertEqual(done.returncode, 0, done.stdout)
+        four, one = (torch.load(files[name]) for name in ("four", "one"))
+        self.assertEqual((four["devices"], four["sharding"]), (4, "{devices=[4,1,1]0,1,2,3}"))
+        for step, (ours, theirs) in enumerate(zip(four["steps"], one["steps"], strict=True)):
+            self.assertTrue(torch.equal(ours["halted"], theirs["halted"]))
+            for name in ("totals", "z_H"):
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5 if step == 0 else 0.02, atol=1e-5 if step == 0 else 0.02, msg=f"{name}, step {step + 1}")
+        for name in ("weights", "ema"):
+            start = torch.cat([w.flatten() for w in one["start"]])
+            changes = [torch.cat([w.flatten() for w in run["steps"][-1][name]]) - start for run in (four, one)]
+            self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99, name)
+
+
+# the steps of tests/xla_replicas.py on the plain CPU
+ONE_WORKER = """
+import sys
+import torch, train_tpu, trm_model, utils
+from device import Device
+config = utils.load_config(sys.argv[1], sys.argv[3:])
+run = train_tpu.Run(config, Device("cpu"), train_tpu.load_dataset(config, "train"))
+start, batches, seen = [p.detach().clone() for p in run.model.parameters()], iter(run.loader), []
+for _ in range(4):
+    train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step)
+    run.step += 1
+    seen.append({"totals": run.totals, "weights": [p.detach().clone() for p in run.model.parameters()],
+                 "ema": [p.clone() for p in run.ema.module.parameters()], "halted": run.carry.halted, "z_H": run.carry.z_H})
+batches.close()
+torch.save({"steps": seen, "start": start}, sys.argv[2])
+"""
+
+
+class StepOfAReplica(XLATest):
+    def test_one_all_reduce_and_the_same_program_on_every_rank(self):
+        """Of eight replicas, traced in one process: gradients, puzzle rows and metrics are summed by one all-reduce, and what a
+        replica's rank decides (its slots, whether it keeps the average) is no part of the program."""
+        os.environ["XLA_ALWAYS_ALLREDUCE"] = "1"        # in a process alone it would be left out
+        write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
+        path = write_config(Path(self.folder.name) / "run.yaml", f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL)
+        for strategy in ("every_worker", "rank0"):
+            programs = {}
+            for rank in (0, 5):
+                config = load_config(path, [f"training.ema_strategy={strategy}"])
+                device = Device("xla_cpu")
+                device.rank, device.world_size = rank, 8
+                run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+                batch = device.put(train_tpu.host_batch(run, next(iter(run.loader))))
+                device.end_step = lambda: programs.setdefault(rank, self.program(run))      # what would be compiled
+                train_tpu.train_step(run, batch, trm_model.act_step)
+                device.end_step()
+                Device.end_step(device)         # run it, or the next all-reduce would be chained to this one
+            self.assertEqual(len(re.findall(r" all-reduce\(", programs[0])), 1)
+            self.assertEqual(programs[0], programs[5])
+
+    def program(self, run):
+        import torch_xla
+        return torch_xla._XLAC._get_xla_tensors_hlo([*run.model.parameters(), run.totals, run.carry.z_H])
+
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+
+
+SMALL = """
+model: {hidden_size: 32, num_heads: 4, puzzle_emb_ndim: 32, puzzle_emb_len: 1, H_cycles: 2, L_cycles: 1, halt_max_steps: 4, forward_dtype: float32}
+training: {global_batch_size: 8, epochs: 100}
+"""
 
 
 if __name__ == "__main__":

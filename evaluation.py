@@ -1,0 +1,72 @@
+"""How many puzzles a model solves: every puzzle exactly once, at any number of workers and any batch size."""
+import json
+import time
+from collections import deque
+
+import numpy as np
+import torch
+
+from data_loader_tpu import evaluation_batches
+from storage import join
+
+RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)     # lower edges of the rating buckets
+
+
+@torch.no_grad()
+def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
+    """Run every puzzle (or a random max_examples) once for exactly halt_max_steps supervision steps, each worker its share.
+
+    batch_size: puzzles of one worker. forward: trm_model.evaluation_step, compiled or not.
+    Returns on rank 0 a dict: count, exact_accuracy, cell_accuracy, q_halt_accuracy, lm_loss, q_halt_loss (means over
+    puzzles), exact_accuracy_by_step [halt_max_steps], by_rating [{rating_min, rating_max, count, exact_accuracy}],
+    eval_seconds, puzzles_per_second; None on the other workers.
+    """
+    start, steps = time.perf_counter(), model.config.halt_max_steps
+    carry = device.put(model.empty_carry(batch_size))
+    rows, results, pending = [], [], deque()
+    for batch, batch_rows in evaluation_batches(dataset, batch_size, max_examples, device.rank, device.world_size):
+        batch = device.put(batch)
+        scores = []
+        for _ in range(steps):
+            carry, score = forward(model, carry, batch)
+            device.end_step()
+            scores.append(score)
+        rows.append(np.pad(batch_rows, (0, batch_size - len(batch_rows)), constant_values=-1))
+        pending.append(scores)
+        if len(pending) > 1:        # read one batch late: the device has the next one to work on meanwhile
+            results.append(device.fetch(pending.popleft()))
+    results.append(device.fetch(pending.popleft()))
+
+    ours = torch.cat([torch.stack(batch) for batch in results], dim=2)                      # [N_sup, 5, puzzles and pads]
+    gathered = device.gather([torch.from_numpy(np.concatenate(rows)), ours])
+    if gathered is None:
+        return None
+    seconds = time.perf_counter() - start
+    rows, scores = np.concatenate(gathered[0]), np.concatenate(gathered[1], axis=2)
+    real = rows >= 0
+    rows, scores = rows[real], scores[:, :, real]
+    assert len(set(rows.tolist())) == len(rows) == min(max_examples or len(dataset), len(dataset)), "a puzzle was left out or evaluated twice"
+    order = np.argsort(rows)        # sums in one order, whatever the number of workers
+    rows, scores = rows[order], scores[:, :, order]
+    final = scores[-1].astype(np.float64).mean(1)
+    return {"count": len(rows), **{key: final[k] for k, key in enumerate(("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss"))},
+            "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
+            "by_rating": accuracy_by_rating(None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]),
+            "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds}
+
+
+def accuracy_by_rating(ratings, exact):
+    """Exact accuracy in the buckets that RATING_EDGES cut; empty buckets, and datasets without ratings, give none."""
+    buckets = []
+    for low, high in zip(RATING_EDGES, (*RATING_EDGES[1:], None)) if ratings is not None else ():
+        inside = (ratings >= low) & (ratings < (high or np.inf))
+        if inside.any():
+            buckets.append({"rating_min": low, "rating_max": high and high - 1, "count": int(inside.sum()),
+                            "exact_accuracy": float(exact[inside].mean(dtype=np.float64))})
+    return buckets
+
+
+def write_eval_json(folder, checkpoint, results):
+    """The final evaluation as eval.json in a folder of storage.py: the checkpoint's place and one record for each set of weights."""
+    folder.write("eval.json", (json.dumps({"checkpoint": str(checkpoint), "results": results}, indent=1) + "\n").encode())
+    print(f"evaluation: {join(folder.url, 'eval.json')}", flush=True)

@@ -1,0 +1,64 @@
+"""The real command, that tells where it is and can pause there: for tests whose signals must meet it in a given place.
+
+    python tests/slow_train.py --config ...
+
+environment: TRM_TEST_PAUSES, JSON {place: seconds, or a path: the n-th time while there is a file path.n}: places are train_step,
+evaluate, save, upload;
+TRM_TEST_ARRIVALS, a file to which each arrival at one of them is appended as "place rank pid";
+TRM_TEST_DAYS, JSON [days], if set: the wall clock of worker k is wrong by so much, now ahead and now behind;
+TRM_TEST_GCS, if set: seconds of an attempt; uploads are in sessions at almost any size.
+"""
+import itertools
+import json
+import os
+import sys
+import time
+
+import checkpoint_manager
+import run_folder
+import train_tpu
+import utils
+
+PAUSES = json.loads(os.environ["TRM_TEST_PAUSES"])
+PLACES = {"train_step": (train_tpu, "train_step"), "evaluate": (train_tpu, "evaluate"), "save": (checkpoint_manager.torch, "save"),
+          "upload": (run_folder.RunFolder, "_before_marker")}
+
+
+class SlowWorker:
+    """train_worker with the pauses: an object, so that spawned workers get it too."""
+
+    def __call__(self, rank, config, args):
+        for place, pause in PAUSES.items():
+            owner, name = PLACES[place]
+            setattr(owner, name, paused(place, pause, rank, getattr(owner, name)))
+        if days := json.loads(os.environ.get("TRM_TEST_DAYS", "[]")):
+            signs, right = itertools.cycle((1, -1)), time.time
+            time.time = lambda: right() + 86400 * days[rank] * next(signs)
+        if "TRM_TEST_GCS" in os.environ:
+            import google.cloud.storage.blob
+            google.cloud.storage.blob._MAX_MULTIPART_SIZE = 100_000
+            run_folder.SAVE_SECONDS = float(os.environ["TRM_TEST_GCS"])
+        return train_worker(rank, config, args)
+
+
+def paused(place, pause, rank, function):
+    arrivals = itertools.count(1)
+
+    def call(*args, **kwargs):
+        hold = f"{pause}.{next(arrivals)}"
+        with open(os.environ["TRM_TEST_ARRIVALS"], "a") as file:
+            file.write(f"{place} {rank} {os.getpid()}\n")
+        if isinstance(pause, str):
+            while os.path.exists(hold):
+                time.sleep(0.01)
+        else:
+            time.sleep(pause)
+        return function(*args, **kwargs)
+    return call
+
+
+train_worker = train_tpu.train_worker
+if __name__ == "__main__":
+    sys.argv[0] = "train_tpu.py"
+    train_tpu.train_worker = SlowWorker()
+    utils.run_cli(train_tpu.main)

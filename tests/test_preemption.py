@@ -1,0 +1,172 @@
+"""SIGTERM at any time, to one worker or to all: a checkpoint, exit status 143 soon, and the same training afterwards."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+from checkpoint_manager import load_checkpoint
+from tests.helpers import ROOT, CommandTest
+
+SECONDS = 25        # from the signal to the end, of a run whose steps take under a second
+
+
+class PreemptionTest(CommandTest):
+    def begin(self, run_name, pauses, *flags):
+        """Start the command with pauses (see tests/slow_train.py), in a process group of its own."""
+        self.arrivals = self.folder / f"{run_name}.arrivals.{time.monotonic_ns()}"
+        self.arrivals.touch()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_PAUSES": json.dumps(pauses), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        process = subprocess.Popen([sys.executable, "tests/slow_train.py", "--config", str(self.config), "--run_name", run_name, *flags], cwd=ROOT,
+                                   env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(self.kill_group, process)
+        return process
+
+    def kill_group(self, process):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def arrived(self, process, place, count, rank=0):
+        """Wait until worker `rank` has come to `place` for the count-th time; its pid."""
+        while process.poll() is None:
+            here = [line.split() for line in self.arrivals.read_text().splitlines()]
+            pids = [int(pid) for name, who, pid in here if name == place and int(who) == rank]
+            if len(pids) >= count:
+                return pids[-1]
+            time.sleep(0.005)
+        self.fail(process.stdout.read())
+
+    def ends(self, process, status=143):
+        """What it prints to its end, which comes in time."""
+        began = time.monotonic()
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill_group(process)
+            self.fail(f"still there {time.monotonic() - began:.0f} s after the signal: {process.communicate()[0]}")
+        self.assertEqual(process.returncode, status, output)
+        self.assertNotIn("Traceback", output)
+        return output
+
+    def newest(self, run_name):
+        markers = (self.folder / "runs" / run_name / "checkpoints").glob("*.json")
+        return max((json.loads(path.read_text())["step"] for path in markers), default=None)
+
+
+class OneWorker(PreemptionTest):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls().train("--run_name", "unbroken")
+
+    def goes_on_as_unbroken(self, run_name):
+        self.train("--run_name", run_name)
+        self.same_content(load_checkpoint(self.checkpoint(run_name, 60)), load_checkpoint(self.checkpoint("unbroken", 60)))
+        self.assertEqual(self.records(run_name), self.records("unbroken"))
+
+    def test_in_a_step(self):
+        process = self.begin("step", {"train_step": 0.05})
+        self.arrived(process, "train_step", 17)
+        process.terminate()
+        output = self.ends(process)
+        self.assertRegex(output, r"step \d+ of 60: stopped by SIGTERM; the last good checkpoint is ")
+        self.assertGreaterEqual(self.newest("step"), 17)
+        self.assertLess(self.newest("step"), 20)
+        self.goes_on_as_unbroken("step")
+
+    def test_in_an_evaluation(self):
+        process = self.begin("evaluation", {"evaluate": 3600})
+        self.arrived(process, "evaluate", 1)
+        process.terminate()
+        self.assertIn("SIGTERM: nothing is unsaved", self.ends(process))
+        self.assertEqual(self.newest("evaluation"), 20)
+        self.goes_on_as_unbroken("evaluation")
+
+    def test_twice_in_a_save(self):
+        process = self.begin("save", {"save": 1.0})
+        self.arrived(process, "save", 1)
+        process.terminate()
+        time.sleep(0.2)
+        process.terminate()
+        self.ends(process)
+        self.assertGreaterEqual(self.newest("save"), 7)
+        self.goes_on_as_unbroken("save")
+
+    def test_in_a_compile(self):
+        """Before the first step is done there is nothing to save, and a compile, which takes long, is not waited for."""
+        process = self.begin("compile", {}, "training.compile=always")
+        line = ""
+        while "begins: to step 60" not in line:
+            line = process.stdout.readline()
+            self.assertTrue(line, "it ended too soon")
+        time.sleep(0.5)
+        process.terminate()
+        output = self.ends(process)
+        self.assertIn("SIGTERM: nothing is unsaved", output)
+        self.assertNotIn("step      5", output)
+        self.assertIsNone(self.newest("compile"))
+
+
+class ManyWorkers(PreemptionTest):
+    WORKERS = 3
+
+    def begin(self, run_name, pauses, *flags):
+        return super().begin(run_name, pauses, f"training.num_workers={self.WORKERS}", "training.global_batch_size=9", *flags)
+
+    def check(self, name, place, count, pauses, whom):
+        process = self.begin(name, pauses)
+        pids = [self.arrived(process, place, count, rank) for rank in range(self.WORKERS)]
+        for pid in {"parent": [process.pid], "one": [pids[2]], "all": [process.pid, *pids]}[whom]:
+            os.kill(pid, signal.SIGTERM)
+        return self.ends(process)
+
+    def test_in_a_step(self):
+        flags = ("training.num_workers=3", "training.global_batch_size=9")
+        self.train("--run_name", "unbroken", *flags)
+        last = self.newest("unbroken")
+        for whom in ("parent", "one", "all"):
+            with self.subTest(whom):
+                name = f"step_{whom}"
+                self.assertIn("stopped by SIGTERM", self.check(name, "train_step", 10, {"train_step": 0.1}, whom))
+                # a vote every four steps, read four steps later
+                self.assertEqual(self.newest(name) % 4, 0)
+                self.assertLessEqual(self.newest(name), 10 + 12)
+                self.train("--run_name", name, *flags)
+                self.same_content(load_checkpoint(self.checkpoint(name, last)), load_checkpoint(self.checkpoint("unbroken", last)))
+                self.assertEqual(self.records(name), self.records("unbroken"))
+
+    def test_in_an_evaluation(self):
+        for whom in ("one", "all"):
+            with self.subTest(whom):
+                output = self.check(f"evaluation_{whom}", "evaluate", 1, {"evaluate": 3600}, whom)
+                self.assertEqual(output.count("SIGTERM: nothing is unsaved"), self.WORKERS)
+                self.assertIsNotNone(self.newest(f"evaluation_{whom}"))
+
+    def test_in_a_compile(self):
+        process = self.begin("compile", {}, "training.compile=always")
+        line = ""
+        while "begins: to step" not in line:
+            line = process.stdout.readline()
+            self.assertTrue(line, "it ended too soon")
+        process.terminate()
+        self.assertEqual(self.ends(process).count("SIGTERM: nothing is unsaved"), self.WORKERS)
+
+
+class Interval(PreemptionTest):
+    def test_minutes_make_checkpoints_too(self):
+        process = self.begin("minutes", {"train_step": 0.05}, "checkpoint.interval_steps=1000", "evaluation.interval_epochs=6", f"checkpoint.interval_minutes={0.5 / 60}",
+                             "checkpoint.keep_last_n=99")
+        output, _ = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, output)
+        steps = sorted(int(path.stem.split("_")[-1]) for path in (self.folder / "runs" / "minutes" / "checkpoints").glob("*.json"))
+        self.assertEqual(steps[-1], 60)
+        self.assertGreater(len(steps), 3)
+        self.assertGreaterEqual(min(b - a for a, b in zip(steps[:-2], steps[1:-1])), 2)     # half a second apart, a step 0.05 s or more
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,170 @@
+"""Several workers: the same training at any number of them, one evaluation of every puzzle, and clear ends."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint_manager import load_checkpoint
+from tests.helpers import ROOT, CommandTest
+
+# writes the summed gradient of each step, as the optimizer gets it, from rank 0
+RECORDER = """
+import os, sys
+sys.argv[0] = "train_tpu.py"
+import torch, train_tpu, utils
+
+class Recorder:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, rank, config, args):
+        create = train_tpu.create_optimizer
+        def recording(config, model):
+            optimizer, puzzle_optimizer = create(config, model)
+            step, count = optimizer.step, [0]
+            def recorded():
+                count[0] += 1
+                if rank == 0:
+                    torch.save([p.grad for p in model.parameters()], os.path.join(self.folder, f"grad{count[0]}.pt"))
+                step()
+            optimizer.step = recorded
+            return optimizer, puzzle_optimizer
+        train_tpu.create_optimizer = recording
+        return worker(rank, config, args)
+
+worker = train_tpu.train_worker
+if __name__ == "__main__":
+    folder = sys.argv.pop(1)
+    os.makedirs(folder, exist_ok=True)
+    train_tpu.train_worker = Recorder(folder)
+    utils.run_cli(train_tpu.main)
+"""
+FLOAT32 = ("model.forward_dtype=float32", "logging.interval_steps=1", "checkpoint.interval_steps=1", "checkpoint.keep_last_n=99")
+
+
+class WorkersTest(CommandTest):
+    def grads(self, run_name, *flags):
+        """Summed gradients of the steps of a run in which every worker records."""
+        script = self.folder / "record.py"
+        script.write_text(RECORDER)
+        folder = self.folder / "grads" / run_name / str(time.monotonic_ns())
+        self.train("--run_name", run_name, *FLOAT32, *flags, driver=(str(script), str(folder)))
+        return [torch.cat([g.flatten() for g in torch.load(folder / f"grad{k + 1}.pt")]) for k in range(len(list(folder.iterdir())))]
+
+    def resumed_from(self, run_name, source, step):
+        """A run whose only checkpoint is that of another."""
+        folder = self.checkpoint(run_name, step).parent
+        folder.mkdir(parents=True)
+        for end in (".pt", ".json"):
+            (folder / f"checkpoint_step_{step}{end}").write_bytes(self.checkpoint(source, step).with_suffix(end).read_bytes())
+
+
+class SameTraining(WorkersTest):
+    def test_gradients_of_the_first_and_of_later_steps_from_the_same_state(self):
+        whole = self.grads("one", "--max_steps", "6")
+        self.assertEqual(len(whole), 6)
+        for workers in (2, 4, 8):
+            first = self.grads(f"first{workers}", "--max_steps", "1", f"training.num_workers={workers}")
+            pairs = [(whole[0], first[0])]
+            for step in (2, 5):
+                self.resumed_from(f"from{step}_{workers}", "one", step)
+                grads = self.grads(f"from{step}_{workers}", "--max_steps", str(step + 1), f"training.num_workers={workers}")
+                self.assertEqual(len(grads), 1)
+                pairs.append((whole[step], grads[0]))
+            for ours, theirs in pairs:
+                self.assertGreater(ours.abs().max().item(), 1e-3)
+                self.assertLessEqual((ours - theirs).abs().max().item(), 1e-6 * max(1, ours.abs().max().item()))
+
+    def test_fifty_steps_stay_together(self):
+        """As far as the order of float sums allows: AdamATan2's first updates hang on the signs of gradients near zero."""
+        records, changes = {}, {}
+        for workers in (1, 2, 4, 8):
+            name = f"long{workers}"
+            self.train("--run_name", name, *FLOAT32, "--max_steps", "50", f"training.num_workers={workers}", "training.lr=1e-3")
+            records[workers] = {r["step"]: r for r in self.records(name) if r["split"] == "train"}
+            ends = [load_checkpoint(self.checkpoint(name, step))["model"] for step in (1, 50)]
+            changes[workers] = torch.cat([(ends[1][key] - ends[0][key]).flatten() for key in ends[0]])
+        for workers in (2, 4, 8):
+            for step, record in records[1].items():
+                self.assertAlmostEqual(records[workers][step]["loss"], record["loss"], delta=0.01 * record["loss"], msg=f"{workers} workers, step {step}")
+            self.assertGreater(torch.cosine_similarity(changes[1], changes[workers], dim=0).item(), 0.99, workers)
+
+    def test_a_checkpoint_of_any_number_goes_on_at_any_other(self):
+        flags = (*FLOAT32, "evaluation.max_examples=50")
+        self.train("--run_name", "straight", *flags, "--max_steps", "24", "training.num_workers=8")
+        self.train("--run_name", "changing", *flags, "--max_steps", "8", "training.num_workers=8")
+        for workers, last in ((4, 12), (1, 16), (8, 20), (2, 24)):
+            output = self.train("--run_name", "changing", *flags, "--max_steps", str(last), f"training.num_workers={workers}")
+            self.assertIn(f"device cpu, {workers} worker(s), batch 8 ({8 // workers} a worker)", output)
+        ours, theirs = (load_checkpoint(self.checkpoint(name, 24)) for name in ("straight", "changing"))
+        for name in ("steps", "halted", "inputs", "labels", "puzzle_identifiers"):
+            self.assertTrue(torch.equal(ours["carry"][name], theirs["carry"][name]), name)
+        self.assertEqual(ours["loader"], theirs["loader"])
+        for one, other in zip(self.records("straight"), self.records("changing"), strict=True):
+            self.assertEqual((one["step"], one["split"], one["count"]), (other["step"], other["split"], other["count"]))
+            if one["split"] == "train":
+                self.assertAlmostEqual(one["loss"], other["loss"], delta=0.01 * one["loss"])
+
+    def test_both_ways_to_keep_the_average_give_the_same(self):
+        flags = ("--max_steps", "40", "training.num_workers=2")
+        for strategy in ("every_worker", "rank0"):
+            self.train("--run_name", strategy, *flags, f"training.ema_strategy={strategy}")
+        states = [load_checkpoint(self.checkpoint(strategy, 40)) for strategy in ("every_worker", "rank0")]
+        states[0]["config"]["training"].pop("ema_strategy"), states[1]["config"]["training"].pop("ema_strategy")
+        self.same_content(*states)
+        self.assertEqual(self.records("every_worker"), self.records("rank0"))
+        self.assertEqual([r["step"] for r in self.records("rank0") if r["split"] == "test"], [20, 40])
+
+    def test_evaluation_takes_every_puzzle_once_at_any_number(self):
+        self.train("--run_name", "judged", "--max_steps", "10")
+        results = {}
+        for workers in (1, 2, 3, 8):
+            # 50 puzzles: 7 a worker on eight, of which the last has one; batches of 4
+            self.train("--run_name", "judged", "--eval_only", f"training.num_workers={workers}", "evaluation.batch_size=4", "training.global_batch_size=24",
+                       "model.forward_dtype=float32")
+            results[workers] = json.loads((self.folder / "runs" / "judged" / "eval.json").read_text())["results"]
+            for result in results[workers]:
+                self.assertEqual(result["count"], 50)
+                self.assertEqual(sum(bucket["count"] for bucket in result["by_rating"]), 50)
+        for workers in (2, 3, 8):
+            for one, other in zip(results[1], results[workers], strict=True):
+                for key in ("exact_accuracy", "cell_accuracy", "q_halt_accuracy", "lm_loss"):
+                    self.assertAlmostEqual(one[key], other[key], delta=1e-6, msg=key)
+
+    def test_under_torchrun(self):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0",
+                               "train_tpu.py", "--config", str(self.config), "--run_name", "torchrun", "--max_steps", "10"], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.train("--run_name", "spawned", "--max_steps", "10", "training.num_workers=2")
+        ours, theirs = (load_checkpoint(self.checkpoint(name, 10)) for name in ("torchrun", "spawned"))
+        ours["config"]["training"]["num_workers"] = 2
+        self.same_content(ours, theirs)
+
+
+class Mistakes(WorkersTest):
+    def test_said_once(self):
+        """By the parent, or by rank 0 where it comes to light in the workers."""
+        self.user_mistake("training.num_workers=3", says=["training.global_batch_size = 8", "divisible by workers"])
+        self.user_mistake("training.num_workers=2", f"data.dataset_path={self.folder / 'nowhere'}", says=["there is no train split"])
+        self.train("--run_name", "fixed", "--max_steps", "1", "training.num_workers=2")
+        self.user_mistake("--run_name", "fixed", "training.num_workers=2", "training.lr=0.5", says=["training.lr 0.01 -> 0.5"])
+
+    def test_torchrun_with_a_number_that_does_not_fit(self):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0",
+                               "train_tpu.py", "--config", str(self.config), "--run_name", "three"], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("training.global_batch_size = 8: must be divisible by workers x training.grad_accumulation_steps = 3 x 1", done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
