@@ -7,7 +7,6 @@ the loop saves, at a step on which all workers agree.
 The same thread ends this worker when another has failed: a collective may not notice that for minutes.
 """
 import os
-import select
 import signal
 import sys
 import threading

@@ -501,8 +501,9 @@ def print_config(config):
         "FLOP a step": f"{batch * trm_model.step_flops_per_example(model, train=True):.4g}"}
     if num_puzzles:
         total, eval_interval = check_schedule(config, num_puzzles)
+        minutes = config.checkpoint.interval_minutes
         derived |= {"steps an epoch": f"{num_puzzles / batch:.4g}", "epochs": f"{config.training.epochs:g}", "total steps": total,
-                    "evaluation every": f"{eval_interval} steps", "checkpoint every": f"{config.checkpoint.interval_steps} steps"}
+                    "evaluation every": f"{eval_interval} steps", "checkpoint every": f"{config.checkpoint.interval_steps} steps" + (f" or {minutes:g} minutes" if minutes else "")}
     for key, value in derived.items():
         print(f"# {key}: {value}")
 

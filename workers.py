@@ -48,6 +48,7 @@ class _Worker:
         self.__dict__ = state
         preemption.listen()
         die_with_parent()
+        forward_sigterm(lambda: [multiprocessing.parent_process().pid])      # so that the parent knows what a worker's status, which it does not get, was
 
     def __call__(self, rank, *args):
         status = self.function(rank, *args)
@@ -62,7 +63,7 @@ def _launch_xla(function, config, *args):
     try:
         torch_xla.launch(_Worker(function), args=(config, *args))
     except BrokenProcessPool:
-        return 143 if preemption.requested() else 1     # a worker that left in the midst of a compile has said why
+        return preemption.EXIT_STATUS if preemption.requested() else 1     # a worker that left in the midst of a compile has said why
 
 
 # ---------------------------------------------------------------------------------------------------------

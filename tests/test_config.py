@@ -222,6 +222,9 @@ class Mistakes(ConfigTest):
                 ("device: tpu\ntraining: {global_batch_size: 12, grad_accumulation_steps: 2}\n", "training.global_batch_size = 12", ["4 x 2 = 8"]),
                 ("training: {global_batch_size: 10, grad_accumulation_steps: 4}\n", "training.global_batch_size = 10",
                  ["training.grad_accumulation_steps", "1 x 4 = 4"]),
+                ("training: {global_batch_size: 10, num_workers: 4}\n", "training.global_batch_size = 10", ["4 x 1 = 4"]),
+                ("device: xla_cpu\ntraining: {num_workers: 2, global_batch_size: 8}\n", "training.num_workers = 2", ["one worker", "device=cpu"]),
+                ("device: tpu\ntpu: {accelerator_type: v4-16}\ntraining: {num_workers: 4}\n", "training.num_workers = 4", ["v4-16 has 8 chips", "null"]),
                 ("model: {mlp_t: false, hidden_size: 100, num_heads: 8}\n", "model.hidden_size = 100", ["divisible by model.num_heads = 8"]),
                 ("model: {mlp_t: false, pos_encodings: rope, hidden_size: 36, num_heads: 4, puzzle_emb_ndim: 0}\n", "model.num_heads = 4",
                  ["rope needs an even head size", "36/4 is odd"]),
@@ -235,6 +238,8 @@ class Mistakes(ConfigTest):
 
     def test_combinations_that_are_possible(self):
         self.load("training: {global_batch_size: 100}\n", "tpu.accelerator_type=v4-64")       # one worker: not on a TPU
+        self.load("device: tpu\ntpu: {accelerator_type: v4-16}\ntraining: {num_workers: 8}\n")
+        self.load("device: cpu\ntraining: {num_workers: 8, global_batch_size: 16}\n")
         self.load("model: {mlp_t: true, hidden_size: 100, num_heads: 8, puzzle_emb_len: 0}\n")     # no heads in the token MLP
         self.load("model: {hidden_size: 64, puzzle_emb_len: 8, puzzle_emb_ndim: 512}\n")
         self.load("model: {hidden_size: 64, puzzle_emb_len: 1, puzzle_emb_ndim: 0}\n")

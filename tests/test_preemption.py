@@ -1,4 +1,5 @@
 """SIGTERM at any time, to one worker or to all: a checkpoint, exit status 143 soon, and the same training afterwards."""
+import importlib.util
 import json
 import os
 import signal
@@ -154,6 +155,28 @@ class ManyWorkers(PreemptionTest):
             self.assertTrue(line, "it ended too soon")
         process.terminate()
         self.assertEqual(self.ends(process).count("SIGTERM: nothing is unsaved"), self.WORKERS)
+
+
+@unittest.skipUnless(importlib.util.find_spec("torch_xla"), "torch_xla is not installed here")
+class StartedByTorchXLA(PreemptionTest):
+    """As on a TPU: the command is the parent, the worker a thread of its child."""
+
+    def test_in_a_step(self):
+        for whom in ("parent", "worker"):
+            with self.subTest(whom):
+                process = self.begin(f"step_{whom}", {"train_step": 0.05}, "device=xla_cpu")
+                pid = self.arrived(process, "train_step", 10)
+                os.kill(process.pid if whom == "parent" else pid, signal.SIGTERM)
+                self.assertIn("stopped by SIGTERM", self.ends(process))
+                self.assertGreaterEqual(self.newest(f"step_{whom}"), 10)
+
+    def test_in_a_compile(self):
+        process = self.begin("compile", {"train_step": 0}, "device=xla_cpu", "model.H_cycles=6", "model.L_cycles=8")
+        pid = self.arrived(process, "train_step", 1)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGTERM)
+        self.assertIn("SIGTERM: nothing is unsaved", self.ends(process))
+        self.assertIsNone(self.newest("compile"))
 
 
 class Interval(PreemptionTest):
