@@ -21,7 +21,7 @@ import trm_model
 import utils
 import workers
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at, new_state
-from checkpoint_manager import fetch_file, load_checkpoint
+from checkpoint_manager import load_checkpoint
 from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
 from dataset_cache import local_dataset
 from device import Device
@@ -123,7 +123,7 @@ class Run:
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
         elif init_from:
-            load_initial_weights(self.model, init_from, device.rank)
+            trm_model.load_initial_weights(self.model, init_from, device.rank)
         # a deep copy on the CPU: one made on XLA would be part of the first step's graph, and of no other's
         self.ema = EMADistributed(self.model, config.training.ema_rate, device, config.training.ema_strategy) if config.training.ema else None
         if checkpoint and self.ema:
@@ -175,30 +175,6 @@ def local_batch_size(config, device):
         raise UserError(f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
                         f"{device.world_size} x {parts}: this many workers have been started")
     return batch // device.world_size
-
-
-def load_initial_weights(model, path, rank):
-    """Load weights from a file of the original or of this kit; says what had no place."""
-    content = load_checkpoint(fetch_file(path, cache_folder()))
-    state = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
-    if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
-        raise UserError(f"--init_from {path}: holds no state dict")
-    notes = trm_model.load_named_state(model, state, f"--init_from {path}")
-    if rank == 0:
-        print(f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes), flush=True)
-
-
-def check_same_run(config, checkpoint, run_name):
-    """A resumed run must be the same training; raises UserError naming what changed."""
-    free = {"data.dataset_path", "data.prefetch_batches", "training.compile", "training.num_workers", "training.ema_strategy"}
-    changed = []
-    for section in ("model", "data", "training"):
-        now = dataclasses.asdict(getattr(config, section))
-        changed += [f"{section}.{key} {checkpoint['config'][section].get(key)!r} -> {value!r}" for key, value in now.items()
-                    if checkpoint["config"][section].get(key) != value and f"{section}.{key}" not in free]
-    if changed:
-        raise UserError(f"{run_name} was begun with another configuration ({'; '.join(changed)}): "
-                        "give this one its own --run_name, or restore the old values to go on")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -297,7 +273,7 @@ def train(config, args, device, datasets, files, preempted):
     checkpoint = device.broadcast_bytes(device.on_all(lambda: files.checkpoints.load_latest() if files else None))
     if checkpoint:
         checkpoint = load_checkpoint(checkpoint)
-        device.on_all(lambda: check_same_run(config, checkpoint, url))
+        device.on_all(lambda: utils.check_same_run(config, checkpoint["config"], url))
     run = device.on_all(lambda: Run(config, device, datasets["train"], checkpoint, args.init_from))
     evaluated = bool(device.broadcast_bytes(b"yes" if files and files.checkpoints.metrics(run.step) else None))
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint_manager import fetch_file, load_checkpoint
+from storage import cache_folder
 from utils import STREAM_EXPLORATION, UserError, random_stream
 
 PAD_ID = 0                  # of inputs; as a label: a cell that is not scored
@@ -365,6 +367,18 @@ def load_named_state(model, state, source):
                         "Use the model section (and dataset) that the checkpoint was trained with")
     model.load_state_dict({name: given[name] for name in own if given[name].shape == own[name].shape}, strict=False)
     return notes
+
+
+def load_initial_weights(model, path, rank):
+    """Load weights from a file (local or gs://) of the original or of this kit; on rank 0 it says what had no place.
+    Raises UserError where there is none, or it does not fit."""
+    content = load_checkpoint(fetch_file(path, cache_folder()))
+    state = content["model"] if isinstance(content, dict) and isinstance(content.get("model"), dict) else content
+    if not isinstance(state, dict) or not all(hasattr(value, "shape") for value in state.values()):
+        raise UserError(f"--init_from {path}: holds no state dict")
+    notes = load_named_state(model, state, f"--init_from {path}")
+    if rank == 0:
+        print(f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes), flush=True)
 
 
 def num_parameters(model):

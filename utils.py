@@ -364,6 +364,20 @@ def evaluation_interval_steps(config, num_puzzles):
     return max(1, round(config.evaluation.interval_epochs * num_puzzles / config.training.global_batch_size))
 
 
+def check_same_run(config, saved, url):
+    """A resumed run must be the same training: raises UserError naming what changed from `saved`, the configuration (a dict) of
+    a checkpoint of the run at `url`."""
+    free = {"data.dataset_path", "data.prefetch_batches", "training.compile", "training.num_workers", "training.ema_strategy"}
+    changed = []
+    for section in ("model", "data", "training"):
+        now = dataclasses.asdict(getattr(config, section))
+        changed += [f"{section}.{key} {saved[section].get(key)!r} -> {value!r}" for key, value in now.items()
+                    if saved[section].get(key) != value and f"{section}.{key}" not in free]
+    if changed:
+        raise UserError(f"{url} was begun with another configuration ({'; '.join(changed)}): "
+                        "give this one its own --run_name, or restore the old values to go on")
+
+
 def config_yaml(config):
     """The resolved configuration as YAML text."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=120)
