@@ -232,7 +232,7 @@ def fetch_file(url, staging):
     return path
 
 
-def load_checkpoint(source):
+def load_checkpoint(source, name=None):
     """The content of one checkpoint (path or bytes; this kit's, or weights of the original), on the CPU, weights_only=True.
 
     Raises UserError where it is missing, damaged, or holds anything but tensors and plain data.
@@ -243,7 +243,7 @@ def load_checkpoint(source):
         raise UserError(f"{source}: there is no such checkpoint") from None
     except Exception as error:      # bytes that are no checkpoint make the unpickler raise anything, KeyError and struct.error too
         reason = (str(error).strip().splitlines() or [""])[0]
-        what = "the newest checkpoint" if isinstance(source, bytes) else source
+        what = name or ("the newest checkpoint" if isinstance(source, bytes) else source)
         raise UserError(f"{what}: not a readable checkpoint ({type(error).__name__}: {reason}): "
                         "it may be cut off, or hold more than tensors; take another one") from None
 

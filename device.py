@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import RunFailure, UserError
+from utils import UserError, WorkerGone
 
 # dense bfloat16 FLOP/s of the data sheets; any other device is measured when the run starts
 PEAK_FLOPS = {"tpu v4": 275e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
@@ -41,7 +41,7 @@ class Device:
 
     name: "auto" (TPU, then CUDA, then CPU), "tpu", "xla_cpu", "cuda" or "cpu". torch_xla is imported for tpu and
     xla_cpu only. Joins the other workers of the run (see workers.py) and waits for them.
-    Raises UserError where the device is not to be had, RunFailure where a worker does not come.
+    Raises UserError where the device is not to be had, WorkerGone where a worker does not come.
     """
 
     def __init__(self, name):
@@ -97,12 +97,12 @@ class Device:
 
     # ----- fellow workers -----
     def _collective(self, operation):
-        """operation(), in which a worker that is gone is a RunFailure."""
+        """operation(), in which a worker that is gone is a WorkerGone."""
         try:
             return operation()
         except (RuntimeError, ValueError) as error:     # gloo, nccl and the store raise these
             reason = str(error).strip().splitlines()[0][:200]
-            raise RunFailure(f"worker {self.rank}: another worker is gone or does not answer ({reason}): "
+            raise WorkerGone(f"worker {self.rank}: another worker is gone or does not answer ({reason}): "
                              "run the same command again, it goes on from the last checkpoint") from None
 
     def all_reduce(self, tensors):
@@ -159,22 +159,27 @@ class Device:
                 param.data = self.put(part.view(param.shape).clone())
 
     def on_all(self, function):
-        """function() of this worker, once it has succeeded on every one. A UserError of any ends them all; it is said once."""
-        result, mistake = None, None
+        """function() of this worker, once it has succeeded on every one. What one raises ends them all: a UserError is said
+        once, by rank 0; anything else by the worker that raised it, and is a WorkerGone on the others."""
+        if self.world_size == 1:
+            return function()
+        result = failure = None
         try:
             result = function()
-        except UserError as error:
-            if self.world_size == 1:
-                raise
-            mistake = str(error)
-        if self.world_size > 1:
-            mistakes = [None] * self.world_size
-            self._collective(lambda: dist.all_gather_object(mistakes, mistake))
-            said = [text for text in mistakes if text is not None]
-            if said and self.rank == 0:
-                raise UserError(said[0])
-            if said:
-                sys.exit(2)
+        except Exception as error:
+            failure = error
+        failures = [None] * self.world_size
+        mine = failure and (isinstance(failure, UserError), str(failure))
+        self._collective(lambda: dist.all_gather_object(failures, mine))
+        mistakes = [text for is_mistake, text in filter(None, failures) if is_mistake]
+        if mistakes and self.rank == 0:
+            raise UserError(mistakes[0])
+        if mistakes:
+            sys.exit(2)
+        if failure:
+            raise failure
+        if any(failures):
+            raise WorkerGone(f"worker {self.rank}: another worker has failed ({next(filter(None, failures))[1]})")
         return result
 
     def start_vote(self, votes):

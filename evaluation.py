@@ -1,4 +1,5 @@
 """How many puzzles a model solves: every puzzle exactly once, at any number of workers and any batch size."""
+import dataclasses
 import json
 import time
 from collections import deque
@@ -66,7 +67,9 @@ def accuracy_by_rating(ratings, exact):
     return buckets
 
 
-def write_eval_json(folder, checkpoint, results):
-    """The final evaluation as eval.json in a folder of storage.py: the checkpoint's place and one record for each set of weights."""
-    folder.write("eval.json", (json.dumps({"checkpoint": str(checkpoint), "results": results}, indent=1) + "\n").encode())
+def write_eval_json(folder, checkpoint, config, results):
+    """The final evaluation as eval.json in a folder of storage.py: the checkpoint's place, the configuration it was evaluated
+    with, and one record for each set of weights."""
+    content = {"checkpoint": str(checkpoint), "config": dataclasses.asdict(config), "results": results}
+    folder.write("eval.json", (json.dumps(content, indent=1) + "\n").encode())
     print(f"evaluation: {join(folder.url, 'eval.json')}", flush=True)

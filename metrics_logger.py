@@ -97,7 +97,8 @@ def console_line(record):
     if record["split"] == "train":
         return (f"step {record['step']:>6}  loss {record['loss']:.4f}  exact {record['exact_accuracy']:.1%}  cells {record['cell_accuracy']:.1%}  "
                 f"steps {record['mean_steps']:.1f}  lr {record['lr']:.1e}  {record['examples_per_second']:,.0f} ex/s")
-    return (f"step {record['step']:>6}  {record['split']} ({record['weights']} weights, {record['count']:,} puzzles)  exact {record['exact_accuracy']:.2%}  "
+    step = "-" if record["step"] is None else record["step"]        # weights of the original do not tell
+    return (f"step {step:>6}  {record['split']} ({record['weights']} weights, {record['count']:,} puzzles)  exact {record['exact_accuracy']:.2%}  "
             f"cells {record['cell_accuracy']:.2%}  halting head {record['q_halt_accuracy']:.1%}  {record['puzzles_per_second']:,.0f} puzzles/s")
 
 

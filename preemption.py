@@ -19,10 +19,12 @@ POLL_SECONDS = 0.25             # between looks at the other workers
 
 _signals = None                 # read end of a pipe into which a signal's number is written as it arrives
 _arrived = threading.Event()
+_at_once = True                 # nothing here would be lost, and nobody else ends this process
 
 
 def listen():
-    """From now on SIGTERM does not end this process. To be called in its main thread; more than once is fine.
+    """From now on SIGTERM ends this process with status 143, whatever it is doing: at once, until let_others_end_it() or a
+    Preemption takes care of it. To be called in the main thread; more than once is fine.
 
     Python runs a signal's handler in the main thread, between two bytecodes: during a compile that is much too late.
     The number that set_wakeup_fd writes is there at once, for any thread.
@@ -40,6 +42,15 @@ def _read_signals():
     while True:
         if signal.SIGTERM in os.read(_signals, 64):
             _arrived.set()
+            if _at_once:
+                print(f"SIGTERM: nothing is unsaved; status {EXIT_STATUS}", file=sys.stderr, flush=True)
+                os._exit(EXIT_STATUS)
+
+
+def let_others_end_it():
+    """From now on somebody else ends this process after a SIGTERM: the workers it waits for, or a Preemption."""
+    global _at_once
+    _at_once = False
 
 
 def requested():
@@ -60,6 +71,7 @@ class Preemption:
     """
 
     def __init__(self, device, hurry, leave):
+        let_others_end_it()
         self.device, self.hurry, self.leave = device, hurry, leave
         # nothing trained is unsaved: true before the first step is done, and while a saved state is evaluated
         self.nothing_to_lose = True
@@ -140,8 +152,9 @@ class Preemption:
                 said = True
                 if store and not store.check([f"nothing to lose/{rank}" for rank in range(self.device.world_size)]):
                     continue
-            except RuntimeError:
-                return      # rank 0, which holds the store, is gone: the training's next collective says so
+            except RuntimeError:        # rank 0, which holds the store, is gone: the training's next collective says so
+                self.store = None
+                continue
             unsaved = "" if self.leave() else "what the warning names but "
             print(f"SIGTERM: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {EXIT_STATUS}", file=sys.stderr, flush=True)
             os._exit(EXIT_STATUS)

@@ -33,6 +33,13 @@ def open_checkpoints(config, run_name):
     return CheckpointManager(storage.open_folder(storage.join(url, "checkpoints")), config.checkpoint.keep_last_n, working_folder(url) / "checkpoints")
 
 
+def check_seen_by_all(url):
+    """Raises UserError on a host that does not see the folder that rank 0 has just opened: after a restart another host may be
+    the one with rank 0, and would begin anew."""
+    if not storage.is_remote(url) and not Path(url).is_dir():
+        raise utils.UserError(f"logging.output_dir: {url} is a folder of one host, and the run has several: give a gs:// path or a folder that all hosts share")
+
+
 class RunFolder:
     """The folder of a run in training; on rank 0 alone.
 

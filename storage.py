@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import http.client
 import io
-import json
 import os
 import re
 import secrets

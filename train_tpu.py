@@ -8,6 +8,7 @@
 The same command again goes on where the run stopped.
 """
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -28,10 +29,10 @@ from device import Device
 from ema_distributed import EMADistributed
 from evaluation import evaluate, write_eval_json
 from metrics_logger import MetricsLogger, SilentLogger, console_line
-from run_folder import RunFolder, open_checkpoints, run_url
-from storage import cache_folder, join, open_folder
+from run_folder import RunFolder, check_seen_by_all, open_checkpoints, run_url
+from storage import StorageError, join, open_folder
 from trm_model import METRIC_KEYS, Carry
-from utils import RunFailure, UserError
+from utils import UserError, WorkerGone
 
 
 def parse_args():
@@ -136,7 +137,7 @@ class Run:
         self.step, self.train_seconds = 0, 0.0
         self.total_steps = utils.total_steps(config, dataset.num_puzzles)
         self.start_interval()
-        carry = self.model.empty_carry(local_batch_size(config, device))
+        carry = self.model.empty_carry(config.training.global_batch_size // device.world_size)
         if checkpoint:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.loader.load_state_dict(checkpoint["loader"])
@@ -168,13 +169,15 @@ class Run:
             "interval_steps": self.interval_steps, "interval_seconds": self.interval_seconds})
 
 
-def local_batch_size(config, device):
-    """Slots of one worker; raises UserError where the workers that are there cannot share the batch and its parts."""
-    batch, parts = config.training.global_batch_size, config.training.grad_accumulation_steps
-    if batch % (device.world_size * parts):
-        raise UserError(f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
-                        f"{device.world_size} x {parts}: this many workers have been started")
-    return batch // device.world_size
+def check_same_run(config, saved, url):
+    if changed := utils.differences(config, saved, ("model", "data", "training")):
+        raise UserError(f"{url} was begun with another configuration ({changed}): give this one its own --run_name, or restore the old "
+                        "values to go on")
+
+
+def check_same_model(config, saved, checkpoint):
+    if changed := utils.differences(config, saved, ("model",)):
+        raise UserError(f"--checkpoint {checkpoint}: it was trained with another model ({changed}): evaluate it with that model section")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -242,10 +245,12 @@ def train_worker(rank, config, args):
     try:
         device = Device(config.device)
         datasets = device.on_all(lambda: load_datasets(config))
+        device.on_all(lambda: workers.check_workers(config, device))
         files = device.on_all(lambda: RunFolder(config, args.run_name, args.take_over) if rank == 0 else None)
+        device.on_all(lambda: check_seen_by_all(run_url(config, args.run_name)))
         preempted = preemption.Preemption(device, *((files.hurry, files.leave) if files else (lambda: None, lambda: True)))
         return train(config, args, device, datasets, files, preempted)
-    except RunFailure:
+    except WorkerGone:
         time.sleep(1)       # for news of a SIGTERM: that a fellow worker left because of it is no failure
         if preemption.requested():
             return preemption.EXIT_STATUS
@@ -273,7 +278,7 @@ def train(config, args, device, datasets, files, preempted):
     checkpoint = device.broadcast_bytes(device.on_all(lambda: files.checkpoints.load_latest() if files else None))
     if checkpoint:
         checkpoint = load_checkpoint(checkpoint)
-        device.on_all(lambda: utils.check_same_run(config, checkpoint["config"], url))
+        device.on_all(lambda: check_same_run(config, checkpoint["config"], url))
     run = device.on_all(lambda: Run(config, device, datasets["train"], checkpoint, args.init_from))
     evaluated = bool(device.broadcast_bytes(b"yes" if files and files.checkpoints.metrics(run.step) else None))
 
@@ -296,7 +301,7 @@ def train(config, args, device, datasets, files, preempted):
     forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
 
     # ----- the loop -----
-    batches = iter(run.loader)
+    batches, stop = iter(run.loader), False
     if evaluation_due() and not evaluated:      # the run was stopped between this step's checkpoint and its evaluation
         evaluate_step(run, datasets, eval_forward, files, logger)
     clock = saved_at = time.monotonic()
@@ -340,21 +345,20 @@ def train(config, args, device, datasets, files, preempted):
     # ----- the end -----
     batches.close()
     logger.close()
-    stopped = run.step < last
-    if stopped and files:
+    if stop and files:
         saved = files.leave()
         logger.say(f"step {run.step} of {total}: stopped by SIGTERM" + (f"; {files.newest_text()}; records: {url}/metrics.jsonl" if saved else ""))
-    if stopped or not files:
+    if stop or not files:
         preempted.close()
     device.leave()      # the others need not wait for the last upload
-    if files and not stopped:
+    if files and not stop:
         preempted.alone()
         preempted.nothing_to_lose = True
         files.close()
         ending = "finished" if run.step == total else "stopped by --max_steps"
         logger.say(f"step {run.step} of {total}: {ending}; {files.newest_text()}; records: {url}/metrics.jsonl")
         preempted.close()
-    return preemption.EXIT_STATUS if stopped else 0
+    return preemption.EXIT_STATUS if stop else 0
 
 
 def check_schedule(config, num_puzzles):
@@ -370,7 +374,8 @@ def stop_if_not_finite(totals, files):
     if totals[-1]:
         if not files:
             raise SystemExit(2)     # rank 0 says it
-        files.saver.finish()
+        with contextlib.suppress(StorageError):      # the loss is what is to be said
+            files.saver.finish()
         raise UserError(f"step {int(totals[-1])}: the loss or a gradient is not finite; {files.checkpoints.newest_text()}. "
                         "Lower training.lr, set training.grad_clip_norm, or use model.forward_dtype=float32")
 
@@ -429,7 +434,7 @@ def evaluate_step(run, datasets, forward, files, logger):
     logger.flush()
     if files:
         if final:
-            write_eval_json(files.home, files.checkpoints.url(run.step), results[-len(models):])
+            write_eval_json(open_folder(files.path), files.checkpoints.url(run.step), run.config, results[-len(models):])
         files.checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
 
 
@@ -438,21 +443,23 @@ def evaluate_only(rank, config, args):
     device, checkpoints = Device(config.device), open_checkpoints(config, args.run_name)
     dataset = device.on_all(lambda: load_dataset(config, "test"))
     path = device.on_all(lambda: checkpoints.resolve(args.checkpoint or "latest") if rank == 0 else None)
-    content = load_checkpoint(device.broadcast_bytes(path and path.read_bytes()))
+    source = device.broadcast_bytes(path and str(path).encode()).decode()
+    content = device.broadcast_bytes(path and path.read_bytes())
+    content = device.on_all(lambda: load_checkpoint(content, source))
+    states = device.on_all(lambda: trm_model.weights_in(content, source))
+    if "config" in content:
+        device.on_all(lambda: check_same_model(config, content["config"], source))
     forward, results = device.compiled(trm_model.evaluation_step, config.training.compile), []
-    states = {"ema": content.get("ema"), "raw": content.get("model")} if "carry" in content else {"raw": content}
     for name, state in states.items():
-        if state is None:
-            continue
         model = create_model(config, dataset)
-        device.on_all(lambda: trm_model.load_named_state(model, state, path))
+        device.on_all(lambda: trm_model.load_named_state(model, state, source))
         metrics = evaluate(model.to(device.torch), dataset, device, config.evaluation.batch_size, forward)
         if metrics:
-            results.append({"step": content.get("step"), "split": "test", "weights": name, "wall_time": time.time(), **metrics})
+            results.append({"step": content["step"] if "config" in content else None, "split": "test", "weights": name, "wall_time": time.time(), **metrics})
             print(console_line(results[-1]), flush=True)
     if rank == 0:
         found = join(checkpoints.folder.url, path.name) if args.checkpoint in (None, "latest", "best") else args.checkpoint
-        write_eval_json(open_folder(run_url(config, args.run_name)), found, results)
+        write_eval_json(open_folder(run_url(config, args.run_name)), found, config, results)
     device.leave()
 
 

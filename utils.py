@@ -24,6 +24,10 @@ class RunFailure(Exception):
     """A failure that is not its user's mistake (a worker is gone, the storage does not answer): one message and status 1."""
 
 
+class WorkerGone(RunFailure):
+    """Another worker has ended or does not answer."""
+
+
 def run_cli(main):
     """Run `main()` and end the process with the status it returns. UserError and a full disk give one line and status 2,
     RunFailure one line and status 1."""
@@ -364,18 +368,13 @@ def evaluation_interval_steps(config, num_puzzles):
     return max(1, round(config.evaluation.interval_epochs * num_puzzles / config.training.global_batch_size))
 
 
-def check_same_run(config, saved, url):
-    """A resumed run must be the same training: raises UserError naming what changed from `saved`, the configuration (a dict) of
-    a checkpoint of the run at `url`."""
+def differences(config, saved, sections):
+    """"section.key old -> new" of what in these sections differs from `saved` (a dict, as checkpoints hold it), as one text, but for
+    what changes no number."""
     free = {"data.dataset_path", "data.prefetch_batches", "training.compile", "training.num_workers", "training.ema_strategy"}
-    changed = []
-    for section in ("model", "data", "training"):
-        now = dataclasses.asdict(getattr(config, section))
-        changed += [f"{section}.{key} {saved[section].get(key)!r} -> {value!r}" for key, value in now.items()
-                    if saved[section].get(key) != value and f"{section}.{key}" not in free]
-    if changed:
-        raise UserError(f"{url} was begun with another configuration ({'; '.join(changed)}): "
-                        "give this one its own --run_name, or restore the old values to go on")
+    return "; ".join(f"{section}.{key} {saved[section].get(key)!r} -> {value!r}" for section in sections
+                     for key, value in dataclasses.asdict(getattr(config, section)).items()
+                     if saved[section].get(key) != value and f"{section}.{key}" not in free)
 
 
 def config_yaml(config):

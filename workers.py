@@ -1,16 +1,18 @@
 """Starting the workers of a run on this host, one process a device, and ending with one exit status."""
+import importlib.util
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
 import threading
 import time
-from concurrent.futures.process import BrokenProcessPool
 
 import preemption
 import utils
 from device import resolve_device
+from utils import UserError
 
 END_TOGETHER_SECONDS = 60       # for the other workers to end by themselves once one has
 
@@ -18,70 +20,85 @@ END_TOGETHER_SECONDS = 60       # for the other workers to end by themselves onc
 def launch(function, config, *args):
     """Run function(rank, config, *args) once in every worker of this host; returns the exit status.
 
-    TPU (and XLA on the CPU): torch_xla starts one process a device, on each host of the slice that runs this command.
-    CUDA and CPU: `training.num_workers` processes of this host, or, under torchrun, this process alone: one of its workers.
+    TPU (and XLA on the CPU): one process a device of this host; the command runs on each host of the slice. CUDA and CPU:
+    `training.num_workers` processes of this host, or, under torchrun, this process alone: one of its workers.
     function returns an exit status (None: 0). The status of several workers is the first that was not 0.
+    Raises UserError where device = tpu and this host has no TPU.
     """
     preemption.listen()
-    if resolve_device(config.device) in ("tpu", "xla_cpu"):
-        return _launch_xla(function, config, *args)
+    name = resolve_device(config.device)
+    if name in ("tpu", "xla_cpu"):
+        os.environ["PJRT_DEVICE"] = "TPU" if name == "tpu" else "CPU"
+        count = local_tpu_processes() if name == "tpu" else 1
+        # as torch_xla.launch lays its processes out. Its pool answers the death of one by SIGTERM to the others, and
+        # drops their statuses and messages: what was a crash would look like a preemption
+        environment = {"PJRT_LOCAL_PROCESS_COUNT": str(count)}
+        return _supervise(function, count, environment, config, *args)
     if "RANK" in os.environ:
         return function(int(os.environ["RANK"]), config, *args)
-    if utils.planned_workers(config) == 1:
+    count = utils.planned_workers(config)
+    if count == 1:
         return function(0, config, *args)
-    return _spawn(function, utils.planned_workers(config), config, *args)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# XLA
-# ---------------------------------------------------------------------------------------------------------
-class _Worker:
-    """What torch_xla.launch calls in a thread of each process that it starts.
-
-    Signals can be listened for in a process's main thread alone, and that is where this object is unpickled.
-    """
-
-    def __init__(self, function):
-        self.function = function
-
-    def __setstate__(self, state):
-        self.__dict__ = state
-        preemption.listen()
-        die_with_parent()
-        forward_sigterm(lambda: [multiprocessing.parent_process().pid])      # so that the parent knows what a worker's status, which it does not get, was
-
-    def __call__(self, rank, *args):
-        status = self.function(rank, *args)
-        if status:
-            raise SystemExit(status)        # torch_xla hands exceptions on to the parent, and drops results
-
-
-def _launch_xla(function, config, *args):
-    os.environ["PJRT_DEVICE"] = "TPU" if resolve_device(config.device) == "tpu" else "CPU"
-    import torch_xla
-    forward_sigterm(lambda: [process.pid for process in multiprocessing.active_children()])
-    try:
-        torch_xla.launch(_Worker(function), args=(config, *args))
-    except BrokenProcessPool:
-        return preemption.EXIT_STATUS if preemption.requested() else 1     # a worker that left in the midst of a compile has said why
-
-
-# ---------------------------------------------------------------------------------------------------------
-# CUDA and CPU
-# ---------------------------------------------------------------------------------------------------------
-def _spawn(function, num_workers, *args):
     import torch.distributed as dist
     # the store lies in this process, as with torchrun, and so survives whichever worker dies
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-              "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return _supervise(function, count, environment, config, *args)
+
+
+def local_tpu_processes():
+    """How many processes this host's TPU chips want. Raises UserError where there are none."""
+    from torch_xla._internal import tpu
+    count = tpu.num_local_processes() if importlib.util.find_spec("libtpu") else 0
+    if count < 1:
+        missing = "no TPU chip is seen on this host" if importlib.util.find_spec("libtpu") else "libtpu is not installed: pip install 'torch_xla[tpu]==2.9.0'"
+        raise UserError(f"device = 'tpu': {missing}: run this on every host of a TPU slice, or use device=cpu or cuda")
+    return count
+
+
+def check_workers(config, device):
+    """Raises UserError where the workers that are there are not those of the configuration, or cannot share its batch."""
+    batch, parts = config.training.global_batch_size, config.training.grad_accumulation_steps
+    if device.name == "tpu" and device.world_size != utils.planned_workers(config, "tpu"):
+        raise UserError(f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: it has {utils.planned_workers(config, 'tpu')} chips, and {device.world_size} "
+                        "are here: name this slice, and run the command on all of its hosts")
+    if batch % (device.world_size * parts):
+        raise UserError(f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
+                        f"{device.world_size} x {parts}: this many workers have been started")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The parent
+# ---------------------------------------------------------------------------------------------------------
+def _supervise(function, count, environment, *args):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_child, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, function, rank, *args))
-                 for rank in range(num_workers)]
-    forward_sigterm(lambda: [process.pid for process in processes])
+    processes = [context.Process(target=_child, args=(environment, function, local_rank, *args)) for local_rank in range(count)]
+    preemption.let_others_end_it()
+    # a worker is born with SIGTERM held back, until it listens: it takes seconds to import PyTorch. The tracker first: its start
+    # would let the signal through again
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     for process in processes:
         process.start()
-    status, running, deadline = 0, {process.sentinel: process for process in processes}, None
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    threading.Thread(target=_forward_sigterm, args=(processes,), daemon=True).start()
+    try:
+        return _wait(processes)
+    except KeyboardInterrupt:
+        print("interrupted: the workers save and end; once more to kill them", file=sys.stderr, flush=True)
+        try:
+            _terminate(processes)
+            _wait(processes)
+        except KeyboardInterrupt:
+            for process in processes:
+                process.kill()
+        return 130
+
+
+def _wait(processes):
+    """The first status of a worker that was not 0, or 0, once all have ended."""
+    status, running, deadline = 0, {process.sentinel: process for process in processes if process.exitcode is None}, None
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ended = multiprocessing.connection.wait(list(running), left)
@@ -97,16 +114,37 @@ def _spawn(function, num_workers, *args):
             if status == 0 and process.exitcode:
                 status = process.exitcode if process.exitcode > 0 else 1
                 deadline = time.monotonic() + END_TOGETHER_SECONDS
+                if status == preemption.EXIT_STATUS:
+                    _terminate(processes)       # it left before it could tell the others
     return status
 
 
-def _child(environment, function, rank, *args):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers Ctrl-C, and its end is theirs
-    os.environ.update(environment)
+def _terminate(processes):
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+
+
+def _forward_sigterm(processes):
+    preemption.wait()
+    while True:         # a second SIGTERM does no harm, and one may come before a worker is there
+        _terminate(processes)
+        time.sleep(1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A worker
+# ---------------------------------------------------------------------------------------------------------
+def _child(environment, function, local_rank, *args):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers Ctrl-C
+    # before the TPU's runtime starts: it would put its own handler in the default one's place
     preemption.listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     die_with_parent()
+    os.environ.update(environment)
+    os.environ["LOCAL_RANK"] = str(local_rank)
     try:
-        utils.run_cli(lambda: function(rank, *args))
+        utils.run_cli(lambda: function(_global_rank(local_rank), *args))
     except SystemExit as end:
         if end.code:        # at once: gloo's destructors would wait for the fellow workers, which wait for this one
             sys.stdout.flush()
@@ -114,20 +152,21 @@ def _child(environment, function, rank, *args):
             os._exit(end.code)
 
 
+def _global_rank(local_rank):
+    count = os.environ.get("PJRT_LOCAL_PROCESS_COUNT")
+    if count is None:
+        os.environ["RANK"] = str(local_rank)        # all workers are on this host
+        return local_rank
+    from torch_xla import runtime
+    from torch_xla._internal import pjrt
+    try:
+        pjrt.initialize_multiprocess(local_rank, int(count))
+    except RuntimeError as error:
+        raise UserError(f"device: the {os.environ['PJRT_DEVICE']} runtime does not start ({str(error).strip().splitlines()[0]})") from None
+    return runtime.global_ordinal()     # ordinals are not in the order of hosts or chips
+
+
 def die_with_parent():
     """End this process (status 1, nothing cleaned up) when the one that started it is gone, however it went."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def forward_sigterm(pids):
-    """Pass a SIGTERM of this process on to those of pids(), which end by themselves."""
-    def watch():
-        preemption.wait()
-        for pid in pids():
-            if pid:
-                try:
-                    os.kill(pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass        # it was faster
-    threading.Thread(target=watch, daemon=True).start()

@@ -257,6 +257,9 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name} {value} must be {low} or more")
+    if args.output_dir.startswith("gs:"):
+        raise UserError(f"--output_dir {args.output_dir}: datasets are built in a local folder: copy it to the bucket then "
+                        "(gcloud storage cp -r)")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} must be below 2^63")
     wrong = [f"--{name}" for name in (CSV_ONLY + ("train_csv", "test_csv") if args.generate else GENERATE_ONLY)

@@ -10,6 +10,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
+# for every process that the tests start: models are tiny, and on a busy machine a wait for a second thread costs many times the work
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 

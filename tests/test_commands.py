@@ -95,6 +95,18 @@ class Training(CommandTest):
                 if name != trm_model.CHECKPOINT_PREFIX + "puzzle_emb.weights":
                     torch.testing.assert_close(trained[name], given[prefix + name], rtol=0, atol=1e-6, msg=name)
 
+    def test_eval_only_of_weights_alone(self):
+        """As the original saves them: no configuration, no step, no average."""
+        self.train("--run_name", "whole_one", "--max_steps", "5")
+        torch.save(load_checkpoint(self.checkpoint("whole_one", 5))["model"], self.folder / "weights_only.pt")
+        self.assertIn("step      -  test (raw weights, 50 puzzles)", self.train("--run_name", "alone", "--eval_only", "--checkpoint", str(self.folder / "weights_only.pt")))
+        content = json.loads((self.folder / "runs" / "alone" / "eval.json").read_text())
+        self.assertEqual([(r["weights"], r["step"], r["count"]) for r in content["results"]], [("raw", None, 50)])
+        self.assertEqual(content["config"]["model"]["hidden_size"], 32)
+        for name, saved in (("list.pt", [1, 2]), ("numbers.pt", {"a": 1})):
+            torch.save(saved, self.folder / name)
+            self.train("--run_name", "alone", "--eval_only", "--checkpoint", str(self.folder / name), status=2)
+
     def test_print_config_runs_nothing(self):
         output = self.train("--print_config", "training.lr=2e-4")
         self.assertEqual(yaml.safe_load(output)["training"]["lr"], 2e-4)
@@ -157,8 +169,12 @@ class Mistakes(CommandTest):
         self.user_mistake("--eval_only", "--checkpoint", "nowhere.pt", says=["nowhere.pt: there is no such checkpoint"])
         self.train("--run_name", "mine", "--max_steps", "1")
         file = str(self.checkpoint("mine", 1))
-        for flags in (("--run_name", "other", "--init_from", file), ("--run_name", "other", "--eval_only", "--checkpoint", file)):
-            self.user_mistake(*flags, "model.hidden_size=64", "model.puzzle_emb_ndim=64", says=["do not fit the model", "lm_head.weight is [6, 32], here [6, 64]"])
+        wider = ("model.hidden_size=64", "model.puzzle_emb_ndim=64")
+        self.user_mistake("--run_name", "other", "--init_from", file, *wider, says=["do not fit the model", "lm_head.weight is [6, 32], here [6, 64]"])
+        # of the same shapes, and yet another model
+        for change in ("model.hidden_size=64", "model.H_cycles=3", "model.halt_max_steps=4"):
+            key, value = change.split("=")
+            self.user_mistake("--run_name", "mine", "--eval_only", change, says=["was trained with another model", f"{key} ", f" -> {value}"])
         self.assertEqual([path for path in (self.folder / "runs" / "other").iterdir() if not path.name.startswith(".")], [])
 
     def test_a_loss_that_is_not_finite_ends_the_run(self):

@@ -19,7 +19,8 @@ class PreemptionTest(CommandTest):
         """Start the command with pauses (see tests/slow_train.py), in a process group of its own."""
         self.arrivals = self.folder / f"{run_name}.arrivals.{time.monotonic_ns()}"
         self.arrivals.touch()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_PAUSES": json.dumps(pauses), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_PAUSES": json.dumps(pauses), "TRM_TEST_ARRIVALS": str(self.arrivals),
+                       "TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"{run_name}.compiled")}      # each compile takes its time
         process = subprocess.Popen([sys.executable, "tests/slow_train.py", "--config", str(self.config), "--run_name", run_name, *flags], cwd=ROOT,
                                    env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         self.addCleanup(process.stdout.close)
@@ -78,6 +79,14 @@ class OneWorker(PreemptionTest):
         self.assertGreaterEqual(self.newest("step"), 17)
         self.assertLess(self.newest("step"), 20)
         self.goes_on_as_unbroken("step")
+
+    def test_in_the_last_step(self):
+        """The final evaluation is still to come: the run is not finished."""
+        process = self.begin("last", {"train_step": 0.05})
+        self.arrived(process, "train_step", 60)
+        process.terminate()
+        self.assertIn("step 60 of 60: stopped by SIGTERM", self.ends(process))
+        self.goes_on_as_unbroken("last")
 
     def test_in_an_evaluation(self):
         process = self.begin("evaluation", {"evaluate": 3600})
@@ -147,6 +156,22 @@ class ManyWorkers(PreemptionTest):
                 self.assertEqual(output.count("SIGTERM: nothing is unsaved"), self.WORKERS)
                 self.assertIsNotNone(self.newest(f"evaluation_{whom}"))
 
+    def test_while_they_start(self):
+        """The workers are there, and still import what they need."""
+        process = self.begin("start", {})
+        while len(subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()) < self.WORKERS:
+            self.assertIsNone(process.poll())
+        process.terminate()
+        self.ends(process)
+        self.assertIsNone(self.newest("start"))
+
+    def test_interrupted_from_the_keyboard(self):
+        process = self.begin("keyboard", {"train_step": 0.1})
+        self.arrived(process, "train_step", 10)
+        os.killpg(process.pid, signal.SIGINT)
+        self.assertIn("interrupted: the workers save and end", self.ends(process, 130))
+        self.assertGreaterEqual(self.newest("keyboard"), 10)
+
     def test_in_a_compile(self):
         process = self.begin("compile", {}, "training.compile=always")
         line = ""
@@ -158,8 +183,8 @@ class ManyWorkers(PreemptionTest):
 
 
 @unittest.skipUnless(importlib.util.find_spec("torch_xla"), "torch_xla is not installed here")
-class StartedByTorchXLA(PreemptionTest):
-    """As on a TPU: the command is the parent, the worker a thread of its child."""
+class OnXLA(PreemptionTest):
+    """As on a TPU: the command is the parent of a process for each device."""
 
     def test_in_a_step(self):
         for whom in ("parent", "worker"):

@@ -1,15 +1,10 @@
 """Several workers: the same training at any number of them, one evaluation of every puzzle, and clear ends."""
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
 import time
 import unittest
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from checkpoint_manager import load_checkpoint
