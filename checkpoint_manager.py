@@ -83,9 +83,8 @@ class CheckpointManager:
         except BaseException:
             staged.unlink(missing_ok=True)
             raise
-        finally:
-            if self.staged:
-                self.staged.unlink(missing_ok=True)     # of a save that was given up for this one
+        if self.staged:
+            self.staged.unlink(missing_ok=True)     # of a save that was given up for this one
         self.staged = staged
 
     def _not_written(self, step, error):

@@ -206,14 +206,14 @@ class OnXLA(PreemptionTest):
 
 class Interval(PreemptionTest):
     def test_minutes_make_checkpoints_too(self):
-        process = self.begin("minutes", {"train_step": 0.05}, "checkpoint.interval_steps=1000", "evaluation.interval_epochs=6", f"checkpoint.interval_minutes={0.5 / 60}",
+        process = self.begin("minutes", {"train_step": 0.1}, "checkpoint.interval_steps=1000", "evaluation.interval_epochs=6", f"checkpoint.interval_minutes={2 / 60}",
                              "checkpoint.keep_last_n=99")
         output, _ = process.communicate(timeout=120)
         self.assertEqual(process.returncode, 0, output)
         steps = sorted(int(path.stem.split("_")[-1]) for path in (self.folder / "runs" / "minutes" / "checkpoints").glob("*.json"))
         self.assertEqual(steps[-1], 60)
-        self.assertGreater(len(steps), 3)
-        self.assertGreaterEqual(min(b - a for a, b in zip(steps[:-2], steps[1:-1])), 2)     # half a second apart, a step 0.05 s or more
+        # sixty steps of a tenth of a second or more, a checkpoint every two seconds: some, and not at every step
+        self.assertTrue(3 <= len(steps) <= 30, steps)
 
 
 if __name__ == "__main__":
