@@ -1,0 +1,67 @@
+"""Compile traced programs with the real TPU compiler for a v4 slice that is not there.
+
+    python analysis/tpu_compile.py FOLDER v4-64
+
+analysis/tpu_report.py runs this in a process of its own (the compiler and torch_xla do not share one), after
+analysis/tpu_trace.py. Reads FOLDER/trace.json and FOLDER/NAME.hlo.pb; writes FOLDER/NAME.optimised.txt (HLO) and
+FOLDER/compile.json.
+"""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+# chips along the three axes of each slice's torus; hosts are blocks of 2 x 2 x 1
+TOPOLOGIES = {"v4-8": (2, 2, 1), "v4-16": (2, 2, 2), "v4-32": (2, 2, 4), "v4-64": (2, 4, 4), "v4-128": (4, 4, 4)}
+
+
+def main():
+    folder, accelerator = Path(sys.argv[1]), sys.argv[2]
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost",
+                      TPU_LOG_DIR=str(folder), ALLOW_MULTIPLE_LIBTPU_LOAD="1")      # no chip is touched: several may compile at once
+    devices = slice_devices(accelerator)
+    results = {}
+    for program in json.loads((folder / "trace.json").read_text())["programs"]:
+        name, start = program["name"], time.perf_counter()
+        try:
+            executable = compile_program((folder / f"{name}.hlo.pb").read_bytes(), program["donated"], devices)
+        except RuntimeError as error:       # what the compiler says; anything else is a bug here
+            results[name] = {"error": str(error), "compile_seconds": time.perf_counter() - start}
+            break
+        memory = executable.get_compiled_memory_stats()
+        (folder / f"{name}.optimised.txt").write_text(executable.hlo_modules()[0].to_string())
+        results[name] = {
+            "error": None, "compile_seconds": time.perf_counter() - start,
+            "hbm_bytes": {"arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes, "aliased": memory.alias_size_in_bytes,
+                          "temporaries": memory.temp_size_in_bytes, "generated_code": memory.generated_code_size_in_bytes}}
+    (folder / "compile.json").write_text(json.dumps(results))
+
+
+def slice_devices(accelerator):
+    """The slice's chips, each one device (megacore: its two TensorCores work as one)."""
+    from jax.experimental import topologies
+    shape = "x".join(map(str, TOPOLOGIES[accelerator]))
+    return topologies.get_topology_desc(platform="tpu", topology_name=f"v4:{shape}", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1)).devices
+
+
+def compile_program(hlo, donated, devices):
+    """The executable of an HLO protobuf, one replica a device. donated: arguments whose memory results may take."""
+    import numpy as np
+    from jax._src.interpreters import mlir
+    from jax._src.lib import xla_client
+    from jax._src.lib.mlir import ir
+    text = xla_client._xla.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
+    options = xla_client.CompileOptions()
+    options.num_replicas, options.num_partitions = len(devices), 1
+    options.device_assignment = xla_client.DeviceAssignment.create(np.int32([[device.id] for device in devices]))
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        main_function = next(op for op in module.body.operations if op.name.value == "main")
+        donor, plain = ir.DictAttr.get({"jax.buffer_donor": ir.BoolAttr.get(True)}), ir.DictAttr.get({})
+        main_function.arg_attrs = ir.ArrayAttr.get([donor if k in donated else plain for k in range(len(main_function.type.inputs))])
+        return devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Trace the training and the evaluation step of a configuration as one worker of its TPU slice, on any machine.
+
+    python analysis/tpu_trace.py FOLDER
+
+analysis/tpu_report.py runs this in a process of its own. Reads FOLDER/config.yaml; writes the programs that torch_xla
+would compile, FOLDER/train.hlo.pb and FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. Nothing is computed: weights,
+optimizer, average and carry are placeholders without memory, so that a configuration of any size can be traced.
+"""
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+# one process of many: without it torch_xla leaves the all-reduce out of a program of one process
+os.environ.update(PJRT_DEVICE="CPU", XLA_ALWAYS_ALLREDUCE="1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+import torch_xla
+from torch_xla.core.xla_builder import create_placeholder_tensor
+
+import tpu_hlo
+import train_tpu
+import trm_model
+import utils
+from device import Device, tree_map
+from utils import UserError
+
+SUDOKU_EXTREME_TEST_PUZZLES = 422_786
+WARMUP_STEPS, TIMED_STEPS = 3, 15
+
+
+def main():
+    folder = Path(sys.argv[1])
+    config = utils.load_config(folder / "config.yaml")
+    dataset, known = training_puzzles(config)
+    device = TracedDevice(utils.planned_workers(config, "tpu"))
+    run = traced_run(config, device, dataset)
+    batch = run.loader.batch(0)
+    device.outputs = lambda: run_tensors(run)
+
+    # ----- programs, with the line of code that each operation comes from -----
+    torch_xla._XLAC._set_ir_debug(True)
+    train_step(run, batch)
+    programs = [{"name": "train" if k == 0 else f"train_{k + 1}", **program} for k, program in enumerate(device.programs)]
+    programs.append({"name": "evaluation", **trace_evaluation(run, dataset)})
+    torch_xla._XLAC._set_ir_debug(False)
+    for program in programs:
+        (folder / f"{program['name']}.hlo.pb").write_bytes(program.pop("hlo"))
+
+    # ----- host time -----
+    device.keep_programs = False
+    milliseconds = []
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
+        start = time.process_time()         # and no clock on the wall: others may be using this machine
+        train_step(run, batch)
+        milliseconds.append(1e3 * (time.process_time() - start))
+
+    milliseconds = milliseconds[WARMUP_STEPS:]
+    per_chip = config.training.global_batch_size // device.world_size
+    trace = {
+        "programs": programs, "host_ms_per_step": statistics.median(milliseconds), "host_ms_range": [min(milliseconds), max(milliseconds)],
+        "parameters": trm_model.num_parameters(run.model), "per_chip_batch": per_chip, "sequence_length": run.model.length,
+        "model_flops_per_chip_step": per_chip * trm_model.step_flops_per_example(run.model, train=True),
+        "num_puzzles": dataset.num_puzzles, "dataset": known, "split_sizes": split_sizes(config)}
+    (folder / "trace.json").write_text(json.dumps(trace))
+
+
+def train_step(run, batch):
+    train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, batch)), trm_model.act_step)
+    run.device.end_step()
+
+
+class TracedDevice(Device):
+    """The first of `world_size` workers. Where another device would compile and run what is pending, this one keeps the
+    program (or, for the time it takes, asks torch_xla for its hash, as a run does for a program that it has compiled)."""
+
+    def __init__(self, world_size):
+        super().__init__("xla_cpu")
+        self.rank, self.world_size = 0, world_size
+        self.outputs, self.programs, self.keep_programs = None, [], True
+
+    def end_step(self):
+        if self.keep_programs:
+            self.programs.append(pending_program(self.outputs()))
+        else:
+            torch_xla._XLAC._get_graph_hash(self.outputs())
+        torch_xla._XLAC._clear_pending_irs(str(self.torch))        # the results become placeholders; so does the all-reduce's token
+
+
+def traced_run(config, device, dataset):
+    """train_tpu.Run with placeholders for all that it holds on the device."""
+    device.torch, xla = torch.device("meta"), device.torch
+    with torch.device("meta"):
+        run = train_tpu.Run(config, device, dataset)
+    device.torch = xla
+    for tensor in run_tensors(run):
+        become_placeholder(tensor)
+    return run
+
+
+def run_tensors(run):
+    """Every tensor that a run keeps on its device from step to step, each once."""
+    modules = [run.model, run.ema.module] if run.ema else [run.model]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    tensors += [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return list({id(t): t for t in (*tensors, *run.carry, run.totals)}.values())
+
+
+def become_placeholder(tensor):
+    new = create_placeholder_tensor(tensor.shape, tensor.dtype)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, new)       # the optimizer and the average know this very tensor
+
+
+def pending_program(outputs):
+    """The program that computes `outputs`: its HLO protobuf, and the arguments whose memory torch_xla gives to a result, which
+    are those that the step changes in place; and the FLOPs of its products."""
+    xla = torch_xla._XLAC
+    outputs = [t for t, pending in zip(outputs, xla._check_tensor_need_materialization(outputs)) if pending]
+    changed = {int(re.search(r"AliasID: (\d+)", xla._get_xla_tensor_debug_info(t))[1]) for t in outputs}
+    arguments, _ = xla._get_tensors_xla_device_data_node(outputs)
+    return {"hlo": xla._get_xla_tensors_hlo_proto(outputs), "flops": tpu_hlo.product_flops(xla._get_xla_tensors_hlo(outputs)),
+            "donated": [k for k, tensor_id in enumerate(arguments) if tensor_id in changed]}
+
+
+@torch.no_grad()
+def trace_evaluation(run, dataset):
+    """The program of evaluation.evaluate, at its batch of one worker."""
+    size = run.config.evaluation.batch_size
+    with torch.device("meta"):
+        carry = run.model.empty_carry(size)
+    carry = tree_map(lambda t: create_placeholder_tensor(t.shape, t.dtype), carry)
+    cells = np.zeros((size, dataset.seq_len), np.uint8)
+    batch = run.device.put({"inputs": cells, "labels": cells, "puzzle_identifiers": np.zeros(size, np.int32)})
+    carry, scores = trm_model.evaluation_step(run.model, carry, batch)
+    program = pending_program([*carry, scores])
+    torch_xla._XLAC._clear_pending_irs(str(run.device.torch))
+    return program
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The puzzles: the dataset's where it is on this machine, otherwise as many of 9x9 as the configuration expects
+# ---------------------------------------------------------------------------------------------------------
+def training_puzzles(config):
+    """(what train_tpu.Run needs of a dataset, where it comes from)."""
+    path, count = config.data.dataset_path, config.data.expected_puzzles
+    if (Path(path) / "train" / "dataset.json").exists():
+        return train_tpu.load_dataset(config, "train"), path
+    if count is None:
+        raise UserError(f"data.expected_puzzles = null: {path} is not on this machine: set the number of training puzzles that it has")
+    cells, numbers = np.full((count, 81), 2, np.uint8), np.arange(count + 1)
+    return SimpleNamespace(
+        inputs=cells, labels=cells, puzzle_identifiers=np.zeros(count, np.int32), group_indices=numbers, num_puzzles=count,
+        size=9, seq_len=81, vocab_size=11, num_puzzle_identifiers=1, fingerprint=""), "assumed: 9x9, data.expected_puzzles"
+
+
+def split_sizes(config):
+    """{split: examples} of the splits that are evaluated."""
+    sizes = {"test": SUDOKU_EXTREME_TEST_PUZZLES}
+    for split in (config.evaluation.split, "test"):
+        meta = Path(config.data.dataset_path) / split / "dataset.json"
+        if meta.exists():
+            sizes[split] = len(np.load(meta.with_name("all__puzzle_identifiers.npy"), mmap_mode="r"))
+    sizes.setdefault(config.evaluation.split, sizes["test"])
+    return sizes
+
+
+if __name__ == "__main__":
+    utils.run_cli(main)
