@@ -33,6 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sudoku
+from storage import sync_folder
 from sudoku_sources import Split, csv_splits, generate_splits, rows_as_bytes
 from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli
 
@@ -108,14 +109,6 @@ def synced(path, write, mode):
         write(file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_split(folder, split, size, group_size):
