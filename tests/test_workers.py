@@ -119,7 +119,7 @@ class SameTraining(WorkersTest):
         self.assertEqual([r["step"] for r in self.records("rank0") if r["split"] == "test"], [20, 40])
 
     def test_evaluation_takes_every_puzzle_once_at_any_number(self):
-        self.train("--run_name", "judged", "--max_steps", "10")
+        self.train("--run_name", "judged", "--max_steps", "10", "model.forward_dtype=float32")
         results = {}
         for workers in (1, 2, 3, 8):
             # 50 puzzles: 7 a worker on eight, of which the last has one; batches of 4
