@@ -10,6 +10,7 @@ follows for the run. Needs no dataset. Exit status: 0, 1 where a configuration d
 mistake in the command.
 """
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import math
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements-tpu-report.txt"
 MONTH_HOURS = 30 * 24           # a TPU Research Cloud grant
 GIB = 2**30
+PR_SET_PDEATHSIG = 1            # of Linux's prctl
 
 
 def main():
@@ -193,7 +195,7 @@ def run_child(command, folder, args):
     log = folder / f"{what}.log"
     with open(log, "w") as output:
         child = subprocess.Popen([sys.executable, str(Path(__file__).parent / command[0]), *command[1:]], stdout=output, stderr=subprocess.STDOUT,
-                                 env=environment)
+                                 env=environment, preexec_fn=die_with_parent)
         try:
             while child.poll() is None:
                 if resident_bytes(child.pid) > limit:
@@ -212,6 +214,11 @@ def run_child(command, folder, args):
         raise UserError(mistakes[-1].removeprefix("error: "))
     ended = f"by signal {-child.returncode}" if child.returncode < 0 else f"with status {child.returncode}"
     return f"{what} ended {ended}: {' | '.join(said[-3:])[-600:] or 'it said nothing'}"
+
+
+def die_with_parent():
+    """In a child: SIGKILL when its parent is gone, however it went. Nobody would watch its memory then."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def resident_bytes(pid):

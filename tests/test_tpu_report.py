@@ -1,12 +1,12 @@
 """analysis/tpu_report.py: reading costs from HLO text, mistakes in the command, limits of its child processes, the traced
 program, and, where the TPU compiler is installed, real compiles."""
 import importlib.metadata
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +159,24 @@ class ChildTest(FolderTest):
         self.assertIn("ended by signal 11: last words", self.run_child("import os; print('last words', flush=True); os.kill(os.getpid(), 11)"))
         self.assertIn("ended with status 1: ", self.run_child("raise KeyError('here')"))
         self.assertIsNone(self.run_child("print('fine')"))
+
+    def test_no_child_outlives_the_report(self):
+        (self.folder / "tpu_compile.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+        parent = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, 'analysis'); import tpu_report, types, pathlib\n"
+                                   "tpu_report.run_child([sys.argv[1] + '/tpu_compile.py'], pathlib.Path(sys.argv[1]), "
+                                   "types.SimpleNamespace(memory_gib=1, minutes=1))", str(self.folder)], cwd=ROOT)
+        self.addCleanup(parent.kill)
+        log = self.folder / "compiling.log"
+        self.wait(lambda: log.exists() and log.read_text().endswith("\n"))
+        parent.kill()
+        parent.wait()
+        self.wait(lambda: not tpu_report.resident_bytes(int(log.read_text())))
+
+    def wait(self, condition):
+        end = time.monotonic() + 30
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.05)
 
     def test_a_mistake_of_the_user_stays_one(self):
         self.user_error(lambda: self.run_child("import sys; print('error: mend this', file=sys.stderr); sys.exit(2)"), "mend this")
