@@ -22,7 +22,8 @@ class PreemptionTest(CommandTest):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_PAUSES": json.dumps(pauses), "TRM_TEST_ARRIVALS": str(self.arrivals),
                        "TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"{run_name}.compiled")}      # each compile takes its time
         process = subprocess.Popen([sys.executable, "tests/slow_train.py", "--config", str(self.config), "--run_name", run_name, *flags], cwd=ROOT,
-                                   env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                                   env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))    # a shell's background jobs ignore it
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
         self.addCleanup(self.kill_group, process)
