@@ -1,4 +1,5 @@
 """How many puzzles a model solves: every puzzle exactly once, at any number of workers and any batch size."""
+import base64
 import dataclasses
 import json
 import time
@@ -11,6 +12,7 @@ from data_loader_tpu import evaluation_batches
 from storage import join
 
 RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)     # lower edges of the rating buckets
+PER_PUZZLE_KEYS = ("solved", "dataset_sha256")          # of a result: for eval.json, too long for a record of metrics.jsonl
 
 
 @torch.no_grad()
@@ -20,7 +22,8 @@ def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
     batch_size: puzzles of one worker. forward: trm_model.evaluation_step, compiled or not.
     Returns on rank 0 a dict: count, exact_accuracy, cell_accuracy, q_halt_accuracy, lm_loss, q_halt_loss (means over
     puzzles), exact_accuracy_by_step [halt_max_steps], by_rating [{rating_min, rating_max, count, exact_accuracy}],
-    eval_seconds, puzzles_per_second; None on the other workers.
+    eval_seconds, puzzles_per_second, solved (pack_solved of the puzzles in the dataset's order), dataset_sha256 (of the
+    split's inputs and labels: runs with the same one saw the same puzzles); None on the other workers.
     """
     start, steps = time.perf_counter(), model.config.halt_max_steps
     carry = device.put(model.empty_carry(batch_size))
@@ -53,7 +56,21 @@ def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
     return {"count": len(rows), **{key: final[k] for k, key in enumerate(("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss"))},
             "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
             "by_rating": accuracy_by_rating(None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]),
-            "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds}
+            "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds,
+            "solved": pack_solved(scores[-1, 1] > 0), "dataset_sha256": dataset.fingerprint}
+
+
+def pack_solved(solved):
+    """[N] bool as text: base64 of numpy.packbits."""
+    return base64.b64encode(np.packbits(solved)).decode()
+
+
+def unpack_solved(text, count):
+    """The [count] bool array that pack_solved made `text` from. Raises ValueError where it is of another length."""
+    packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{len(packed)} bytes for {count} puzzles")
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 def accuracy_by_rating(ratings, exact):

@@ -1,17 +1,27 @@
 """Where a run lives: one folder, local or gs://, written by one process, with a local folder to work in."""
 import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import torch
+
 import storage
+import trm_model
 import utils
 from checkpoint_manager import CheckpointManager
 from run_lock import RunLock
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, STARTS_FILE = "metrics.jsonl", "starts.jsonl"
 SAVE_SECONDS = 20.0             # for one attempt at an operation: the next save waits for it, and so does SIGTERM
 # a preempted VM is gone after about 30 s: after SIGTERM so long for a save under way, and so long for the last one
 HURRY_SECONDS, LEAVE_SECONDS = 8.0, 10.0
@@ -64,10 +74,16 @@ class RunFolder:
         if storage.is_remote(self.url):
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            if METRICS_FILE in self.home.list(METRICS_FILE):
-                self.home.get(METRICS_FILE, self.path / METRICS_FILE)
+            for name in (METRICS_FILE, STARTS_FILE):
+                if name in self.home.list(name):
+                    self.home.get(name, self.path / name)
         for leftover in (self.path / "checkpoints").glob(".*.tmp"):
             leftover.unlink()
+
+    def note_start(self, record):
+        """Add a line to starts.jsonl."""
+        path = self.path / STARTS_FILE
+        utils.replace_file(path, (path.read_text() if path.exists() else "") + json.dumps(record) + "\n")
 
     def _still_ours(self):
         self.lock.check(verify=True)        # what somebody who took the run over has written must stay
@@ -142,3 +158,49 @@ class RunFolder:
                 self.lock.release()
                 self.left = error is None
             return self.left
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a training was started with
+# ---------------------------------------------------------------------------------------------------------
+def start_record(run, datasets, args):
+    """One line of starts.jsonl: the step and the seconds of training that this start goes on from, what was typed, the code, the
+    device, its workers, the versions, and which puzzles. run: train_tpu.Run; datasets: {split: dataset}."""
+    device, (commit, dirty) = run.device, code_version()
+    return {"wall_time": time.time(), "step": run.step, "train_seconds": run.train_seconds, "command": shlex.join(sys.argv),
+            "config_file": args.config, "init_from": args.init_from, "commit": commit, "dirty": dirty,
+            "device": device.name, "device_model": _device_model(device), "world_size": device.world_size,
+            "accelerator_type": run.config.tpu.accelerator_type if device.name == "tpu" else None, "hostname": socket.gethostname(),
+            "python": platform.python_version(), **{name: _version(name) for name in ("torch", "torch_xla", "numpy")},
+            "parameters": trm_model.num_parameters(run.model),
+            "datasets": {split: {"puzzles": dataset.num_puzzles, "sha256": dataset.fingerprint} for split, dataset in datasets.items()}}
+
+
+def code_version(root=Path(__file__).parent):
+    """(commit, dirty) of the kit's code: from git; without a repository from $TRM_COMMIT or the file COMMIT, either of them a
+    commit as `git describe --always --dirty` writes it. dirty: whether files that git follows differ from it. (None, None) if unknown."""
+    text = os.environ.get("TRM_COMMIT") or ""
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):      # no git on this machine
+            text = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout or text
+    elif not text and (root / "COMMIT").exists():
+        text = (root / "COMMIT").read_text()
+    text = text.strip()
+    return (text.removesuffix("-dirty"), text.endswith("-dirty")) if text else (None, None)
+
+
+def _device_model(device):
+    if device.name == "cuda":
+        return torch.cuda.get_device_name()
+    if device.name == "tpu":
+        return "TPU v4"
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def _version(package):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)

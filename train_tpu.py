@@ -27,9 +27,9 @@ from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
 from dataset_cache import local_dataset
 from device import Device
 from ema_distributed import EMADistributed
-from evaluation import evaluate, write_eval_json
+from evaluation import PER_PUZZLE_KEYS, evaluate, write_eval_json
 from metrics_logger import MetricsLogger, SilentLogger, console_line
-from run_folder import RunFolder, check_seen_by_all, open_checkpoints, run_url
+from run_folder import RunFolder, check_seen_by_all, open_checkpoints, run_url, start_record
 from storage import StorageError, join, open_folder
 from trm_model import METRIC_KEYS, Carry
 from utils import UserError, WorkerGone
@@ -296,6 +296,7 @@ def train(config, args, device, datasets, files, preempted):
     if files:
         files.prepare()
         utils.replace_file(files.path / "config.yaml", utils.config_yaml(config))
+        files.note_start(start_record(run, datasets, args))
         logger = MetricsLogger(files.path, run.step, evaluated, last, config.logging.tensorboard)
     logger.say(start_text(run, num_puzzles, last, eval_interval, url, peak))
     forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
@@ -430,7 +431,7 @@ def evaluate_step(run, datasets, forward, files, logger):
         metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
         if metrics:
             results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
-            logger.log(results[-1])
+            logger.log({key: value for key, value in results[-1].items() if key not in PER_PUZZLE_KEYS})
     logger.flush()
     if files:
         if final:

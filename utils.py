@@ -74,6 +74,12 @@ def _knob(default=dataclasses.MISSING, **rule):
 @dataclass(kw_only=True)
 class TPUConfig:
     accelerator_type: str = "v4-8"              # slice to run on; v4-N has N/2 chips, one worker each
+    # for the scripts that work on a slice; TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before a file's values
+    project: str | None = None                  # Google Cloud project
+    zone: str = "us-central2-b"                 # the one with v4
+    name: str | None = None                     # of the slice
+    bucket: str | None = None                   # gs://bucket or a folder in it, of the slice's region: datasets and runs
+    runtime_version: str = "tpu-ubuntu2204-base"  # image of the hosts
 
 
 @dataclass(kw_only=True)

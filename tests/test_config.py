@@ -1,6 +1,9 @@
 """Configurations: reading, inheritance, overrides, and what each mistake is told."""
 import dataclasses
+import re
 import unittest
+
+import yaml
 
 import utils
 from tests.helpers import ROOT, FolderTest, write_config
@@ -85,6 +88,47 @@ class Reading(ConfigTest):
         self.user_error(lambda: utils.config_from_dict(values, "file.pt"), "file.pt: model.hidden_sise: there is no such key; did you mean model.hidden_size?")
         values["model"] = 5
         self.user_error(lambda: utils.config_from_dict(values, "file.pt"), "file.pt: model: a section must hold")
+
+
+class Miniatures(ConfigTest):
+    """configs/mini against the study in configs/: what a file of the one changes in its base, its counterpart changes in its own."""
+
+    def changes(self, path, base):
+        """{dotted key: value} of what the file itself says, which builds on `base` alone; every key must be a change."""
+        own = yaml.safe_load(path.read_text())
+        self.assertEqual(own.pop("defaults"), [base.stem], path)
+        config, before = load_config(path), load_config(base)
+        keys = [(section, key) for section, values in own.items() for key in values]
+        return {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in keys}, config, before
+
+    def test_every_cell_changes_what_its_study_changes(self):
+        mini, study = ROOT / "configs" / "mini", ROOT / "configs"
+        paths = sorted(set(mini.glob("*.yaml")) - {mini / "base.yaml"})
+        experiments = {}
+        for path in paths:
+            with self.subTest(path.name):
+                self.assertFalse((study / path.name).exists(), "two runs of one name")
+                experiment = re.match(r"mini_(e\d_\d)", path.stem)[1]
+                changes, config, before = self.changes(path, mini / "base.yaml")
+                experiments.setdefault(experiment, []).append((changes, config))
+                for name in sorted(study.glob(f"{experiment}*.yaml")):
+                    counterpart, _, _ = self.changes(name, study / "base_sudoku_tpu.yaml")
+                    self.assertEqual(set(changes), set(counterpart), name)
+                    for key in {"training.ema", "model.mlp_t", "model.pos_encodings"} & set(changes):
+                        self.assertEqual(changes[key], counterpart[key])
+                differ = {key for section in ("data", "model", "training", "checkpoint", "logging", "evaluation")
+                          for key, value in dataclasses.asdict(getattr(config, section)).items()
+                          if value != getattr(getattr(before, section), key) for key in [f"{section}.{key}"]}
+                self.assertEqual(bool(differ), bool(changes))
+                self.assertLessEqual(differ, set(changes))
+                self.assertAlmostEqual(config.training.lr / config.training.global_batch_size, before.training.lr / before.training.global_batch_size)
+                self.assertEqual(config.model.puzzle_emb_ndim, config.model.hidden_size)
+                self.assertIn(f"--config configs/mini/{path.name}\n", path.read_text())
+        self.assertEqual({name: len(cells) for name, cells in experiments.items()},
+                         {"e1_1": 1, "e1_3": 2, "e2_1": 1, "e2_2": 3, "e2_3": 1, "e2_4": 2, "e3_1": 2})
+        schedules = {(config.model.H_cycles, config.model.L_cycles) for _, config in [*experiments["e2_2"], *experiments["e1_1"]]}
+        cycles, updates = map(set, zip(*schedules))
+        self.assertEqual(len(schedules), len(cycles) * len(updates), "a table of T and n without a hole")
 
 
 class Inheritance(ConfigTest):

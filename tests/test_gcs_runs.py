@@ -154,9 +154,13 @@ class Runs(GCSRunTest):
         kinds = [re.sub(r"events.out.tfevents[.].*", "events", name.removeprefix("runs/run/")) for name in self.bucket.list("runs/")]
         steps = self.saved("run")
         self.assertEqual(steps[-3:], [49, 56, 60])
-        self.assertEqual(sorted(kinds), sorted(["config.yaml", "eval.json", "metrics.jsonl", *["tensorboard/events"] * 2,
+        self.assertEqual(sorted(kinds), sorted(["config.yaml", "eval.json", "metrics.jsonl", "starts.jsonl", *["tensorboard/events"] * 2,
                                                 *[f"checkpoints/checkpoint_step_{step}.{end}" for step in steps for end in ("json", "pt")]]))
         self.whole("run")
+        starts = [json.loads(line) for line in self.bucket.read("runs/run/starts.jsonl").splitlines()]
+        self.assertEqual(starts[0]["step"], 0)
+        self.assertIn(starts[1]["step"], (21, 28))
+        self.assertEqual(len(starts), 2)
 
         best = max((json.loads(self.bucket.read(f"runs/run/checkpoints/checkpoint_step_{step}.json")) for step in steps),
                    key=lambda marker: ((marker["metrics"] or {"exact_accuracy": -1})["exact_accuracy"], marker["step"]))["step"]

@@ -1,4 +1,5 @@
 """Runs that are killed and started again: nothing is lost but time, and the training is the same bit by bit."""
+import importlib.metadata
 import json
 import shutil
 import signal
@@ -10,6 +11,8 @@ import unittest
 import torch
 
 from checkpoint_manager import load_checkpoint
+from data_loader_tpu import SudokuDatasetTPU
+from run_folder import code_version
 from tests.helpers import ROOT, CommandTest
 
 # the real command, which kills itself with SIGKILL at the count-th time that it comes to a point
@@ -93,6 +96,26 @@ class ResumeTest(CommandTest):
             self.assertNotIn("Traceback", output, point)
         self.train("--run_name", "killed")
         self.same_as_unbroken("killed")
+
+    def test_every_start_is_noted(self):
+        self.train("--run_name", "noted", "--max_steps", "20")
+        self.train("--run_name", "noted", status=-signal.SIGKILL, driver=("-c", DRIVER, "step", "5"))
+        self.train("--run_name", "noted", "training.num_workers=2", "--max_steps", "30")
+        self.train("--run_name", "noted", "--max_steps", "30")       # has nothing to do
+        self.train("--run_name", "from", "--init_from", str(self.checkpoint("noted", 30)), "--max_steps", "1")
+        starts, (other,) = ([json.loads(line) for line in (self.folder / "runs" / name / "starts.jsonl").read_text().splitlines()] for name in ("noted", "from"))
+        self.assertEqual([(s["step"], s["world_size"]) for s in starts], [(0, 1), (20, 1), (21, 2)])
+        self.assertEqual(starts[0]["train_seconds"], 0)
+        self.assertEqual(starts[1]["train_seconds"], [r for r in self.records("noted", timing=True) if r["step"] == 20][0]["train_seconds"])
+        self.assertEqual((starts[0]["init_from"], other["init_from"]), (None, str(self.checkpoint("noted", 30))))
+        for start in starts:
+            self.assertEqual((start["config_file"], start["device"], start["accelerator_type"]), (str(self.config), "cpu", None))
+            self.assertEqual([start["torch"], start["numpy"]], [importlib.metadata.version(name) for name in ("torch", "numpy")])
+            self.assertIn("--run_name noted", start["command"])
+            self.assertEqual((start["commit"], start["dirty"]), code_version())
+            self.assertEqual(start["datasets"], {split: {"puzzles": count, "sha256": SudokuDatasetTPU(self.folder / "data", split).fingerprint}
+                                                 for split, count in (("train", 80), ("test", 50))})
+            self.assertTrue(start["hostname"] and start["device_model"] and start["wall_time"] > 1.7e9 and start["parameters"] > 1000)
 
     def test_killed_from_outside(self):
         """By SIGKILL from another process, each time soon after so many records are there."""

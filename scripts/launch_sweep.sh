@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The cells of a study, configuration x seed, trained one after another or several at once; see scripts/sweep.py.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --local [options]
+       bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --slices NAME... [options] [-- FLAGS]
+
+Trains every configuration (files, or a quoted glob pattern) with every seed. The same command goes on where it was stopped or
+killed, on the same host or, with the ledger in a bucket, on another; finished cells are skipped, failed ones are tried again.
+All configurations are checked before anything starts.
+
+  --local             on this host
+  --jobs N            N cells at once (default 1); they share the host's cores
+  --slices NAME...    on these TPU slices, one cell at a time on each, by scripts/keep_alive.sh, which makes them and makes them again
+  --seeds K...        seeds (training.seed); a run is then named CONFIG_seedK (default: the configuration's own seed, CONFIG)
+  --max_attempts N    failures of a cell before it is given up (default 3); a mistake in its configuration is one too many
+  --retry_failed      try the cells again that were given up
+  --ledger URL        folder of the ledger, local or gs:// (default: logging.output_dir/sweep)
+  --dry_run           print the cells, how they stand and their commands; nothing is started
+  --status            print the ledger as a table; without CONFIG all of its cells
+  -- FLAGS            more flags for scripts/keep_alive.sh, as -- --spot
+
+Ctrl-C and SIGTERM go to the cells, which save and end (a run on a slice goes on there): exit status 130 and 143. Otherwise 0
+where every cell is finished, 1 where one is not, 2 after a mistake in the command. What a cell prints is in
+<ledger>/<cell>/output.log, or, with the ledger in a bucket, in the file that the launcher names.
+
+environment variables: TRM_VENV, TRM_PYTHON (see scripts/environment.sh), TRM_CACHE; for slices TPU_PROJECT, TPU_ZONE, TPU_BUCKET
+TEXT
+}
+
+for argument in "$@"; do
+    case "$argument" in --help|-h) usage; exit 0 ;; esac
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+set_up_environment >&2
+exec "$PYTHON" scripts/sweep.py "$@"

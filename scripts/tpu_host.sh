@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# What the other scripts have each host of a slice do; they call it over ssh. All it makes lies in ~/trm.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
+
+  setup                         install the pinned environment into ~/trm/venv (or where TRM_VENV says)
+  checked                       status 0 if the devices have been checked since this host started
+  check --config FILE ...       scripts/check_devices.py; to be run on all hosts at once
+  start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
+  status RUN                    one line: up, status N (how it ended), stopped N (after stop), lost (killed) or nothing
+  follow RUN                    the log of the run, until it ends
+  stop RUN                      SIGTERM to the run; returns once it has ended
+TEXT
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+trm=$HOME/trm
+export TRM_VENV=${TRM_VENV:-$trm/venv}
+# whose content names the run that holds it: one at a time has the chips. What a run starts holds it, too, to its own end
+lock=$trm/lock
+checked=$trm/checked-$(cat /proc/sys/kernel/random/boot_id)
+
+free() { flock --shared --nonblock "$lock" true; }
+up() { [ "$(cat "$lock" 2>/dev/null)" = "$run" ] && ! free; }
+
+setup() {
+    local base
+    base=$(find_python)
+    if ! "$base" -c 'import ensurepip' 2>/dev/null; then
+        # a fresh host updates itself, and has apt's lock meanwhile
+        sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
+        sudo apt-get -o DPkg::Lock::Timeout=600 -qq install --yes "$(basename "$(readlink -f "$base")")-venv"
+    fi
+    set_up_environment requirements.txt requirements-tpu.txt
+}
+
+check() {
+    exec 9>>"$lock"
+    flock --timeout 5 9 || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
+    echo "(a check of the devices)" > "$lock"
+    "$TRM_VENV/bin/python" scripts/check_devices.py "$@"
+    touch "$checked"
+}
+
+start() {
+    local id=$1
+    shift
+    mkdir -p "$folder"
+    exec 9>>"$lock"
+    if ! flock --timeout 5 9; then      # longer than somebody's look at it takes
+        if up && [ "$(cat "$folder/id")" = "$id" ]; then return; fi
+        echo "error: $(hostname): the run $(cat "$lock") is up already, and one at a time has the chips: wait for it, or stop it" >&2
+        return 2
+    fi
+    rm -f "$folder"/{status,stopped,pid}
+    echo "$run" > "$lock"
+    echo "$id" > "$folder/id"
+    # not in tmux: at a preemption every process gets SIGTERM, tmux too, which answers it by SIGHUP to what it runs: the training
+    # would end without its checkpoint
+    setsid nohup bash scripts/tpu_host.sh supervise "$run" "$@" < /dev/null >> "$folder/log" 2>&1 &
+}
+
+supervise() {
+    trap : TERM         # the training answers it; this process lives on to write down how it ended
+    local status=0
+    ( echo "$BASHPID" > "$folder/pid"; exec "$TRM_VENV/bin/python" train_tpu.py "$@" ) || status=$?
+    echo "$status" > "$folder/.status"
+    mv "$folder/.status" "$folder/status"
+}
+
+status() {
+    if up; then echo "trm: up"
+    elif [ -e "$folder/stopped" ] && [ "$(cat "$folder/status")" = 143 ]; then echo "trm: stopped 143"
+    elif [ -e "$folder/status" ]; then echo "trm: status $(cat "$folder/status")"
+    elif [ -e "$folder/id" ]; then echo "trm: lost"
+    else echo "trm: nothing"
+    fi
+}
+
+wait_for_pid() { until [ -e "$folder/pid" ] || ! up; do sleep 0.1; done; }
+
+follow() {
+    if up && wait_for_pid && [ -e "$folder/pid" ]; then
+        tail --lines=+1 --follow --sleep-interval=0.5 "--pid=$(cat "$folder/pid")" "$folder/log"
+        flock --shared --timeout 10 "$lock" true || true        # until it is written down how it ended
+    elif [ -e "$folder/log" ]; then
+        cat "$folder/log"
+    fi
+}
+
+stop() {
+    if ! up; then return; fi
+    wait_for_pid
+    touch "$folder/stopped"
+    kill -TERM "$(cat "$folder/pid")" || true
+    flock --timeout 90 "$lock" true || { echo "error: $(hostname): $run has not ended within 90 s of SIGTERM" >&2; return 1; }
+}
+
+command=${1:---help}
+shift || true
+mkdir -p "$trm"
+case "$command" in
+    setup) setup ;;
+    checked) [ -e "$checked" ] ;;
+    check) check "$@" ;;
+    start|supervise|status|follow|stop)
+        run=${1:?the name of a run}
+        folder=$trm/runs/$run
+        "$command" "${@:2}" ;;
+    --help|-h) usage ;;
+    *) echo "error: unknown command $command" >&2; usage >&2; exit 2 ;;
+esac
