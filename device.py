@@ -215,6 +215,13 @@ class Device:
         if self.is_xla:
             self._xla.sync()
 
+    def traced_once(self, function, state):
+        """On XLA: function(batch) as an XLAProgram over the tensors of state(), which starts its work itself; elsewhere function."""
+        if not self.is_xla:
+            return function
+        from xla_program import XLAProgram
+        return XLAProgram(function, state)
+
     def compiled(self, function, when):
         """torch.compile(function) where `training.compile` = `when` asks for it; never on XLA, which compiles anyway."""
         if self.is_xla or when == "never" or (when == "auto" and self.name != "cuda"):

@@ -24,14 +24,20 @@ class EMADistributed:
         for (path, ours), theirs in zip(self.module.named_modules(), model.modules(), strict=True):
             ours._buffers = theirs._buffers
 
-    @torch.no_grad()
-    def update(self, model):
-        """Take in the model's present weights (float32, on the same device)."""
-        if self.strategy == "rank0":
-            # on XLA a program of its own: replicas whose step programs differ would hang in the step's all-reduce
+    def update_in_step(self, model):
+        """Take in the model's present weights (float32, on the same device); part of the training step."""
+        if self.strategy == "every_worker":
+            self._update(model)
+
+    def update_after_step(self, model):
+        """As update_in_step, after the step: on XLA a program of its own, since replicas whose step programs differ would hang in
+        the step's all-reduce."""
+        if self.strategy == "rank0" and self.device.rank == 0:
+            self._update(model)
             self.device.end_step()
-            if self.device.rank:
-                return
+
+    @torch.no_grad()
+    def _update(self, model):
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - self.rate)
 
     def ready_module(self):

@@ -15,6 +15,7 @@ from utils import RunFailure, UserError
 STATE = "state.json"
 RESUMABLE = (143, 130)      # preempted, interrupted: there is a checkpoint to go on from
 BEAT_SECONDS = 10.0         # of every lock, as train_tpu.py renews a run's
+DEADLINE_SECONDS = 10.0     # for one operation on the ledger: a renewal of a lock must not hang for long
 
 
 class Ledger:
@@ -22,7 +23,7 @@ class Ledger:
     what its new owner wrote. Methods raise what storage.py raises."""
 
     def __init__(self, url):
-        self.url, self.folder = url, open_folder(url, deadline=BEAT_SECONDS)
+        self.url, self.folder = url, open_folder(url, deadline=DEADLINE_SECONDS)
         self.folders = {}   # {url: the folder that holds a lock}
         self.held = {}      # {url: (version of the lock, when it was first seen)} of locks that somebody else holds
 
@@ -86,7 +87,7 @@ class Ledger:
 
     def _lock_folder(self, url):
         if url not in self.folders:
-            self.folders[url] = open_folder(url, deadline=BEAT_SECONDS)     # a gs:// one has a client of its own
+            self.folders[url] = open_folder(url, deadline=DEADLINE_SECONDS)     # a gs:// one has a client of its own
         return self.folders[url]
 
     def _lock_version(self, url):
@@ -101,9 +102,14 @@ class Ledger:
         for cell in cells:
             state, _ = self.read(cell.name)
             untouched = state is None or state["attempts"] == 0 or (state["state"] == "failed" and retry_failed)
-            if not untouched and (changed := utils.differences(cell.config, state["config"], ("model", "data", "training"))):
-                wrong.append(f"{join(self.url, cell.name)} was begun with another configuration ({changed}): set another logging.output_dir, "
-                             "or restore the old values to go on")
+            if untouched:
+                continue
+            changed = utils.differences(cell.config, state["config"], ("model", "data", "training"))
+            if state["url"] != cell.url:
+                changed = f"its run {state['url']} -> {cell.url}"
+            if changed:
+                wrong.append(f"{join(self.url, cell.name)} was begun with another configuration ({changed}): set another logging.output_dir "
+                             "(and --ledger), or restore the old values to go on")
         if wrong:
             raise UserError("\nerror: ".join(wrong))
 
@@ -126,7 +132,8 @@ class Ledger:
                          *(f"{found[key]:.2%}" if finished and found[key] is not None else "-" for key in ("ema", "raw")),
                          "-" if found["train_seconds"] is None else f"{found['train_seconds'] / 3600:.2f}", note))
         widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(text.rjust(width) if 1 < k < 7 else text.ljust(width) for k, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+        align = [str.ljust, str.ljust, *[str.rjust] * 5, str.ljust]
+        lines = ["  ".join(side(text, width) for side, text, width in zip(align, row, widths)).rstrip() for row in rows]
         return "\n".join(lines), all(row[1] == "finished" for row in rows[1:])
 
 

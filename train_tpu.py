@@ -154,6 +154,13 @@ class Run:
         self.totals = self.device.put(torch.zeros(len(METRIC_KEYS) + 2))
         self.interval_steps, self.interval_seconds = 0, 0.0
 
+    def tensors(self):
+        """Every tensor that the run keeps on its device from step to step, each once."""
+        modules = [self.model, self.ema.module] if self.ema else [self.model]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        tensors += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        return list({id(t): t for t in (*tensors, *self.carry, self.totals)}.values())
+
     def state_dict(self):
         """All of it on the CPU, as tensors and plain data, the same whatever the number of workers; on rank 0 (None on the
         others, all of which must call it: each has its slots of the carry)."""
@@ -215,6 +222,7 @@ def train_step(run, batch, forward):
         torch.nn.utils.clip_grads_with_norm_(params, training.grad_clip_norm, grad_norm)
     run.optimizer.param_groups[0]["lr"] = lr
     run.optimizer.step()
+    run.optimizer.param_groups[0]["lr"] = 0.0       # this step's own, and no part of a checkpoint
     run.optimizer.zero_grad(set_to_none=True)
     if rows is not None:
         run.puzzle_optimizer.step(*summed[len(params):], puzzle_emb_lr)
@@ -224,7 +232,7 @@ def train_step(run, batch, forward):
     first_bad = torch.where((first_bad == 0) & ~torch.isfinite(sums).all(), step, first_bad)
     run.totals = torch.cat((run.totals[:-1] + sums, first_bad.view(1)))
     if run.ema:
-        run.ema.update(model)
+        run.ema.update_in_step(model)
 
 
 def host_batch(run, batch):
@@ -301,6 +309,8 @@ def train(config, args, device, datasets, files, preempted):
     logger.say(start_text(run, num_puzzles, last, eval_interval, url, peak))
     forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
 
+    step = device.traced_once(lambda batch: train_step(run, batch, forward), run.tensors)
+
     # ----- the loop -----
     batches, stop = iter(run.loader), False
     if evaluation_due() and not evaluated:      # the run was stopped between this step's checkpoint and its evaluation
@@ -308,8 +318,9 @@ def train(config, args, device, datasets, files, preempted):
     clock = saved_at = time.monotonic()
     while run.step < last:
         batch = host_batch(run, next(batches))
-        train_step(run, device.put(batch), forward)
-        device.end_step()
+        step(device.put(batch))
+        if run.ema:
+            run.ema.update_after_step(run.model)
         run.step += 1
         run.interval_steps += 1
         preempted.nothing_to_lose = False

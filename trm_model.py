@@ -41,10 +41,10 @@ def truncated_normal(shape, std, generator):
     return nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator).mul_(std / cut_std)
 
 
-def rms_norm(x, dim=-1):
-    """x / rms(x) along `dim`, computed in float32 (eps 1e-5, no weight), returned in x's dtype."""
+def rms_norm(x, dtype, dim=-1):
+    """x / rms(x) along `dim`, computed in float32 (eps 1e-5, no weight), returned in `dtype`."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + 1e-5)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + 1e-5)).to(dtype)
 
 
 def cast(weight, dtype):
@@ -54,7 +54,7 @@ def cast(weight, dtype):
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b) in x's dtype; weight [d_out, d_in] float32, truncated normal, std 1/sqrt(d_in)."""
+    """y = x W^T; weight [d_out, d_in] float32, truncated normal, std 1/sqrt(d_in)."""
 
     def __init__(self, d_in, d_out, generator):
         super().__init__()
@@ -81,10 +81,55 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = Linear(dim, 2 * width, generator)
         self.down_proj = Linear(width, dim, generator)
 
-    def forward(self, x):
-        # two products, and no split of a wide result: its backward would put the two halves together again
-        gate, up = cast(self.gate_up_proj.weight, x.dtype).chunk(2)
-        return self.down_proj(F.silu(F.linear(x, gate)) * F.linear(x, up))
+    def weights(self):
+        """(gate, up, down) for `forward`, asked for once a step: the gradients of the halves are put together once, not at each use."""
+        return *self.gate_up_proj.weight.chunk(2), self.down_proj.weight
+
+    def forward(self, x, weights, axis=-1):
+        """Mix x [B, M, N] along `axis`, which comes last in the result. In x's dtype; on XLA float32, as the products add up."""
+        if x.device.type == "xla":
+            return _XLASwiGLU.apply(x, *weights, axis % x.dim(), torch.is_grad_enabled())
+        gate, up, down = (cast(weight, x.dtype) for weight in weights)
+        x = x.transpose(axis, -1)
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+class _XLASwiGLU(torch.autograd.Function):
+    """SwiGLU without a transpose or a reshape of x, and without rounding what the TPU's multiplier has added up in float32 before it
+    is used: the compiler lays both out badly. What the backward needs is rounded (keep), or it would not fit: the compiler would
+    rather keep the float32 than round it a second time. The figures: docs/tpu_step.md."""
+
+    @staticmethod
+    def forward(ctx, x, gate_weight, up_weight, down_weight, axis, keep):
+        gate, up = (contract(x, axis, cast(weight, x.dtype), 1) for weight in (gate_weight, up_weight))
+        if keep:
+            gate, up = gate.to(x.dtype), up.to(x.dtype)
+            ctx.save_for_backward(x, gate_weight, up_weight, down_weight, gate, up)
+            ctx.axis = axis
+        return contract((F.silu(gate.float()) * up.float()).to(x.dtype), 2, cast(down_weight, x.dtype), 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate_weight, up_weight, down_weight, gate, up = ctx.saved_tensors
+        dtype, rest = x.dtype, 3 - ctx.axis
+        grad, gate, up = grad.to(dtype), gate.float(), up.float()
+        sigmoid = torch.sigmoid(gate)
+        swish = gate * sigmoid
+        inner = contract(grad, 2, cast(down_weight, dtype), 0)
+        gate_grad = (inner * up * (sigmoid + swish * (1 - sigmoid))).to(dtype)
+        up_grad = (inner * swish).to(dtype)
+        x_grad = contract(gate_grad, 2, cast(gate_weight, dtype), 0) + contract(up_grad, 2, cast(up_weight, dtype), 0)
+        return (x_grad.to(dtype).transpose(ctx.axis, 2), *(contract(part, (0, 1), x, (0, rest)) for part in (gate_grad, up_grad)),
+                contract(grad, (0, 1), (swish * up).to(dtype), (0, 1)), None, None)
+
+
+def contract(a, a_axes, b, b_axes):
+    """On XLA: float32 sums of products over axes of a and b; what is left are the other axes of a, then those of b."""
+    import torch_xla
+    axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
+    # XLA's CPU device has no products of bfloat16 in float32; a TPU's multiplier takes bfloat16 whatever these say
+    a, b = a.float(), b.float()
+    return torch_xla._XLAC._xla_dot_general(a, b, (tuple(axes), ([], [])), preferred_element_type=torch.float32)
 
 
 class SelfAttention(nn.Module):
@@ -132,13 +177,17 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.expansion, generator)
         self.mixes_by_mlp = config.mlp_t
 
-    def forward(self, h, rope):
+    def weights(self):
+        """The weights of the MLPs for `forward`, asked for once a step."""
+        return self.mlp_t.weights() if self.mixes_by_mlp else None, self.mlp.weights()
+
+    def forward(self, h, weights, rope):
+        token_weights, channel_weights = weights
         if self.mixes_by_mlp:
-            h = h.transpose(1, 2)
-            h = rms_norm(h + self.mlp_t(h)).transpose(1, 2)
+            h = rms_norm(h + self.mlp_t(h, token_weights, axis=1).transpose(1, 2), h.dtype, dim=1)
         else:
-            h = rms_norm(h + self.self_attn(h, rope))
-        return rms_norm(h + self.mlp(h))
+            h = rms_norm(h + self.self_attn(h, rope), h.dtype)
+        return rms_norm(h + self.mlp(h, channel_weights), h.dtype)
 
 
 class Network(nn.Module):
@@ -148,10 +197,11 @@ class Network(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, length, generator) for _ in range(config.L_layers))
 
-    def forward(self, h, injection, rope):
+    def forward(self, h, injection, weights, rope):
+        """weights: of each layer, `Block.weights()`."""
         h = h + injection
-        for layer in self.layers:
-            h = layer(h, rope)
+        for layer, layer_weights in zip(self.layers, weights, strict=True):
+            h = layer(h, layer_weights, rope)
         return h
 
 
@@ -247,9 +297,10 @@ class TinyRecursiveModel(nn.Module):
         def cycle(z_H, z_L):
             injection = z_H + x
             for _ in range(config.L_cycles):
-                z_L = net(z_L, injection, self.rope)
-            return net(z_H, z_L, self.rope), z_L
+                z_L = net(z_L, injection, weights, self.rope)
+            return net(z_H, z_L, weights, self.rope), z_L
 
+        weights = [layer.weights() for layer in net.layers]
         x = self.input_embedding(carry.inputs, puzzle_rows)
         z_H, z_L = carry.z_H, carry.z_L
         with torch.no_grad():

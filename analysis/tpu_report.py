@@ -171,7 +171,7 @@ def run_figures(report, config):
 
     def evaluation(count):      # hours; a step of the host is taken to be as long as one of training, which is too long
         batches = math.ceil(math.ceil(count / report["chips"]) / config.evaluation.batch_size)
-        return batches * config.model.halt_max_steps * max(report["evaluation_ms_per_step"], report["host_ms_per_step"]) / 3.6e6
+        return batches * config.model.halt_max_steps * max(report["evaluation_ms_per_step"], report["evaluation_host_ms_per_step"]) / 3.6e6
     sizes, ema = report["split_sizes"], config.training.ema
     look = evaluation(min(config.evaluation.max_examples or sizes[config.evaluation.split], sizes[config.evaluation.split]))
     final = (1 + ema) * evaluation(sizes["test"])       # averaged and raw weights
@@ -289,7 +289,7 @@ def full_text(report):
     if not report["compiles"]:
         say("verdict", f"NO: {report['error']}")
         if report["host_ms_per_step"]:
-            say("host", f"{report['host_ms_per_step']:.1f} ms a step to trace, on this machine")
+            say("host", f"{report['host_ms_per_step']:.1f} ms a step, on this machine")
         return "\n".join(lines)
     r, hbm = report, report["hbm_bytes"]
     say("verdict", "compiles and fits" if r["fits"] else f"compiles, but NO: {r['error']}")
@@ -319,7 +319,7 @@ def full_text(report):
     say("  not in it", f"prefetches beside the computation: {prefetch / 1e9:.2f} GB, {1e3 * prefetch / tpu_hlo.HBM_BYTES_PER_SECOND:.2f} ms of HBM's time")
     say("evaluation, estimated", f"{r['evaluation_ms_per_step']:.2f} ms a step")
     say("host", f"{r['host_ms_per_step']:.1f} ms a step of one core ({r['host_ms_range'][0]:.1f} to {r['host_ms_range'][1]:.1f}), measured on this machine: "
-        "batch, trace and look-up of the program, not its dispatch")
+        "batch, and start of the program that was traced at the first step")
     say("puzzles", f"{r['num_puzzles']:,} to train on ({r['dataset']}), {r['split_sizes']['test']:,} to test on")
     say("run", f"{r['total_steps']:,} steps, {r['training_hours']:.2f} h (bound by the {r['bound_by']}); {r['evaluations']} evaluations, "
         f"{r['evaluation_hours']:.2f} h, of which the final one {r['final_evaluation_hours']:.2f} h")

@@ -6,6 +6,7 @@ analysis/tpu_report.py runs this in a process of its own. Reads FOLDER/config.ya
 would compile, FOLDER/train.hlo.pb and FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. Nothing is computed: weights,
 optimizer, average and carry are placeholders without memory, so that a configuration of any size can be traced.
 """
+import dataclasses
 import json
 import os
 import re
@@ -41,7 +42,7 @@ def main():
     device = TracedDevice(utils.planned_workers(config, "tpu"))
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
-    device.outputs = lambda: run_tensors(run)
+    device.outputs = run.tensors
 
     # ----- programs, with the line of code that each operation comes from -----
     torch_xla._XLAC._set_ir_debug(True)
@@ -53,17 +54,12 @@ def main():
         (folder / f"{program['name']}.hlo.pb").write_bytes(program.pop("hlo"))
 
     # ----- host time -----
-    device.keep_programs = False
-    milliseconds = []
-    for _ in range(WARMUP_STEPS + TIMED_STEPS):
-        start = time.process_time()         # and no clock on the wall: others may be using this machine
-        train_step(run, batch)
-        milliseconds.append(1e3 * (time.process_time() - start))
-
-    milliseconds = milliseconds[WARMUP_STEPS:]
+    per_step = host_milliseconds(config, device.world_size, dataset)
+    per_evaluation_step = milliseconds(lambda: trace_evaluation(run, dataset, keep=False))
     per_chip = config.training.global_batch_size // device.world_size
     trace = {
-        "programs": programs, "host_ms_per_step": statistics.median(milliseconds), "host_ms_range": [min(milliseconds), max(milliseconds)],
+        "programs": programs, "host_ms_per_step": statistics.median(per_step), "host_ms_range": [min(per_step), max(per_step)],
+        "evaluation_host_ms_per_step": statistics.median(per_evaluation_step),
         "parameters": trm_model.num_parameters(run.model), "per_chip_batch": per_chip, "sequence_length": run.model.length,
         "model_flops_per_chip_step": per_chip * trm_model.step_flops_per_example(run.model, train=True),
         "num_puzzles": dataset.num_puzzles, "dataset": known, "split_sizes": split_sizes(config)}
@@ -76,19 +72,15 @@ def train_step(run, batch):
 
 
 class TracedDevice(Device):
-    """The first of `world_size` workers. Where another device would compile and run what is pending, this one keeps the
-    program (or, for the time it takes, asks torch_xla for its hash, as a run does for a program that it has compiled)."""
+    """The first of `world_size` workers. Where another device would compile and run what is pending, this one keeps the program."""
 
     def __init__(self, world_size):
         super().__init__("xla_cpu")
         self.rank, self.world_size = 0, world_size
-        self.outputs, self.programs, self.keep_programs = None, [], True
+        self.outputs, self.programs = None, []
 
     def end_step(self):
-        if self.keep_programs:
-            self.programs.append(pending_program(self.outputs()))
-        else:
-            torch_xla._XLAC._get_graph_hash(self.outputs())
+        self.programs.append(pending_program(self.outputs()))
         torch_xla._XLAC._clear_pending_irs(str(self.torch))        # the results become placeholders; so does the all-reduce's token
 
 
@@ -98,17 +90,9 @@ def traced_run(config, device, dataset):
     with torch.device("meta"):
         run = train_tpu.Run(config, device, dataset)
     device.torch = xla
-    for tensor in run_tensors(run):
+    for tensor in run.tensors():
         become_placeholder(tensor)
     return run
-
-
-def run_tensors(run):
-    """Every tensor that a run keeps on its device from step to step, each once."""
-    modules = [run.model, run.ema.module] if run.ema else [run.model]
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    tensors += [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return list({id(t): t for t in (*tensors, *run.carry, run.totals)}.values())
 
 
 def become_placeholder(tensor):
@@ -129,9 +113,38 @@ def pending_program(outputs):
             "donated": [k for k, tensor_id in enumerate(arguments) if tensor_id in changed]}
 
 
+def host_milliseconds(config, world_size, dataset):
+    """Milliseconds of the main thread for each of TIMED_STEPS training steps, from the batch to the started program. A replayed step
+    costs the host by the number of its tensors, whatever is in them: so it is that of the same model at the least width and number
+    of cycles, which the CPU computes meanwhile."""
+    small = {"hidden_size": 8 * config.model.num_heads, "H_cycles": 1, "L_cycles": 1, "puzzle_emb_ndim": min(config.model.puzzle_emb_ndim, 8)}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **small), training=dataclasses.replace(
+        config.training, global_batch_size=config.training.global_batch_size // world_size))
+    device = Device("xla_cpu")
+    run = train_tpu.Run(config, device, dataset)
+    step, batch = device.traced_once(lambda batch: train_tpu.train_step(run, batch, trm_model.act_step), run.tensors), run.loader.batch(0)
+
+    def timed():
+        step(device.put(train_tpu.host_batch(run, batch)))
+        run.step += 1
+    return milliseconds(timed, lambda: device.fetch(run.totals))
+
+
+def milliseconds(function, wait=lambda: None):
+    """Milliseconds that the main thread computes in each of TIMED_STEPS calls; wait() follows each of them, untimed."""
+    taken = []
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
+        start = time.thread_time()          # and no clock on the wall: others may be using this machine
+        function()
+        taken.append(1e3 * (time.thread_time() - start))
+        wait()
+    return taken[WARMUP_STEPS:]
+
+
 @torch.no_grad()
-def trace_evaluation(run, dataset):
-    """The program of evaluation.evaluate, at its batch of one worker."""
+def trace_evaluation(run, dataset, keep=True):
+    """The program of evaluation.evaluate, at its batch of one worker. keep=False: for the time it takes, as a run does for a program
+    that it has compiled."""
     size = run.config.evaluation.batch_size
     with torch.device("meta"):
         carry = run.model.empty_carry(size)
@@ -139,7 +152,7 @@ def trace_evaluation(run, dataset):
     cells = np.zeros((size, dataset.seq_len), np.uint8)
     batch = run.device.put({"inputs": cells, "labels": cells, "puzzle_identifiers": np.zeros(size, np.int32)})
     carry, scores = trm_model.evaluation_step(run.model, carry, batch)
-    program = pending_program([*carry, scores])
+    program = pending_program([*carry, scores]) if keep else torch_xla._XLAC._get_graph_hash([*carry, scores])
     torch_xla._XLAC._clear_pending_irs(str(run.device.torch))
     return program
 

@@ -56,6 +56,7 @@ CONFIG=$(in_repository "$CONFIG")
 choose_code
 case "$COMMIT" in *-dirty) fail 2 "there are uncommitted changes (git status): commit them, a run of days must have its code's name" ;; esac
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
+need_gcloud
 
 setup() { bash scripts/setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
 launch() { bash scripts/launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
@@ -69,7 +70,7 @@ fi
 mkdir -p "$log_dir"
 log=$log_dir/$RUN_NAME.log
 end=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", now + 3600 * hours}')
-attempts=0 silent=0 before=''
+attempts=0 silent=0 before='' seen=''       # seen: it was up since this began: how it ended earlier is no answer
 note "commit $COMMIT, slice $TPU_NAME, at most $max_attempts attempts and $max_hours hours"
 while :; do
     look_at_run
@@ -78,8 +79,9 @@ while :; do
     case "$RUN_STATE $RUN_WHY" in *"do not answer"*) silent=$((silent + 1)) ;; *) silent=0 ;; esac
     case "$RUN_STATE $RUN_WHY" in
         finished*) exit 0 ;;
-        "failed "*"status 2"*) note "a mistake that another attempt would not mend: see bash scripts/launch_experiment.sh logs $RUN_NAME"; exit 2 ;;
-        *"hosts: "*stopped*) note "stopped by its user: not started again"; exit 143 ;;
+        running*) seen=yes ;;
+        "failed "*"status 2"*) if [ -n "$seen" ]; then note "a mistake that another attempt would not mend: see bash scripts/launch_experiment.sh logs $RUN_NAME"; exit 2; fi ;;
+        *"hosts: "*stopped*) if [ -n "$seen" ]; then note "stopped by its user: not started again"; exit 143; fi ;;
     esac
     left=$(awk -v now="$(date +%s)" -v end="$end" 'BEGIN {printf "%.4f", (end - now) / 3600}')
     if [ "$(date +%s)" -ge "$end" ]; then note "the $max_hours hours are spent; run and slice are left as they are"; exit 1; fi
@@ -93,7 +95,7 @@ while :; do
     setup "$left" || status=$?
     if [ "$status" = 0 ]; then launch || status=$?; fi
     case "$status" in
-        0) note "attempt $attempts: started" ;;
+        0) note "attempt $attempts: started"; seen=yes ;;
         2) look_at_run      # it may have been started from elsewhere meanwhile
            if [ "$RUN_STATE" != running ]; then note "attempt $attempts: a mistake, not tried again"; exit 2; fi ;;
         3) note "attempt $attempts: no room for the slice; it is asked for again"; attempts=$((attempts - 1)); sleep "$poll" ;;

@@ -64,6 +64,7 @@ report() {      # say how the run is, and end with the status that stands for it
 
 if [ -n "$command" ]; then
     read_settings "${CONFIG:-configs/base_sudoku_tpu.yaml}" --need project,name --run_name "$RUN_NAME" --on_slice "${OVERRIDES[@]}"
+    need_gcloud
     case "$command" in
         status) report ;;
         logs) add_ssh_key; on_hosts all "$(host_command follow "$RUN_NAME")" ;;
@@ -75,9 +76,11 @@ fi
 
 if [ -n "$local" ]; then
     read_settings "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}"
-    if [ -n "$DRY_RUN" ]; then PYTHON=python; else set_up_environment; fi
-    execute "$PYTHON" train_tpu.py --config "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}" "${FLAGS[@]}"
-    exit
+    training=(train_tpu.py --config "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}" "${FLAGS[@]}")
+    if [ -n "$DRY_RUN" ]; then execute python "${training[@]}"; exit; fi
+    set_up_environment
+    rm -rf "$SCRATCH"
+    exec "$PYTHON" "${training[@]}"         # signals for this process are for the training
 fi
 
 # ----- what would run: the configuration as it is in the code that is sent -----
@@ -88,6 +91,7 @@ CODE_HERE=$SCRATCH/code
 mkdir "$CODE_HERE"
 tar -xf "$SCRATCH/trm-code.tar" -C "$CODE_HERE"
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
+need_gcloud
 say "$RUN_NAME: commit $COMMIT on $TPU_NAME ($TPU_ACCELERATOR, $TPU_HOSTS host(s)), to $RUN_URL"
 
 # ----- whether it can -----
@@ -111,13 +115,13 @@ esac
 
 # ----- start it -----
 send_code
-status=0
-on_hosts all "$(unpack_code) && $(host_command start "$RUN_NAME" "$(date +%s)-$$" --config "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}" \
+status=0 id=$(date +%s)-$$
+on_hosts all "$(unpack_code) && $(host_command start "$RUN_NAME" "$id" --config "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}" \
     "logging.output_dir=$OUTPUT_DIR" "data.dataset_path=$DATASET" "${FLAGS[@]}")" || status=$?
-if [ "$status" = 2 ]; then exit 2; fi       # a host has said why
 if [ "$status" != 0 ]; then
     say "not started on every host: stopping it on the others"
-    on_hosts all "$(host_command stop "$RUN_NAME")" || true
+    on_hosts all "$(host_command stop "$RUN_NAME" "$id")" || true
+    if [ "$status" = 2 ]; then exit 2; fi       # a host has said why
     fail 1 "$RUN_NAME was not started on $TPU_NAME (status $status)"
 fi
 say "started; Ctrl-C and lost connections leave it alone: bash scripts/launch_experiment.sh status|logs|stop $RUN_NAME"

@@ -9,13 +9,13 @@ usage: bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --local [o
 
 Trains every configuration (files, or a quoted glob pattern) with every seed. The same command goes on where it was stopped or
 killed, on the same host or, with the ledger in a bucket, on another; finished cells are skipped, failed ones are tried again.
-All configurations are checked before anything starts.
+All configurations are checked before anything starts. A pattern takes what it matches: configs/mini/mini_*.yaml leaves base.yaml out.
 
   --local             on this host
   --jobs N            N cells at once (default 1); they share the host's cores
   --slices NAME...    on these TPU slices, one cell at a time on each, by scripts/keep_alive.sh, which makes them and makes them again
   --seeds K...        seeds (training.seed); a run is then named CONFIG_seedK (default: the configuration's own seed, CONFIG)
-  --max_attempts N    failures of a cell before it is given up (default 3); a mistake in its configuration is one too many
+  --max_attempts N    failures of a cell before it is given up (default 3); one that ends by its user's mistake (status 2) is given up at once
   --retry_failed      try the cells again that were given up
   --ledger URL        folder of the ledger, local or gs:// (default: logging.output_dir/sweep)
   --dry_run           print the cells, how they stand and their commands; nothing is started

@@ -8,5 +8,5 @@ if [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
-set_up_environment requirements.txt requirements-test.txt
+set_up_environment requirements.txt requirements-test.txt requirements-analysis.txt
 "$PYTHON" -m unittest "$@"

@@ -70,7 +70,7 @@ def make_cells(patterns, seeds, overrides, on_slices):
 
 
 def check_datasets(cells):
-    """Raises UserError, one line for every cell whose dataset is missing, damaged or not the one it is planned for."""
+    """Raises UserError, one line for every configuration whose dataset is missing, damaged or not the one it is planned for."""
     from train_tpu import load_datasets     # PyTorch takes seconds to import
     wrong = []
     for path, cell in {cell.path: cell for cell in cells}.items():
@@ -87,7 +87,7 @@ def check_slices(cells, slices, flags):
     wrong = []
     one_each = list({cell.path: cell for cell in cells}.values())
     for cell, name in [(cell, slices[0]) for cell in one_each] + [(one_each[0], name) for name in slices[1:]]:
-        done = subprocess.run([*command(cell, name, ["--dry_run", *flags])], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command(cell, name, ["--dry_run", *flags]), stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             wrong.append(f"{cell.path} on {name}: {last_error(done.stderr, done.returncode)}")
     if wrong:

@@ -27,8 +27,10 @@ read_settings() {
     settings=$(cd "${CODE_HERE:-.}" && "$PYTHON_HERE" scripts/tpu_settings.py "$@") || exit
     eval "$settings"
     LOCATION=("--project=$TPU_PROJECT" "--zone=$TPU_ZONE" --quiet)
-    [ -n "$DRY_RUN" ] || [ -z "$TPU_PROJECT" ] || command -v gcloud >/dev/null ||
-        fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
+}
+
+need_gcloud() {
+    [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
 }
 
 # in_repository FILE: its path in the repository, where this runs
@@ -87,7 +89,8 @@ add_ssh_key() {
         eval "$(ssh-agent -s 3>&-)" >/dev/null
         OUR_AGENT=$SSH_AGENT_PID
     fi
-    execute ssh-add -q "$key"
+    # not for a silent host: that would be a reason to delete the slice
+    execute ssh-add -q "$key" || fail 2 "ssh-add $key failed: gcloud reaches several hosts at once only with this key in ssh-agent"
 }
 
 # ----- the code -----
@@ -109,7 +112,8 @@ choose_code() {
 
 # send_code: to all hosts, where unpack_code, the beginning of a command for them, finds it
 send_code() {
-    execute gcloud compute tpus tpu-vm scp "$SCRATCH/trm-code.tar" "$TPU_NAME:" "${LOCATION[@]}" --worker=all
+    execute gcloud compute tpus tpu-vm scp "$SCRATCH/trm-code.tar" "$TPU_NAME:" "${LOCATION[@]}" --worker=all ||
+        fail 1 "the code could not be sent to all hosts of $TPU_NAME: gcloud's message is above"
 }
 unpack_code() { echo "mkdir -p $CODE && tar -xf trm-code.tar -C $CODE && ln -sfn ~/$CODE trm/current"; }
 
@@ -145,11 +149,14 @@ look_at_run() {
 
 # look_into_folder: the run's folder says more than a slice that is gone, or new
 look_into_folder() {
-    local read=(cat) name
-    case "$RUN_URL" in gs://*) read=(gcloud storage cat) ;; esac
-    for name in config.yaml eval.json metrics.jsonl; do "${read[@]}" "$RUN_URL/$name" > "$SCRATCH/$name" 2>/dev/null || true; done
-    if [ ! -s "$SCRATCH/config.yaml" ]; then return; fi
-    if "$PYTHON_HERE" scripts/tpu_settings.py "$SCRATCH/config.yaml" --finished "$SCRATCH/eval.json" "$SCRATCH/metrics.jsonl"; then
+    local folder=$SCRATCH/run
+    mkdir -p "$folder"
+    case "$RUN_URL" in
+        gs://*) gcloud storage rsync "$RUN_URL" "$folder" >/dev/null 2>&1 || true ;;    # without its folders
+        *) folder=$RUN_URL ;;
+    esac
+    if [ ! -s "$folder/config.yaml" ]; then return; fi
+    if "$PYTHON_HERE" scripts/tpu_settings.py "$folder/config.yaml" --finished "$folder/eval.json" "$folder/metrics.jsonl"; then
         RUN_STATE=finished RUN_WHY="$RUN_URL/eval.json"
     else
         RUN_STATE=preempted RUN_WHY="$RUN_WHY, and $RUN_URL is not at its end"

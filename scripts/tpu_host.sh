@@ -12,7 +12,7 @@ usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
   start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
   status RUN                    one line: up, status N (how it ended), stopped N (after stop), lost (killed) or nothing
   follow RUN                    the log of the run, until it ends
-  stop RUN                      SIGTERM to the run; returns once it has ended
+  stop RUN [ID]                 SIGTERM to the run (if it was started with this ID); returns once it has ended
 TEXT
 }
 
@@ -40,7 +40,7 @@ setup() {
 
 check() {
     exec 9>>"$lock"
-    flock --timeout 5 9 || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
+    flock --timeout 2 9 || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
     echo "(a check of the devices)" > "$lock"
     "$TRM_VENV/bin/python" scripts/check_devices.py "$@"
     touch "$checked"
@@ -51,7 +51,7 @@ start() {
     shift
     mkdir -p "$folder"
     exec 9>>"$lock"
-    if ! flock --timeout 5 9; then      # longer than somebody's look at it takes
+    if ! flock --timeout 2 9; then      # longer than somebody's look at it takes
         if up && [ "$(cat "$folder/id")" = "$id" ]; then return; fi
         echo "error: $(hostname): the run $(cat "$lock") is up already, and one at a time has the chips: wait for it, or stop it" >&2
         return 2
@@ -93,7 +93,7 @@ follow() {
 }
 
 stop() {
-    if ! up; then return; fi
+    if ! up || [ "${1:-$(cat "$folder/id")}" != "$(cat "$folder/id")" ]; then return; fi
     wait_for_pid
     touch "$folder/stopped"
     kill -TERM "$(cat "$folder/pid")" || true

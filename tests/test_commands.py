@@ -1,5 +1,6 @@
 """The command as a user types it: what it says, what it writes, and how it ends after each kind of mistake."""
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -10,14 +11,21 @@ import subprocess
 import sys
 import termios
 import unittest
+from unittest import mock
 
+import numpy as np
 import torch
 import yaml
 
 import trm_model
 import utils
 from checkpoint_manager import load_checkpoint
-from tests.helpers import ROOT, CommandTest
+from data_loader_tpu import SudokuDatasetTPU
+from device import Device
+from evaluation import PER_PUZZLE_KEYS, evaluate, unpack_solved
+from run_folder import code_version
+from tests.helpers import ROOT, CommandTest, FolderTest, random_pairs, write_split
+from utils import STREAM_EVAL_SUBSET, random_stream
 
 # the real command, whose weights become NaN before the given step
 NAN_DRIVER = """
@@ -61,6 +69,9 @@ class Training(CommandTest):
             self.assertAlmostEqual(sum(b["count"] * b["exact_accuracy"] for b in result["by_rating"]), 50 * result["exact_accuracy"], places=6)
             self.assertEqual(len(result["exact_accuracy_by_step"]), 3)
             self.assertEqual(result["exact_accuracy_by_step"][-1], result["exact_accuracy"])
+            self.assertAlmostEqual(unpack_solved(result["solved"], 50).mean(), result["exact_accuracy"])
+            self.assertEqual(result["dataset_sha256"], SudokuDatasetTPU(self.folder / "data", "test").fingerprint)
+        self.assertTrue(all(key not in record for record in self.records("judged") for key in PER_PUZZLE_KEYS))
         before = content["results"]
         for checkpoint in ("best", "latest", str(self.checkpoint("judged", 60))):
             (self.folder / "runs" / "judged" / "eval.json").unlink()
@@ -68,7 +79,7 @@ class Training(CommandTest):
             again = json.loads((self.folder / "runs" / "judged" / "eval.json").read_text())
             self.assertEqual([r["count"] for r in again["results"]], [50, 50])
             if checkpoint != "best":    # whatever the batch size
-                self.assertEqual([r["exact_accuracy"] for r in again["results"]], [r["exact_accuracy"] for r in before])
+                self.assertEqual([(r["exact_accuracy"], r["solved"]) for r in again["results"]], [(r["exact_accuracy"], r["solved"]) for r in before])
 
     def test_validation_split_chooses_the_best_and_the_end_takes_all_of_test(self):
         self.train("--run_name", "chosen", "evaluation.split=val")
@@ -135,6 +146,50 @@ class Training(CommandTest):
         self.assertIn("step     60  loss", shown.decode())
 
 
+class PerPuzzle(FolderTest):
+    def test_solved_stands_in_the_order_of_the_dataset(self):
+        """A model stands in that solves the puzzles with an even number of clues, at the second step."""
+        inputs, labels = random_pairs(4, 50)
+        write_split(self.folder / "test", inputs, labels)
+        dataset = SudokuDatasetTPU(self.folder, "test")
+
+        def forward(model, carry, batch):
+            solved = ((batch["inputs"] > 1).sum(1) % 2 == 0) if next(step) == 2 else torch.zeros(len(carry), dtype=torch.bool)
+            return carry, solved.float().expand(5, -1)
+        step = itertools.cycle((1, 2))
+        model = mock.Mock(config=mock.Mock(halt_max_steps=2), empty_carry=torch.zeros)
+        expected = (inputs > 1).sum(1) % 2 == 0
+        self.assertTrue(10 < expected.sum() < 40)
+        for batch_size in (7, 50, 64):
+            result = evaluate(model, dataset, Device("cpu"), batch_size, forward)
+            self.assertEqual(unpack_solved(result["solved"], 50).tolist(), expected.tolist())
+        chosen = np.sort(random_stream(0, STREAM_EVAL_SUBSET, 0).permutation(50)[:20])
+        result = evaluate(model, dataset, Device("cpu"), 7, forward, 20)
+        self.assertEqual(unpack_solved(result["solved"], 20).tolist(), expected[chosen].tolist())
+        with self.assertRaises(ValueError):
+            unpack_solved(result["solved"], 50)
+
+
+class CodeVersion(FolderTest):
+    def test_from_git_the_environment_or_the_file(self):
+        with mock.patch.dict(os.environ):
+            os.environ.pop("TRM_COMMIT", None)
+            self.assertEqual(code_version(self.folder), (None, None))
+            (self.folder / "COMMIT").write_text("abc123\n")
+            self.assertEqual(code_version(self.folder), ("abc123", False))
+            os.environ["TRM_COMMIT"] = "def456-dirty"
+            self.assertEqual(code_version(self.folder), ("def456", True))
+            git = ["git", "-C", str(self.folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+            for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"], ["tag", "-am", "v1", "v1"]):
+                subprocess.run([*git, *command], check=True)
+            head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, text=True, capture_output=True).stdout.strip()
+            self.assertEqual(code_version(self.folder), (head, False))
+            (self.folder / "COMMIT").write_text("changed")
+            self.assertEqual(code_version(self.folder), (head, True))
+            os.environ["PATH"] = ""     # no git here: what the launcher says
+            self.assertEqual(code_version(self.folder), ("def456", True))
+
+
 class Mistakes(CommandTest):
     def test_configuration_and_flags(self):
         for args, says in [(("training.learning_rate=1",), ["training.learning_rate", "did you mean training."]),
@@ -198,34 +253,6 @@ class Mistakes(CommandTest):
         script = hidden + "sys.argv[0] = 'train_tpu.py'\nimport train_tpu, utils\nutils.run_cli(train_tpu.main)\n"
         self.user_mistake("device=xla_cpu", driver=("-c", script), says=["device = 'xla_cpu'", "torch_xla is not installed"])
         self.assertIn("device cpu", self.train("--run_name", "without_xla", "--max_steps", "1", "device=auto" if not torch.cuda.is_available() else "device=cpu", driver=("-c", script)))
-
-
-class Solving(CommandTest):
-    """analysis/solve.py on a checkpoint of the command's."""
-
-    def solve(self, *args, status=0):
-        done = subprocess.run([sys.executable, "analysis/solve.py", *args], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
-        self.assertEqual(done.returncode, status, done.stdout)
-        self.assertNotIn("Traceback", done.stdout)
-        return done.stdout
-
-    def test_puzzles(self):
-        self.train("--run_name", "solver", "--max_steps", "20")
-        run, puzzle = str(self.folder / "runs" / "solver"), "12..34..21434321"
-        for checkpoint in (run, str(self.checkpoint("solver", 20))):
-            output = self.solve("--checkpoint", checkpoint, puzzle)
-            self.assertIn("checkpoint_step_20.pt", output)
-            self.assertIn(f"puzzle     {puzzle}  (12 clues)", output)
-            self.assertEqual(output.count("\nsupervision step "), 3)
-            self.assertRegex(output, r"\n(solved|not solved): [1-4.]{16}")
-        held_out = [self.solve("--checkpoint", run, *flags).splitlines()[1] for flags in ((), ("--example", "0"), ("--example", "1"))]
-        self.assertNotEqual(held_out[1], held_out[2])
-        self.assertIn("(5 clues)", held_out[0])         # one with the fewest
-        for text, says in (("11..............", "conflict"), ("." * 16, "more than one solution"), ("123...4.........", "no solution"), (puzzle + "1", "17 cells"),
-                           ("12..34..2143432x", "'x' at position 16"), ("." * 81, "this checkpoint solves 4x4 grids")):
-            self.assertIn(says, self.solve("--checkpoint", run, text, status=2), text)
-        self.assertIn("has puzzles 0 to 49", self.solve("--checkpoint", run, "--example", "50", status=2))
-        self.assertIn("there is no such checkpoint", self.solve("--checkpoint", "nowhere.pt", puzzle, status=2))
 
 
 if __name__ == "__main__":

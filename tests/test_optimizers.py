@@ -141,7 +141,7 @@ class Averaging(unittest.TestCase):
                 for p in model.parameters():
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
             before = [p.clone() for p in model.parameters()]
-            ema.update(model)
+            ema.update_in_step(model)
             expected = [0.75 * e + 0.25 * p.detach().double().numpy() for e, p in zip(expected, model.parameters())]
             self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, model.parameters())))
         for p, e in zip(ema.module.parameters(), expected):

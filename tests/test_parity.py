@@ -61,6 +61,9 @@ class Recording:
         loss, metrics, after = trm_model.act_step(model, carry, rows, torch.zeros_like(carry.steps))
         names, params = zip(*model.named_parameters())
         *grads, row_grads = torch.autograd.grad(loss / len(carry.steps), [*params, rows])
+        if str(self.device).startswith("xla"):
+            import torch_xla
+            torch_xla.sync()        # one program for all of it, and not one for each tensor that is looked at
         return loss, metrics, dict(zip(names, grads)), row_grads, after
 
 
@@ -172,7 +175,7 @@ class ParityTest(Parity, unittest.TestCase):
                 optimizer.param_groups[0]["lr"] = lr_at(t, train["lr"], train["warmup"], 10_000, 1.0)
                 optimizer.step()
                 puzzle_optimizer.step(*puzzle_optimizer.row_sums(carry.puzzle_identifiers, row_grads), lr_at(t, train["puzzle_emb_lr"], train["warmup"], 10_000, 1.0))
-                ema.update(model)
+                ema.update_in_step(model)
             for label, ours in (("final/", model), ("final_ema/", ema.module)):
                 start, end = self.flat(recording, "init/", ours), self.flat(recording, label, ours)
                 change, recorded = np.concatenate([p.detach().numpy().ravel() for _, p in ours.named_parameters()]) - start, end - start

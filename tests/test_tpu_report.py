@@ -194,7 +194,7 @@ class RunFiguresTest(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         config = load_config(write_config(Path(folder.name) / "a.yaml", SMALL), ["tpu.accelerator_type=v4-8", "evaluation.max_examples=100"])
         report = {"num_puzzles": 100, "chips": 4, "estimated_ms_per_step": 30.0, "all_reduce_ms_at_least": 6.0, "host_ms_per_step": 20.0,
-                  "evaluation_ms_per_step": 10.0, "split_sizes": {"test": 1000}}
+                  "evaluation_ms_per_step": 10.0, "evaluation_host_ms_per_step": 20.0, "split_sizes": {"test": 1000}}
         figures = tpu_report.run_figures(report, config)
         # 64 epochs of 100 puzzles by 32; looks at 100 puzzles after every 50 steps: 25 a chip, one batch of 4 steps; at the
         # end 250 a chip, 8 batches, twice; 20 ms a step there, since the host is slower than the device
@@ -217,7 +217,7 @@ class TraceTest(XLATest):
         from device import Device
 
         def pending(run):
-            tensors = tpu_trace.run_tensors(run)
+            tensors = run.tensors()
             tensors = [t for t, is_pending in zip(tensors, torch_xla._XLAC._check_tensor_need_materialization(tensors)) if is_pending]
             return torch_xla._XLAC._get_xla_tensors_hlo(tensors)
         with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +232,7 @@ class TraceTest(XLATest):
             device.end_step()
         traced_device = tpu_trace.TracedDevice(8)
         traced = tpu_trace.traced_run(config, traced_device, dataset)
-        traced_device.outputs = lambda: tpu_trace.run_tensors(traced)
+        traced_device.outputs = lambda: traced.tensors()
         train_tpu.train_step(traced, traced_device.put(train_tpu.host_batch(traced, run.loader.batch(0))), trm_model.act_step)
         self.assertEqual(pending(traced), trained)
         self.assertEqual(len(re.findall(r" all-reduce\(", trained)), 1)

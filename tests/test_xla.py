@@ -1,4 +1,5 @@
 """The command on torch_xla's CPU device: how often it compiles and executes, and that it is the same training."""
+import copy
 import importlib.util
 import os
 import re
@@ -109,6 +110,76 @@ for _ in range(4):
 batches.close()
 torch.save({"steps": seen, "start": start}, sys.argv[2])
 """
+
+
+class ReplayTest(XLATest):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
+        self.path = write_config(Path(self.folder.name) / "run.yaml", f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL)
+
+    def steps(self, replayed, *overrides):
+        """Everything that a run holds after each of six steps, with a new interval in the middle; and how often a step was traced."""
+        config = load_config(self.path, ["training.lr_warmup_steps=4", *overrides])
+        device, seen, traced = Device("xla_cpu"), [], []
+        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+
+        def function(batch):
+            traced.append(batch)
+            train_tpu.train_step(run, batch, trm_model.act_step)
+        step, batches = device.traced_once(function, run.tensors) if replayed else function, iter(run.loader)
+        for _ in range(6):
+            step(device.put(train_tpu.host_batch(run, next(batches))))
+            device.end_step()
+            run.step += 1
+            seen.append(device.fetch(run.tensors()))
+            if run.step == 3:
+                run.start_interval()
+        batches.close()
+        return seen, len(traced)
+
+    def test_a_replayed_step_is_the_traced_one(self):
+        for overrides in ((), ("training.grad_accumulation_steps=2", "training.optimizer=adamw", "training.grad_clip_norm=0.5"),
+                          ("model.forward_dtype=bfloat16", *ATTENTION)):
+            with self.subTest(overrides):
+                (traced, six), (replayed, one) = self.steps(False, *overrides), self.steps(True, *overrides)
+                self.assertEqual((six, one), (6, 1))
+                for step, (ours, theirs) in enumerate(zip(replayed, traced, strict=True)):
+                    for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                        self.assertTrue(torch.equal(a, b), (step, place))
+                self.assertFalse(torch.equal(replayed[4][0], replayed[5][0]))
+
+    def test_a_changed_tensors_memory_goes_to_its_successor(self):
+        config = load_config(self.path, [])
+        device = Device("xla_cpu")
+        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+        step, batches = device.traced_once(lambda batch: train_tpu.train_step(run, batch, trm_model.act_step), run.tensors), iter(run.loader)
+        step(device.put(train_tpu.host_batch(run, next(batches))))
+        old = [tensor.detach() for tensor in run.model.parameters()]
+        step(device.put(train_tpu.host_batch(run, next(batches))))
+        batches.close()
+        for tensor in old:
+            with self.assertRaisesRegex(RuntimeError, "HasValue"):      # it has no memory any more
+                tensor.cpu()
+
+    def test_swiglu_in_bfloat16(self):
+        """Value and gradients of both axes: as near to those in float64 as the plain computation on the CPU is."""
+        torch.manual_seed(0)
+        x, grad = torch.randn(3, 40, 24).bfloat16(), torch.randn(3, 40, 24)
+        for axis, dim in ((1, 40), (2, 24)):
+            swiglu, errors = trm_model.SwiGLU(dim, 4.0, torch.Generator().manual_seed(1)), {}
+            for name, device, dtype in (("exact", "cpu", torch.float64), ("plain", "cpu", torch.bfloat16), ("xla", self.device, torch.bfloat16)):
+                module = copy.deepcopy(swiglu).to(device)
+                if name == "exact":
+                    module.double()
+                given = x.clone().to(device, dtype).requires_grad_()
+                result = module(given, module.weights(), axis).transpose(axis, -1)
+                result.backward(grad.to(result))
+                errors[name] = [t.detach().cpu().double() for t in (result, given.grad, *(p.grad for p in module.parameters()))]
+            for exact, plain, xla in zip(*errors.values(), strict=True):
+                self.assertEqual(exact.shape, xla.shape)
+                self.assertLess((xla - exact).abs().max().item(), 1.5 * (plain - exact).abs().max().item(), axis)
 
 
 class StepOfAReplica(XLATest):

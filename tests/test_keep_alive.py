@@ -1,0 +1,116 @@
+"""scripts/keep_alive.sh, for real: a run on a slice of local processes that is preempted, gone, silent, failing or stopped."""
+import json
+import os
+import re
+import signal
+import unittest
+
+from checkpoint_manager import load_checkpoint
+from metrics_logger import TIMING_KEYS
+from tests.slice import NAME, SliceTest
+
+
+class KeepAlive(SliceTest):
+    def begin_keeping(self, *words):
+        return self.begin("keep_alive", "configs/tiny.yaml", "--poll", "0.5", "--log_dir", str(self.folder / "log"), *words)
+
+    def ends(self, process, status):
+        """The log file, once it has ended so."""
+        output, _ = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, status, output)
+        self.assertNotIn("Traceback", output)
+        log = (self.folder / "log" / "tiny.log").read_text()
+        for line in log.splitlines():
+            self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC tiny: ")
+        return log
+
+    def attempts(self, log):
+        return [int(number) for number in re.findall(r"attempt (\d+)$", log, re.MULTILINE)]
+
+    def test_two_preemptions_to_the_end(self):
+        (self.cloud / "no_room").write_text("1")
+        self.hold(17)
+        process = self.begin_keeping("--spot", "--max_attempts", "3")
+        self.arrived(17)
+        head = self.git("rev-parse", "HEAD")
+        self.git("commit", "--quiet", "--allow-empty", "--message=later")       # is not what runs from now on
+        self.hold(10)
+        self.wait_for(lambda: "checkpoint_step_14.json" in self.gcloud.listed(f"{self.url}/runs/tiny/checkpoints"))
+        self.preempt()                                                          # without time for a checkpoint
+        self.release(17)
+        self.arrived(17 + 10)
+        self.preempt(None, noticed=lambda: self.release(10))
+        log = self.ends(process, 0)
+        self.assertEqual(self.attempts(log), [1, 1, 2, 3])
+        for text in ("attempt 1: no room for the slice", "attempt 3: started", "tiny: finished ("):
+            self.assertIn(text, log)
+        creates = [call for call in self.calls() if call["command"].endswith("create")]
+        self.assertEqual(["--spot" in call["flags"] for call in creates], [True] * 4)
+        self.assertEqual(self.changes().count("tpu-vm delete"), 1)
+        starts = self.starts("tiny")
+        self.assertEqual([start["commit"] for start in starts], [head] * 3)
+        self.assertEqual([start["step"] for start in starts[:2]], [0, 14])
+        self.assertTrue(23 <= starts[2]["step"] <= 27, starts)
+
+        self.train("--run_name", "unbroken")
+        (self.folder / "ours.pt").write_bytes(self.in_bucket("runs/tiny/checkpoints/checkpoint_step_60.pt"))
+        contents = [load_checkpoint(path) for path in (self.folder / "ours.pt", self.shared / "runs" / "unbroken" / "checkpoints" / "checkpoint_step_60.pt")]
+        for content in contents:
+            for section in ("data", "logging", "device"):
+                content["config"].pop(section)
+        self.same_content(*contents)
+        ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in TIMING_KEYS} for line in text.splitlines()]
+                        for text in (self.in_bucket("runs/tiny/metrics.jsonl"), (self.shared / "runs" / "unbroken" / "metrics.jsonl").read_bytes()))
+        self.assertEqual(ours, theirs)
+
+    def test_budget(self):
+        self.hold(10)
+        process = self.begin_keeping("--max_attempts", "1")
+        self.arrived(10)
+        self.preempt()
+        log = self.ends(process, 1)
+        self.assertEqual(self.attempts(log), [1])
+        self.assertIn("the 1 attempts are spent", log)
+        process = self.begin_keeping("--max_hours", "0.003")        # 11 s
+        self.arrived(20)
+        self.assertIn("the 0.003 hours are spent; run and slice are left as they are", self.ends(process, 1))
+        self.script("launch_experiment", "status", "tiny", status=3)
+
+    def test_mistakes_and_stop(self):
+        log = self.ends(self.begin_keeping("data.expected_puzzles=7"), 2)
+        self.assertEqual(self.attempts(log), [1])
+        self.assertIn("a mistake that another attempt would not mend", log)
+        self.mistake("keep_alive", "configs/tiny.yaml", "training.lr=fast", says=["training.lr = 'fast'"])
+        self.hold(10)
+        process = self.begin_keeping("--run_name", "tiny", "training.seed=1")
+        self.arrived(10)
+        self.stop("tiny", 10)
+        log = self.ends(process, 143)
+        self.assertIn("stopped by its user: not started again", log)
+
+    def test_crash_then_silence(self):
+        self.hold(10)
+        process = self.begin_keeping()
+        self.arrived(10)
+        os.kill(int((self.host() / "trm" / "runs" / "tiny" / "pid").read_text()), signal.SIGKILL)
+        self.arrived(20)                                            # started again, on the same slice
+        self.assertNotIn("tpu-vm delete", self.changes())
+        (self.cloud / "no_answer").write_text("2")
+        self.wait_for(lambda: (self.cloud / "no_answer").read_text() == "0")
+        (self.cloud / "silent").write_text("2")                     # not often enough
+        self.wait_for(lambda: (self.cloud / "silent").read_text() == "0")
+        self.wait_for(lambda: "running" in (self.folder / "log" / "tiny.log").read_text().splitlines()[-1])
+        self.assertNotIn("tpu-vm delete", self.changes())
+        (self.cloud / "silent").write_text("6")
+        self.arrived(30)
+        self.release(10)
+        log = self.ends(process, 0)
+        self.assertEqual(self.attempts(log), [1, 2, 3])
+        for text in ("failed (hosts: status 137)", "unknown (gcloud gives no answer", f"the hosts of {NAME} do not answer"):
+            self.assertIn(text, log)
+        self.assertEqual([change for change in self.changes() if change != "tpu-vm scp" and not change.endswith("rsync")],
+                         ["tpu-vm create", "tpu-vm delete", "tpu-vm create"])
+
+
+if __name__ == "__main__":
+    unittest.main()

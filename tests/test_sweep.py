@@ -1,0 +1,501 @@
+"""Sweeps: real launchers, killed and stopped and two at once; every cell is run once, to the end of an unbroken one."""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
+from unittest import mock
+
+from checkpoint_manager import load_checkpoint
+from run_lock import RunLock
+from storage import join, open_folder
+from sweep_ledger import Ledger
+from tests.gcs_server import GCSTest
+from tests.helpers import ROOT, TINY, CommandTest, FolderTest, write_config
+from tests.slice import NAME, SliceTest
+from utils import RunFailure
+
+# the launcher with another training, without its looks at datasets, and with short times. argv: host, training, then its own
+LAUNCHER = """
+import os, sys
+host, training = sys.argv[1:3]
+sys.argv = ["sweep.py", *sys.argv[3:]]
+sys.path.insert(0, "scripts")
+import run_lock, sweep, sweep_ledger, utils
+# what is watched for whether it is alive renews more often than that: a busy machine may be late
+sweep_ledger.BEAT_SECONDS, sweep.LOOK_SECONDS, run_lock.GRACE_SECONDS = 0.2 if host else 1.0, 0.1, 0.2
+sweep_ledger.DEADLINE_SECONDS = float(os.environ.get("TRM_TEST_DEADLINE", 10))
+if host:
+    run_lock.socket.gethostname = lambda: host
+    sweep.now = lambda: "2222-02-22 22:22:22 UTC"       # its clock is wrong
+if training != "slow":
+    sweep.check_datasets, sweep.check_slices = lambda cells: None, lambda cell, slices, flags: None
+    sweep.command = lambda cell, slot, flags: [sys.executable, training, cell.name, cell.url, str(slot)]
+else:
+    sweep.command = lambda cell, slot, flags: [sys.executable, "tests/slow_train.py", "--config", cell.path, "--run_name", cell.name, *cell.overrides]
+utils.run_cli(sweep.main)
+"""
+
+# a training that does what $TRM_TEST_PLAN, JSON {run name: [what, of each start]}, says, and then finishes
+FAKE = """
+import json, os, signal, sys, time
+sys.path.insert(0, os.getcwd())
+from storage import join, open_folder
+name, url, slot = sys.argv[1:]
+signal.alarm(120)
+home, starts, plan = open_folder(url), os.environ["TRM_TEST_STARTS"], json.loads(os.environ["TRM_TEST_PLAN"]).get(name, [])
+
+def told(*_):
+    print("SIGTERM", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, told)
+print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+with open(starts, "a") as file:
+    file.write(f"{name} {os.getpid()} {slot}\\n")
+count = open(starts).read().split().count(name)
+action = plan[count - 1] if count <= len(plan) else "finish"
+if action == "locked":          # holds the run, as a real one
+    import run_lock
+    lock = run_lock.RunLock(home)
+if action == "refused":         # when another has got the run
+    while "run.lock" not in home.list():
+        time.sleep(0.01)
+    print("error: another training holds this run", file=sys.stderr)
+    sys.exit(2)
+if action in ("wait", "locked"):
+    while os.path.exists(f"{starts}.wait"):
+        time.sleep(0.01)
+if action == "attach":          # to a run that goes on on its slice
+    while "run.lock" in home.list():
+        time.sleep(0.01)
+if slot != "None":              # one at a time on a slice
+    os.close(os.open(f"{starts}.{slot}", os.O_CREAT | os.O_EXCL))
+    time.sleep(1)
+    os.unlink(f"{starts}.{slot}")
+if action == "mumble":
+    print("error: the first attempt's", file=sys.stderr)
+    sys.exit(1)
+if action == "nothing":
+    sys.exit()
+if action == "mistake":
+    print("step 3: as it should be\\nerror: the loss is not finite", flush=True)
+    sys.exit(2)
+if action == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.2)
+home.write("metrics.jsonl", b'{"step": 60, "train_seconds": 5400}\\n{"ste')
+home.write("eval.json", json.dumps({"results": [{"weights": "ema", "exact_accuracy": 0.875}, {"weights": "raw", "exact_accuracy": 0.5}]}).encode())
+if action == "locked":
+    lock.release()
+"""
+
+
+class SweepTest(FolderTest):
+    """Sweeps over configs a, b, ... in self.folder, with the fake training; the runs and the ledger are in self.out."""
+
+    def setUp(self):
+        super().setUp()
+        self.out = str(self.folder / "runs")
+        self.starts_file, self.wait_file = self.folder / "starts", self.folder / "starts.wait"
+        self.starts_file.touch(), self.wait_file.touch()
+        self.fake, self.plan = self.folder / "fake.py", {}
+        self.fake.write_text(FAKE)
+
+    def configs(self, names="ab"):
+        return [str(write_config(self.folder / f"{name}.yaml", TINY.format(data="nowhere", out=self.out))) for name in names]
+
+    def begin(self, *arguments, host="", training=None, **environment):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_STARTS": str(self.starts_file), "TRM_TEST_PLAN": json.dumps(self.plan), **environment}
+        command = [sys.executable, "-c", LAUNCHER, host, training or str(self.fake), *arguments]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        process.kill()
+        process.communicate()
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def ends(self, process, status=0):
+        output, _ = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, status, output)
+        self.assertNotIn("Traceback", output)
+        return output
+
+    def sweep(self, *arguments, status=0, **options):
+        return self.ends(self.begin(*arguments, **options), status)
+
+    def pids(self, name=""):
+        return [int(line.split()[1]) for line in self.starts_file.read_text().splitlines() if line.startswith(name)]
+
+    def starts(self):
+        names = [line.split()[0] for line in self.starts_file.read_text().splitlines()]
+        return {name: names.count(name) for name in sorted(names)}
+
+    def state(self, name):
+        return json.loads(open_folder(join(self.out, "sweep")).read(f"{name}/state.json"))
+
+    def states(self, *names):
+        return [self.state(name)["state"] for name in names]
+
+    def log(self, name):
+        return (self.folder / "runs" / "sweep" / name / "output.log").read_text()
+
+    def lock_owner(self, run):
+        try:
+            return json.loads(run.read("run.lock"))["pid"]
+        except FileNotFoundError:
+            return None
+
+    def until(self, condition, process=None):
+        end = time.monotonic() + 60
+        while not condition():
+            if time.monotonic() > end or (process and process.poll() is not None):
+                self.fail(f"this did not come about: {process and process.communicate()[0]}")
+            time.sleep(0.01)
+
+    def row(self, output, name):
+        return next(line.split() for line in output.splitlines() if line.split()[:1] == [name])
+
+
+class Cells:
+    """What holds over both kinds of ledger."""
+
+    def test_every_cell_once_and_the_summary(self):
+        output = self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
+        self.assertEqual(self.starts(), {"a_seed0": 1, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
+        self.assertEqual(self.row(output, "b_seed1"), ["b_seed1", "finished", "1", "60", "87.50%", "50.00%", "1.50"])
+        state = self.state("a_seed1")
+        self.assertEqual((state["attempts"], state["exit_status"], state["failures"], state["config"]["training"]["seed"]), (1, 0, 0, 1))
+        again = self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
+        self.assertEqual(self.starts(), {"a_seed0": 1, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
+        self.assertEqual(self.row(again, "a_seed0")[1], "finished")
+        # one whose run is gone is none that is finished
+        open_folder(self.out).delete("a_seed0/eval.json")
+        self.assertEqual(self.row(self.sweep(*self.configs(), "--local", "--seeds", "0", "1", "--status"), "a_seed0")[1], "waiting")
+        self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
+        self.assertEqual(self.starts(), {"a_seed0": 2, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
+
+    def test_two_launchers_at_once(self):
+        arguments = (*self.configs("abcd"), "--local", "--jobs", "2")
+        launchers = [self.begin(*arguments) for _ in range(2)]
+        for output in [self.ends(launcher) for launcher in launchers]:
+            self.assertEqual([self.row(output, name)[1] for name in "abcd"], ["finished"] * 4)
+        self.assertEqual(self.starts(), {"a": 1, "b": 1, "c": 1, "d": 1})
+        self.assertEqual({self.state(name)["owner"]["pid"] for name in "abcd"} - {launcher.pid for launcher in launchers}, set())
+
+    def test_a_launcher_of_another_host_that_is_killed(self):
+        """By its lock alone, whatever the clocks say; and not before it is dead."""
+        self.plan = {"a": ["wait"]}
+        first = self.begin(*self.configs(), "--local", host="elsewhere")
+        self.until(lambda: self.pids("a"), first)
+        second = self.begin(*self.configs(), "--local")
+        self.until(lambda: self.states("b") == ["finished"], second)
+        time.sleep(4)           # longer than a dead one is watched
+        self.assertEqual((self.starts(), self.states("a")), ({"a": 1, "b": 1}, ["running"]))
+        status = self.sweep("--status", "--ledger", join(self.out, "sweep"))
+        self.assertRegex(status, rf"(?m)^a +running +1 .*process {first.pid} on \S+$")
+        first.kill()
+        os.killpg(self.pids("a")[0], signal.SIGKILL)
+        # once when it was found, once when it had died: not at every look
+        self.assertEqual(self.ends(second).count("watching for"), 2)
+        self.assertEqual(self.starts(), {"a": 2, "b": 1})
+        self.assertEqual((self.state("a")["attempts"], self.state("a")["failures"]), (2, 0))
+
+
+class LocalLedger(Cells, SweepTest):
+    pass
+
+
+class GCSLedger(Cells, GCSTest, SweepTest):
+    def setUp(self):
+        super().setUp()
+        self.out = join(self.url, "runs")
+        patch = mock.patch.dict(os.environ, {"TRM_CACHE": str(self.folder / "cache")})
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_a_ledger_out_of_reach(self):
+        """When a cell has ended: it is found finished later."""
+        self.plan = {"a": ["wait"]}
+        launcher = self.begin(*self.configs("a"), "--local", TRM_TEST_DEADLINE="2")
+        self.until(lambda: self.pids("a"), launcher)
+        fault = self.proxy.fail("status", 503, times=99, method="POST", path="ifGenerationMatch")      # the launcher alone
+        self.wait_file.unlink()
+        says = ""
+        while "warning: " not in says or "state.json: no success within" not in says:
+            self.assertTrue(says := launcher.stdout.readline())
+        self.assertEqual(self.states("a"), ["running"])
+        fault.times = 0
+        self.ends(launcher)
+        self.assertEqual((self.states("a"), self.starts()), (["finished"], {"a": 2}))
+
+
+class Slices(GCSLedger):
+    test_every_cell_once_and_the_summary = test_a_launcher_of_another_host_that_is_killed = test_a_ledger_out_of_reach = None
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.dict(os.environ, {"TPU_PROJECT": "my-project", "TPU_BUCKET": self.url})
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def configs(self, names="ab"):
+        text = TINY.format(data="nowhere", out="runs").replace("device: cpu", "device: tpu")
+        return [str(write_config(self.folder / f"{name}.yaml", text)) for name in names]
+
+    def test_two_launchers_at_once(self):
+        """With the same slices: one cell at a time on each."""
+        launchers = [self.begin(*self.configs("abcde"), "--slices", "s1", "s2") for _ in range(2)]
+        for launcher in launchers:
+            self.ends(launcher)
+        self.assertEqual(self.starts(), dict.fromkeys("abcde", 1))
+        self.assertEqual({self.state(name)["owner"]["slice"] for name in "abcde"}, {"s1", "s2"})
+
+    def test_what_runs_on_a_slice_is_gone_on_with_there(self):
+        self.plan = {"a": ["locked", "attach"], "b": ["locked", "attach"]}
+        configs = self.configs("abc")
+        launcher = self.begin(*configs, "--slices", "s1", "s2")
+        runs = [open_folder(join(self.out, name)) for name in "ab"]
+        self.until(lambda: all(self.pids(name) and self.lock_owner(run) in self.pids(name) for name, run in zip("ab", runs)), launcher)
+        launcher.kill()
+        launcher.wait()
+        on = {name: self.state(name)["owner"]["slice"] for name in "ab"}
+        launcher = self.begin(*configs, "--slices", on["b"], on["a"])       # the first cell that is there is not the first slice's
+        self.until(lambda: len(self.pids("a")) == len(self.pids("b")) == 2, launcher)
+        self.wait_file.unlink()
+        self.assertNotIn("another training", self.ends(launcher))
+        self.assertEqual(self.starts(), {"a": 2, "b": 2, "c": 1})
+        self.assertEqual({name: self.state(name)["owner"]["slice"] for name in "ab"}, on)
+
+    def test_mistakes(self):
+        good = self.configs("a")
+        for arguments, says in [((*good, "logging.output_dir=/shared"), "logging.output_dir = '/shared'"),
+                                ((*good, "tpu.name=s3"), "by --slices alone"), ((*good, "--jobs", "2"), "--jobs 2: only with --local")]:
+            self.assertIn(says, self.sweep(*arguments, "--slices", "s1", status=2))
+        self.assertIn("only with --slices", self.sweep(*good, "--local", "--", "--spot", status=2))
+
+
+class Launcher(SweepTest):
+    def test_a_launcher_that_was_suspended(self):
+        """It learns that its cell is another's, ends its training and writes nothing about it."""
+        self.plan = {"a": ["wait", "wait"]}
+        first = self.begin(*self.configs("a"), "--local", host="elsewhere")
+        self.until(lambda: self.pids("a"), first)
+        first.send_signal(signal.SIGSTOP)
+        second = self.begin(*self.configs("a"), "--local")
+        self.until(lambda: len(self.pids("a")) == 2, second)
+        state = self.state("a")
+        first.send_signal(signal.SIGCONT)
+        self.until(lambda: "SIGTERM" in self.log("a"), first)
+        self.assertEqual((self.state("a"), state["owner"]["pid"]), (state, second.pid))
+        self.wait_file.unlink()
+        self.ends(second)
+        self.assertIn(f"was taken over by process {second.pid}", self.ends(first))
+        self.assertEqual((self.starts(), self.log("a").count("SIGTERM")), ({"a": 2}, 1))
+
+    def test_failures(self):
+        self.plan = {"a": ["mumble", "kill"] * 2, "b": ["mistake"] * 9, "c": ["kill", "finish"]}
+        arguments = (*self.configs("abcd"), "--local", "--max_attempts", "2")
+        output = self.sweep(*arguments, status=1)
+        self.assertEqual(self.starts(), {"a": 2, "b": 1, "c": 2, "d": 1})
+        self.assertEqual(self.states(*"abcd"), ["failed", "failed", "finished", "finished"])
+        self.assertEqual([self.state(name)["exit_status"] for name in "abcd"], [137, 2, 0, 0])
+        self.assertEqual(self.row(output, "b")[:3], ["b", "failed", "1"])
+        self.assertEqual([self.state(name)["error"] for name in "abcd"], ["killed by signal 9", "the loss is not finite", None, None])
+        # the others are not kept waiting by one that fails
+        self.assertEqual([line.split()[0] for line in self.starts_file.read_text().splitlines()], ["a", "b", "c", "d", "a", "c"])
+        self.sweep(*arguments, status=1)
+        self.assertEqual(self.starts(), {"a": 2, "b": 1, "c": 2, "d": 1})
+        self.sweep(*arguments, "--retry_failed", status=1)
+        self.assertEqual(self.starts(), {"a": 4, "b": 2, "c": 2, "d": 1})
+        self.assertEqual(self.state("a")["attempts"], 4)
+
+    def test_an_end_without_an_evaluation_is_none(self):
+        self.plan = {"a": ["nothing"]}
+        self.assertIn("it ended well, but", self.sweep(*self.configs("a"), "--local", status=1))
+        self.assertEqual((self.states("a"), self.starts()), (["failed"], {"a": 1}))
+
+    def test_a_cell_that_somebody_stops(self):
+        self.plan = {"a": ["wait"]}
+        launcher = self.begin(*self.configs(), "--local")
+        self.until(lambda: self.pids("a"), launcher)
+        os.kill(self.pids("a")[0], signal.SIGTERM)
+        self.ends(launcher, 1)
+        self.assertEqual((self.states("a", "b"), self.starts()), (["waiting", "finished"], {"a": 1, "b": 1}))
+        self.sweep(*self.configs(), "--local")
+        self.assertEqual(self.starts(), {"a": 2, "b": 1})
+
+    def test_told_to_stop(self):
+        for number, name in ((signal.SIGTERM, "a"), (signal.SIGINT, "b")):
+            with self.subTest(number):
+                self.plan = {f"{name}_seed0": ["wait"], f"{name}_seed1": ["wait"]}
+                arguments = (*self.configs(name), "--local", "--seeds", "0", "1", "2", "--jobs", "2")
+                launcher = self.begin(*arguments)
+                self.until(lambda: len(self.pids(name)) == 2, launcher)
+                launcher.send_signal(number)
+                self.ends(launcher, 128 + number)
+                self.assertEqual(self.states(*(f"{name}_seed{k}" for k in range(3))), ["waiting"] * 3)
+                for cell in (f"{name}_seed{k}" for k in range(2)):
+                    self.assertEqual([self.state(cell)[key] for key in ("exit_status", "failures", "error")], [143, 0, None])
+                    self.assertEqual(self.log(cell).split()[-1], "SIGTERM")
+                self.sweep(*arguments)
+                self.assertEqual([self.starts()[f"{name}_seed{k}"] for k in range(3)], [2, 2, 1])
+
+    def test_a_training_that_outlives_its_launcher(self):
+        """It is waited for: two would write to one run."""
+        self.plan = {"a": ["locked"]}
+        launcher = self.begin(*self.configs("a"), "--local")
+        run = open_folder(join(self.out, "a"))
+        self.until(lambda: self.pids("a") and self.lock_owner(run) in self.pids("a"), launcher)
+        launcher.kill()
+        launcher.wait()
+        self.assertRegex(self.sweep("--status", "--ledger", join(self.out, "sweep")), r"(?m)^a +running .*, no heartbeat$")
+        launcher = self.begin(*self.configs("a"), "--local")
+        self.assertIn("another training holds", launcher.stdout.readline())
+        self.assertEqual(self.starts(), {"a": 1})
+        self.wait_file.unlink()
+        self.ends(launcher)
+        self.assertEqual((self.starts(), self.states("a")), ({"a": 2}, ["finished"]))
+
+    def test_a_run_that_somebody_else_trains_is_no_mistake(self):
+        self.plan = {"a": ["refused"]}
+        launcher = self.begin(*self.configs("a"), "--local")
+        self.until(lambda: self.pids("a"), launcher)
+        lock = RunLock(open_folder(join(self.out, "a")))
+        self.addCleanup(lock.release)
+        for says in ("a: attempt 1", "a: waiting", "a: another training holds"):
+            self.assertIn(says, launcher.stdout.readline())
+        lock.release()
+        self.ends(launcher)
+        self.assertEqual((self.starts(), self.state("a")["failures"]), ({"a": 2}, 0))
+
+    def test_cells_at_once_share_the_cores(self):
+        with mock.patch.dict(os.environ):
+            del os.environ["OMP_NUM_THREADS"]
+            self.sweep(*self.configs("ab"), "--local", "--jobs", "2")
+            self.sweep(*self.configs("c"), "--local")
+        self.assertEqual([self.log(name) for name in "abc"], [f"threads {max(1, os.cpu_count() // 2)}\n"] * 2 + ["threads None\n"])
+
+    def test_a_state_that_another_has_replaced(self):
+        ledgers = [Ledger(self.out) for _ in range(2)]
+        first = ledgers[0].write("a", {"state": "waiting"}, None)
+        second = ledgers[1].write("a", {"state": "running"}, first)
+        with self.assertRaisesRegex(RunFailure, "another launcher has taken over a"):
+            ledgers[0].write("a", {"state": "finished"}, first)
+        self.assertEqual(ledgers[0].read("a"), ({"state": "running"}, second))
+
+    def test_dry_run_starts_nothing(self):
+        self.sweep(*self.configs("a"), "--local")
+        output = self.sweep(*self.configs(), "--local", "training.lr_warmup_steps=10", "--dry_run")
+        self.assertRegex(output, r"(?m)^a  finished  .*\n^b  waiting  ")
+        self.assertEqual((self.starts(), sorted(os.listdir(self.out + "/sweep"))), ({"a": 1}, ["a"]))
+
+    def test_mistakes(self):
+        good, bad = self.configs("a"), [str(write_config(self.folder / f"bad{k}.yaml", f"data: {{dataset_path: x}}\ntraining: {{lr: {k}}}")) for k in (-1, -2)]
+        twin = str(write_config(self.folder / "other" / "a.yaml"))
+        for arguments, says in [((*good, *bad), ["bad-1.yaml: training.lr = -1", "bad-2.yaml: training.lr = -2"]),
+                                ((*good, str(self.folder / "none*.yaml")), ["none*.yaml: cannot read"]),
+                                ((*good, "training.lr=fast"), ["training.lr = 'fast'"]),
+                                ((*good, twin), ["two cells named a"]), ((*good, "--seeds", "1", "1"), ["two cells named a_seed1"]),
+                                ((), ["no configuration"]), ((*good, "--jobs", "0"), ["--jobs 0"]), ((*good, "--max_attempts", "0"), ["--max_attempts 0"]),
+                                ((*good, "--slices", "x"), ["--local", "--slices"]),
+                                ((*good, "training.seed=1", "--seeds", "1"), ["--seeds"]),
+                                ((*good, str(write_config(self.folder / "e.yaml"))), ["--ledger", "several logging.output_dir"]),
+                                ((*good, "--ledger", "gs://somewhere/sweep"), ["gs://somewhere/sweep", "runs/a is a folder of this one"])]:
+            with self.subTest(arguments):
+                output = self.sweep("--local", *arguments, status=2)
+                errors = [line for line in output.splitlines() if line.startswith("error: ")]
+                self.assertEqual(len(errors), 2 if "bad-1" in says[0] else 1, output)
+                for text in says:
+                    self.assertIn(text, " ".join(errors))
+        self.assertIn("either --local", self.sweep(*good, status=2))
+        self.assertFalse((self.folder / "runs").exists())
+        self.sweep(*good, "--local")
+        self.assertIn("training.lr 0.01 -> 0.02", self.sweep(*good, "--local", "training.lr=2e-2", status=2))
+        moved = (f"logging.output_dir={self.folder}/elsewhere", "--ledger", join(self.out, "sweep"))
+        self.assertIn(f"runs/a -> {self.folder}/elsewhere/a", self.sweep(*good, "--local", *moved, status=2))
+        self.assertEqual(self.starts(), {"a": 1})
+
+
+class RealTraining(CommandTest, SweepTest):
+    def setUp(self):
+        SweepTest.setUp(self)
+        self.arrivals, self.hold = self.folder / "arrivals", self.folder / "hold"
+        self.arrivals.touch()
+        self.folder = type(self).folder     # the runs of a class lie in one
+        self.out = str(self.folder / "runs")
+
+    def test_killed_with_its_training_then_gone_on_with(self):
+        """By SIGKILL; the same command then runs both cells to the end of unbroken ones."""
+        self.train("--run_name", "unbroken", "training.seed=1")
+        self.hold.with_suffix(".17").touch()
+        slow = {"TRM_TEST_PAUSES": json.dumps({"train_step": str(self.hold)}), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        arguments = (str(self.config), "--local", "--seeds", "1", "2")
+        launcher = self.begin(*arguments, training="slow", **slow)
+        self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
+        launcher.kill()
+        launcher.wait()
+        os.kill(int(self.arrivals.read_text().split()[-1]), signal.SIGKILL)
+        done = subprocess.run(["bash", "scripts/launch_sweep.sh", *arguments], cwd=ROOT, text=True, timeout=120, capture_output=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("goes on after step 14:", self.log("tiny_seed1"))
+        self.same_content(load_checkpoint(self.checkpoint("tiny_seed1", 60)), load_checkpoint(self.checkpoint("unbroken", 60)))
+        self.assertEqual(self.records("tiny_seed1"), self.records("unbroken"))
+        self.assertNotEqual(self.records("tiny_seed2"), self.records("unbroken"))
+        for name, attempts in (("tiny_seed1", "2"), ("tiny_seed2", "1")):
+            exact = {r["weights"]: r["exact_accuracy"] for r in json.loads((self.folder / "runs" / name / "eval.json").read_text())["results"]}
+            self.assertEqual(self.row(done.stdout, name)[:6], [name, "finished", attempts, "60", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"])
+
+    def test_stopped_while_it_trains(self):
+        """The cell has a checkpoint of the step that it was at."""
+        slow = {"TRM_TEST_PAUSES": json.dumps({"train_step": 0.05}), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        launcher = self.begin(str(self.config), "--local", training="slow", **slow)
+        self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
+        launcher.terminate()
+        self.ends(launcher, 143)
+        steps = [json.loads(path.read_text())["step"] for path in (self.folder / "runs" / "tiny" / "checkpoints").glob("*.json")]
+        self.assertGreaterEqual(max(steps), 17)
+        self.assertEqual((self.states("tiny"), self.state("tiny")["exit_status"]), (["waiting"], 143))
+
+    def test_datasets_are_looked_at_before_anything_starts(self):
+        broken = write_config(self.folder / "broken.yaml", TINY.format(data=self.folder / "nowhere", out=self.folder / "none"))
+        command = [sys.executable, "scripts/sweep.py", str(self.config), str(broken), "--local", "--ledger", str(self.folder / "none")]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertRegex(done.stderr, r"\Aerror: \S+broken.yaml: .*there is no train split.*\n\Z")
+        self.assertFalse((self.folder / "none").exists())
+
+
+class OnASlice(SliceTest):
+    def test_preempted_in_the_middle(self):
+        self.hold(17)
+        sweep = self.begin("launch_sweep", "configs/tiny.yaml", "--slices", NAME, "--seeds", "1", "--", "--poll", "0.5", "--log_dir", str(self.folder / "log"))
+        self.arrived(17)
+        self.wait_for(lambda: "checkpoint_step_14.json" in self.gcloud.listed(f"{self.url}/runs/tiny_seed1/checkpoints"))
+        self.preempt()
+        self.release(17)
+        output, _ = sweep.communicate(timeout=120)
+        self.assertEqual(sweep.returncode, 0, output)
+        state = json.loads(self.in_bucket("runs/sweep/tiny_seed1/state.json"))
+        self.assertEqual((state["state"], state["attempts"], state["owner"]["slice"]), ("finished", 1, NAME))
+        self.assertEqual([start["step"] for start in self.starts("tiny_seed1")], [0, 14])
+        self.assertRegex(output, "(?m)^tiny_seed1  finished         1     60 ")
+
+    def test_what_could_not_start_is_said_before(self):
+        for words, says in ((["tpu.bucket=nowhere"], "tpu.bucket = 'nowhere'"),
+                            (["device=cpu"], "configs/tiny.yaml on my-tpu: device = 'cpu'"), ([], "uncommitted changes")):
+            if not words:
+                (self.kit / "mine.py").touch()
+                self.addCleanup((self.kit / "mine.py").unlink)
+            self.mistake("launch_sweep", "configs/tiny.yaml", "--slices", NAME, *words, says=[says])
+        self.assertEqual(self.calls(), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
