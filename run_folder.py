@@ -167,7 +167,7 @@ def start_record(run, datasets, args):
     """One line of starts.jsonl: the step and the seconds of training that this start goes on from, what was typed, the code, the
     device, its workers, the versions, and which puzzles. run: train_tpu.Run; datasets: {split: dataset}."""
     device, (commit, dirty) = run.device, code_version()
-    return {"wall_time": time.time(), "step": run.step, "train_seconds": run.train_seconds, "command": shlex.join(sys.argv),
+    return {"wall_time": time.time(), "step": run.step, "train_seconds": run.train_seconds, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "config_file": args.config, "init_from": args.init_from, "commit": commit, "dirty": dirty,
             "device": device.name, "device_model": _device_model(device), "world_size": device.world_size,
             "accelerator_type": run.config.tpu.accelerator_type if device.name == "tpu" else None, "hostname": socket.gethostname(),

@@ -2,7 +2,7 @@
 
     python analysis/report.py --results_dir runs --out report
     python analysis/report.py --results_dir gs://my-bucket/runs --out report --baseline e1_1
-    python analysis/report.py --results_dir analysis/sample_results --out report --configs 'configs/mini/mini_*.yaml'
+    python analysis/report.py --results_dir analysis/sample_results --out report --configs 'configs/mini/*.yaml'
 
 Writes report.md, report.html (one file, pictures inside), comparison.csv and figures/.
 """

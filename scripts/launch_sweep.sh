@@ -9,7 +9,7 @@ usage: bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --local [o
 
 Trains every configuration (files, or a quoted glob pattern) with every seed. The same command goes on where it was stopped or
 killed, on the same host or, with the ledger in a bucket, on another; finished cells are skipped, failed ones are tried again.
-All configurations are checked before anything starts. A pattern takes what it matches: configs/mini/mini_*.yaml leaves base.yaml out.
+All configurations are checked before anything starts.
 
   --local             on this host
   --jobs N            N cells at once (default 1); they share the host's cores

@@ -302,15 +302,10 @@ class Notebook(AnalysisCommandTest):
         import nbformat
         notebook = nbformat.read(ROOT / "notebooks" / "sudoku_analysis.ipynb", 4)
         self.assertTrue(all(not cell.get("outputs") for cell in notebook.cells))
-        for name, overrides, share in (("a", [], 0.6), ("b", ["training.ema=false"], 0.3)):
-            write_run(self.folder / "runs" / name, overrides, solved_first(share))
-        chosen = notebook.cells[1]
-        self.assertIn('results_dir = "analysis/sample_results"', chosen.source)
-        chosen.source = f'results_dir = {str(self.folder / "runs")!r}\nbaseline = None'
         nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         text = "".join(output.get("text", "") + "".join(output.get("data", {}).get("text/plain", "")) for output in outputs)
-        self.assertIn("2 runs of 2 configurations; baseline a", text)
+        self.assertIn("24 runs of 12 configurations; baseline mini_e1_1", text)
         self.assertIn("ema True -> False", text)
         self.assertGreater(sum("image/png" in output.get("data", {}) for output in outputs), 8)
         self.assertEqual([output for output in outputs if output.output_type == "error"], [])

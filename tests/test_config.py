@@ -96,20 +96,20 @@ class Miniatures(ConfigTest):
     def changes(self, path, base):
         """{dotted key: value} of what the file itself says, which builds on `base` alone; every key must be a change."""
         own = yaml.safe_load(path.read_text())
-        self.assertEqual(own.pop("defaults"), [base.stem], path)
+        self.assertEqual([(path.parent / f"{name}.yaml").resolve() for name in own.pop("defaults")], [base], path)
         config, before = load_config(path), load_config(base)
         keys = [(section, key) for section, values in own.items() for key in values]
         return {f"{section}.{key}": getattr(getattr(config, section), key) for section, key in keys}, config, before
 
     def test_every_cell_changes_what_its_study_changes(self):
         mini, study = ROOT / "configs" / "mini", ROOT / "configs"
-        paths = sorted(set(mini.glob("*.yaml")) - {mini / "base.yaml"})
+        paths = sorted(mini.glob("*.yaml"))
         experiments = {}
         for path in paths:
             with self.subTest(path.name):
                 self.assertFalse((study / path.name).exists(), "two runs of one name")
                 experiment = re.match(r"mini_(e\d_\d)", path.stem)[1]
-                changes, config, before = self.changes(path, mini / "base.yaml")
+                changes, config, before = self.changes(path, study / "mini_base.yaml")
                 experiments.setdefault(experiment, []).append((changes, config))
                 for name in sorted(study.glob(f"{experiment}*.yaml")):
                     counterpart, _, _ = self.changes(name, study / "base_sudoku_tpu.yaml")
