@@ -4,7 +4,8 @@
 . scripts/environment.sh
 
 SCRATCH=$(mktemp -d)
-trap 'rm -rf "$SCRATCH"; [ -z "${OUR_AGENT:-}" ] || kill "$OUR_AGENT"' EXIT
+# BASHPID: a process in the background that is killed just after its start would do this, too
+trap 'if [ "$BASHPID" = "$$" ]; then rm -rf "$SCRATCH"; [ -z "${OUR_AGENT:-}" ] || kill "$OUR_AGENT"; fi' EXIT
 ANSWER_SECONDS=${TRM_ANSWER_SECONDS:-120}       # for gcloud or a host to answer; gcloud by itself tries a dead host ten times
 exec 3>&1                                       # for what a dry run prints inside of $( )
 

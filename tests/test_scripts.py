@@ -50,6 +50,16 @@ class Shell(unittest.TestCase):
                         self.assertEqual({**root["flags"], **node["flags"]}[flag] != "bool", takes_value)
 
 
+class Scratch(unittest.TestCase):
+    def test_it_outlives_processes_that_are_killed_as_they_start(self):
+        """Such a one still has the trap of the script that made it."""
+        text = ('set -euo pipefail; DRY_RUN=; . scripts/tpu.sh; for try in $(seq 100); do while sleep 9; do :; done & kill "$!"; wait "$!" || true; done; '
+                'ls -d "$SCRATCH"; echo "$SCRATCH" >&3')
+        done = subprocess.run(["bash", "-c", text], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.assertEqual(done.returncode, 0)
+        self.assertFalse(Path(done.stdout.split()[0]).exists())
+
+
 class Settings(SliceTest):
     def test_help(self):
         for script in (*SCRIPTS, "tpu_host"):
