@@ -20,7 +20,8 @@ import train_tpu
 import utils
 
 PAUSES = json.loads(os.environ["TRM_TEST_PAUSES"])
-PLACES = {"train_step": (train_tpu, "train_step"), "evaluate": (train_tpu, "evaluate"), "save": (checkpoint_manager.torch, "save"),
+# host_batch: what each step begins with; train_step itself is called once on XLA
+PLACES = {"train_step": (train_tpu, "host_batch"), "evaluate": (train_tpu, "evaluate"), "save": (checkpoint_manager.torch, "save"),
           "upload": (run_folder.RunFolder, "_before_marker")}
 
 
