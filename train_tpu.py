@@ -235,6 +235,11 @@ def train_step(run, batch, forward):
         run.ema.update_in_step(model)
 
 
+def replayed_step(run, forward):
+    """train_step as a function of the batch alone, which on XLA is traced at its first call and replayed after."""
+    return run.device.traced_once(lambda batch: train_step(run, batch, forward), run.tensors)
+
+
 def host_batch(run, batch):
     """Add to a loader's batch what the next step needs from the host: exploration and learning rates."""
     training, model, step = run.config.training, run.config.model, run.step + 1
@@ -309,7 +314,7 @@ def train(config, args, device, datasets, files, preempted):
     logger.say(start_text(run, num_puzzles, last, eval_interval, url, peak))
     forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
 
-    step = device.traced_once(lambda batch: train_step(run, batch, forward), run.tensors)
+    step = replayed_step(run, forward)
 
     # ----- the loop -----
     batches, stop = iter(run.loader), False

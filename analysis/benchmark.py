@@ -114,7 +114,7 @@ def measure(run, datasets, peak, repeats, home):
     with contextlib.closing(iter(run.loader)) as batches, tempfile.TemporaryDirectory(prefix=".benchmark_", dir=home) as folder:
         products = None if device.is_xla else step_products(run, next(batches))
         forward, eval_forward = (device.compiled(f, config.training.compile) for f in (trm_model.act_step, trm_model.evaluation_step))
-        step = device.traced_once(lambda batch: train_tpu.train_step(run, batch, forward), run.tensors)
+        step = train_tpu.replayed_step(run, forward)
         checkpoints = CheckpointManager(open_folder(folder), 1, folder, BackgroundSaver())
 
         def evaluation_rate(num_batches):

@@ -122,7 +122,7 @@ def host_milliseconds(config, world_size, dataset):
         config.training, global_batch_size=config.training.global_batch_size // world_size))
     device = Device("xla_cpu")
     run = train_tpu.Run(config, device, dataset)
-    step, batch = device.traced_once(lambda batch: train_tpu.train_step(run, batch, trm_model.act_step), run.tensors), run.loader.batch(0)
+    step, batch = train_tpu.replayed_step(run, trm_model.act_step), run.loader.batch(0)
 
     def timed():
         step(device.put(train_tpu.host_batch(run, batch)))

@@ -51,6 +51,18 @@ def load_gcloud():
     return module
 
 
+def installed_commands(test):
+    """The tree of commands and flags that an installed Google Cloud CLI completes; skips `test` where there is none."""
+    found = shutil.which("gcloud")
+    tree = found and Path(found).resolve().parent.parent / "data" / "cli" / "gcloud_completions.py"
+    if not tree or not tree.exists():
+        test.skipTest("the Google Cloud CLI is not installed here")
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("gcloud_completions", tree))
+    with mock.patch.object(sys, "dont_write_bytecode", True):
+        spec.loader.exec_module(module)
+    return module.STATIC_COMPLETION_CLI_TREE
+
+
 def executable(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

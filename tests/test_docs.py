@@ -9,7 +9,6 @@ import argparse
 import ast
 import contextlib
 import functools
-import importlib.util
 import io
 import os
 import re
@@ -24,7 +23,7 @@ from unittest import mock
 
 import utils
 from tests.helpers import ROOT, random_pairs, write_split
-from tests.slice import SliceTest
+from tests.slice import SliceTest, installed_commands
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLOUD = "<!-- needs the cloud -->"
@@ -175,14 +174,7 @@ class Commands(SliceTest):
 
 class GCloud(unittest.TestCase):
     def test_flags_are_those_of_an_installed_gcloud(self):
-        found = shutil.which("gcloud")
-        tree = found and Path(found).resolve().parent.parent / "data" / "cli" / "gcloud_completions.py"
-        if not tree or not tree.exists():
-            self.skipTest("the Google Cloud CLI is not installed here")
-        module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("gcloud_completions", tree))
-        with mock.patch.object(sys, "dont_write_bytecode", True):
-            spec.loader.exec_module(module)
-        root, checked = module.STATIC_COMPLETION_CLI_TREE, 0
+        root, checked = installed_commands(self), 0
         for command in [command for command in commands() if command.words[0] == "gcloud"]:
             with self.subTest(str(command)):
                 self.assertTrue(command.cloud, "its block is not marked")

@@ -1,6 +1,5 @@
 """The cloud scripts, for real on slices of local processes: settings, making a slice, runs on it, results, deleting."""
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from unittest import mock
 
 from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT
-from tests.slice import NAME, SliceTest, executable, load_gcloud
+from tests.slice import NAME, SliceTest, executable, installed_commands, load_gcloud
 
 SCRIPTS = ("setup_tpu", "launch_experiment", "keep_alive", "download_results", "delete_tpu")
 
@@ -30,14 +29,7 @@ class Shell(unittest.TestCase):
 
     def test_flags_are_those_of_an_installed_gcloud(self):
         """What tests/gcloud takes, the Google Cloud CLI does, where it is installed."""
-        found = shutil.which("gcloud")
-        tree = found and Path(found).resolve().parent.parent / "data" / "cli" / "gcloud_completions.py"
-        if not tree or not tree.exists():
-            self.skipTest("the Google Cloud CLI is not installed here")
-        module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("gcloud_completions", tree))
-        with mock.patch.object(sys, "dont_write_bytecode", True):
-            spec.loader.exec_module(module)
-        root = module.STATIC_COMPLETION_CLI_TREE
+        root = installed_commands(self)
         with mock.patch.dict(os.environ, TRM_TEST_CLOUD="nowhere"):
             gcloud = load_gcloud()
         for command, (flags, _, _, _) in gcloud.COMMANDS.items():

@@ -154,7 +154,7 @@ class ReplayTest(XLATest):
         config = load_config(self.path, [])
         device = Device("xla_cpu")
         run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-        step, batches = device.traced_once(lambda batch: train_tpu.train_step(run, batch, trm_model.act_step), run.tensors), iter(run.loader)
+        step, batches = train_tpu.replayed_step(run, trm_model.act_step), iter(run.loader)
         step(device.put(train_tpu.host_batch(run, next(batches))))
         old = [tensor.detach() for tensor in run.model.parameters()]
         step(device.put(train_tpu.host_batch(run, next(batches))))
