@@ -31,17 +31,17 @@ class SudokuDatasetTPU:
     def __init__(self, dataset_path, split):
         self.path, self.split = Path(dataset_path), split
         folder = self.path / split
-        if not (folder / "dataset.json").exists():
-            others = [p.parent.name for p in sorted(self.path.glob("*/dataset.json"))]
-            has = f" (it has {', '.join(others)})" if others else ""
-            raise UserError(f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has}: build it with "
-                            f"python scripts/build_sudoku_dataset.py --output_dir {self.path} (see --help)")
         try:
             meta = json.loads((folder / "dataset.json").read_text())
             self.seq_len, self.vocab_size = int(meta["seq_len"]), int(meta["vocab_size"])
             self.num_puzzle_identifiers = int(meta["num_puzzle_identifiers"])
             pad, ignored = meta["pad_id"], meta["ignore_label_id"]
             self.size = math.isqrt(self.seq_len)
+        except (FileNotFoundError, NotADirectoryError):
+            others = [p.parent.name for p in sorted(self.path.glob("*/dataset.json"))]
+            has = f" (it has {', '.join(others)})" if others else ""
+            raise UserError(f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has}: build it with "
+                            f"python scripts/build_sudoku_dataset.py --output_dir {self.path} (see --help)") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"dataset.json: {type(error).__name__}: {error}") from None
         files = {name: folder / f"all__{name}.npy" for name in FIELDS}

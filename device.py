@@ -36,6 +36,12 @@ def resolve_device(name):
     return "tpu" if on_tpu_vm else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def native_dtype(name):
+    """"bfloat16", or "float32" where device `name` is a CPU that has no instructions for bfloat16: it takes ten times as long and more."""
+    slow = name in ("auto", "cpu") and resolve_device(name) == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "float32" if slow else "bfloat16"
+
+
 class Device:
     """One worker's device; rank and world_size say which worker of how many.
 
@@ -242,17 +248,17 @@ class Device:
         return {"xla_compiles": read("CompileTime", 0), "xla_executions": read("ExecuteTime", 0),
                 "xla_bytes_to_device": read("OutboundData", 1), "xla_bytes_from_device": read("InboundData", 1)}
 
-    def peak_flops(self):
-        """(FLOP/s, where the number comes from): the data sheet's, or a bfloat16 matrix product measured now."""
+    def peak_flops(self, dtype):
+        """(FLOP/s, where the number comes from): the data sheet's for bfloat16, or a matrix product in `dtype` measured now."""
         if self.name == "tpu":
             return PEAK_FLOPS["tpu v4"], "TPU v4 data sheet"
         model = torch.cuda.get_device_name() if self.name == "cuda" else ""
         for name, peak in PEAK_FLOPS.items():
             if model.startswith(name):
                 return peak, f"{name} data sheet"
-        size = 8192 if self.name == "cuda" else 1024
+        size = 8192 if self.name == "cuda" else 512
         # a generator of its own: the global one is part of the run's state
-        a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).bfloat16().to("cuda" if self.name == "cuda" else "cpu")
+        a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to("cuda" if self.name == "cuda" else "cpu", dtype)
         seconds = []
         for _ in range(8):
             start = time.perf_counter()
@@ -260,7 +266,7 @@ class Device:
             if self.name == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        return 2 * size ** 3 / min(seconds), "a bfloat16 matrix product, measured here"
+        return 2 * size ** 3 / min(seconds), f"a {str(dtype).removeprefix('torch.')} matrix product, measured here"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_loader_tpu import evaluation_batches
-from storage import join
+from storage import join, open_folder
 
 RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)     # lower edges of the rating buckets
 PER_PUZZLE_KEYS = ("solved", "dataset_sha256")          # of a result: for eval.json, too long for a record of metrics.jsonl
@@ -58,6 +58,35 @@ def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
             "by_rating": accuracy_by_rating(None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]),
             "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds,
             "solved": pack_solved(scores[-1, 1] > 0), "dataset_sha256": dataset.fingerprint}
+
+
+def evaluate_step(run, datasets, forward, files, logger):
+    """Evaluate the present step and note the result beside its checkpoint.
+
+    Always: evaluation.max_examples of evaluation.split, averaged weights if there are any; the best checkpoint is
+    chosen by this look, at the same puzzles every time. At the end also: all of test, averaged and raw weights, into
+    eval.json.
+    """
+    config, final = run.config.evaluation, run.step == run.total_steps
+    models = {"ema": run.ema.ready_module(), "raw": run.model} if run.ema else {"raw": run.model}
+    selects = next(iter(models))
+    look = min(config.max_examples or len(datasets[config.split]), len(datasets[config.split]))
+    wanted = [(config.split, selects, look)]
+    if final:
+        wanted = list(dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)]))
+    results = []
+    for split, name, count in wanted:
+        if final:
+            logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
+        metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
+        if metrics:
+            results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
+            logger.log({key: value for key, value in results[-1].items() if key not in PER_PUZZLE_KEYS})
+    logger.flush()
+    if files:
+        if final:
+            write_eval_json(open_folder(files.path), files.checkpoints.url(run.step), run.config, results[-len(models):])
+        files.checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
 
 
 def pack_solved(solved):

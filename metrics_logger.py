@@ -1,12 +1,13 @@
-"""One record per logging interval: metrics.jsonl, TensorBoard, and the console (a bar on a terminal, lines elsewhere)."""
+"""One record per logging interval: metrics.jsonl, TensorBoard, and the console (a bar on a terminal, lines elsewhere).
+
+Needs no package to read records: what draws and what writes event files is imported where it is used.
+"""
 import json
 import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
-from utils import replace_file
+from utils import UserError, replace_file
 
 # what differs between two runs of the same training
 TIMING_KEYS = ("wall_time", "train_seconds", "eval_seconds", "examples_per_second", "steps_per_second", "puzzles_per_second",
@@ -19,20 +20,24 @@ class MetricsLogger:
 
     folder: metrics.jsonl and tensorboard/ go here. start_step: the step of the checkpoint that the run goes on from;
     records of later steps are dropped, and its own evaluation if that was not finished (evaluated), so that resuming
-    neither repeats nor loses one. last_step: end of the progress bar.
+    neither repeats nor loses one. last_step: end of the progress bar. Raises UserError where the records are damaged.
     """
 
     def __init__(self, folder, start_step, evaluated, last_step, tensorboard=True):
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            replace_file(self.path, "".join(_records_until(self.path, start_step, evaluated)))
+            kept = [record for record in read_records(self.path.read_bytes(), self.path) if _before(record, start_step, evaluated)]
+            replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(self.path, "a")
         self.writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
             self.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=start_step + 1)
-        self.bar = tqdm(total=last_step, initial=start_step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=last_step, initial=start_step, unit="step", dynamic_ncols=True)
 
     def log(self, record):
         """record: a flat dict with step, split, wall_time (Unix seconds) and metrics."""
@@ -102,14 +107,22 @@ def console_line(record):
             f"cells {record['cell_accuracy']:.2%}  halting head {record['q_halt_accuracy']:.1%}  {record['puzzles_per_second']:,.0f} puzzles/s")
 
 
-def _records_until(path, step, evaluated):
-    """The lines of `path` of steps up to `step` (its evaluation if `evaluated`); one cut off by a kill is dropped."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+
+def read_records(data, name):
+    """The records of metrics.jsonl or starts.jsonl, from its bytes. A last line without its newline, still being written or cut off
+    by a kill, is no record; UserError, which calls the file `name`, where another line is none."""
+    records = []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n") and (record["step"] < step or (record["step"] == step and (evaluated or record["split"] == "train"))):
-            kept.append(line)
-    return kept
+            if not isinstance(record, dict):
+                raise ValueError("no mapping")
+        except ValueError as error:
+            raise UserError(f"{name}: a record is damaged (line {number}: {error}): take that line out, or bring the file back as it was") from None
+        records.append(record)
+    return records
+
+
+def _before(record, step, evaluated):
+    """Whether a record is of steps up to `step` (its evaluation if `evaluated`)."""
+    return record["step"] < step or (record["step"] == step and (evaluated or record["split"] == "train"))

@@ -1,5 +1,6 @@
 """Where a run lives: one folder, local or gs://, written by one process, with a local folder to work in."""
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -50,6 +51,18 @@ def check_seen_by_all(url):
         raise utils.UserError(f"logging.output_dir: {url} is a folder of one host, and the run has several: give a gs:// path or a folder that all hosts share")
 
 
+@contextlib.contextmanager
+def writing_to(config):
+    """UserError where what is done within may not, or cannot, write to logging.output_dir. A full disk is said elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, storage.StorageError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise utils.UserError(f"logging.output_dir = {config.logging.output_dir!r}: no run can be written there "
+                              f"({error.strerror}: {error.filename}): name another folder") from None
+
+
 class RunFolder:
     """The folder of a run in training; on rank 0 alone.
 
@@ -63,7 +76,8 @@ class RunFolder:
         self.path = working_folder(self.url)
         self.saver, self.uploaded = storage.BackgroundSaver(), {}
         # a short deadline: at a preemption there is no time for more
-        self.lock = RunLock(storage.open_folder(self.url, deadline=5.0), take_over)
+        with writing_to(config):
+            self.lock = RunLock(storage.open_folder(self.url, deadline=5.0), take_over)
         self.home, checkpoints = (storage.open_folder(url, SAVE_SECONDS) for url in (self.url, storage.join(self.url, "checkpoints")))
         self.checkpoints = CheckpointManager(checkpoints, config.checkpoint.keep_last_n, self.path / "checkpoints", self.saver,
                                              self._still_ours, self._before_marker)

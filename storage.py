@@ -47,9 +47,15 @@ def open_folder(url, deadline=120.0):
     """The LocalFolder or GCSFolder at `url`; it need not exist. A folder may be used by several threads.
 
     deadline: seconds for which an operation on GCS is tried again while what fails may pass.
-    Raises UserError for a malformed gs:// path, without google-cloud-storage, and where there are no credentials.
+    Raises UserError for a malformed gs:// path, without google-cloud-storage, where there are no credentials, and where a file
+    is in the way.
     """
-    return GCSFolder(str(url), deadline) if is_remote(url) else LocalFolder(url)
+    if is_remote(url):
+        return GCSFolder(str(url), deadline)
+    for path in (Path(url), *Path(url).parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{url}: {path} is no folder, and one must be there: move it away, or name another place (of runs: logging.output_dir)")
+    return LocalFolder(url)
 
 
 def checked_name(name, where):

@@ -8,6 +8,7 @@ import time
 
 import run_lock
 import utils
+from metrics_logger import read_records
 from run_lock import RunLock
 from storage import join, open_folder
 from utils import RunFailure, UserError
@@ -159,10 +160,8 @@ def results(url):
     """{steps, train_seconds, ema, raw} of a run, exact accuracies of its eval.json; what is not there yet is None."""
     found, folder = dict.fromkeys(("steps", "train_seconds", "ema", "raw")), open_folder(url)
     with contextlib.suppress(FileNotFoundError):
-        for line in folder.read("metrics.jsonl").decode().splitlines():
-            with contextlib.suppress(ValueError):       # cut off by a kill
-                record = json.loads(line)
-                found |= {"steps": record["step"], "train_seconds": record["train_seconds"]}
+        for record in read_records(folder.read("metrics.jsonl"), join(url, "metrics.jsonl"))[-1:]:
+            found |= {"steps": record["step"], "train_seconds": record["train_seconds"]}
     with contextlib.suppress(FileNotFoundError):
         found |= {result["weights"]: result["exact_accuracy"] for result in json.loads(folder.read("eval.json"))["results"]}
     return found

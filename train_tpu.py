@@ -27,9 +27,9 @@ from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
 from dataset_cache import local_dataset
 from device import Device
 from ema_distributed import EMADistributed
-from evaluation import PER_PUZZLE_KEYS, evaluate, write_eval_json
+from evaluation import evaluate, evaluate_step, write_eval_json
 from metrics_logger import MetricsLogger, SilentLogger, console_line
-from run_folder import RunFolder, check_seen_by_all, open_checkpoints, run_url, start_record
+from run_folder import RunFolder, check_seen_by_all, open_checkpoints, run_url, start_record, writing_to
 from storage import StorageError, join, open_folder
 from trm_model import METRIC_KEYS, Carry
 from utils import UserError, WorkerGone
@@ -47,9 +47,12 @@ def parse_args():
     parser.add_argument("--checkpoint", metavar="latest|best|FILE", help="what --eval_only evaluates (default: latest)")
     parser.add_argument("--print_config", action="store_true", help="print what would run, and stop")
     args = parser.parse_intermixed_args()
-    args.run_name = args.run_name or Path(args.config).stem
-    if Path(args.run_name).name != args.run_name:
+    args.run_name = Path(args.config).stem if args.run_name is None else args.run_name
+    if Path(args.run_name).name != args.run_name or args.run_name in ("", ".."):
         raise UserError(f"--run_name {args.run_name!r}: must be one folder name; set logging.output_dir for the place")
+    for name in ("init_from", "checkpoint"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} '': must name a checkpoint: a shell variable may be unset")
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"--max_steps {args.max_steps}: must be >= 1")
     if args.checkpoint and not args.eval_only:
@@ -94,6 +97,19 @@ def create_model(config, dataset):
     return trm_model.TinyRecursiveModel(config.model, dataset.seq_len, dataset.vocab_size, dataset.num_puzzle_identifiers, config.training.seed)
 
 
+def use_kernels(model, config, device, batch_size):
+    """On a TPU: let the model (still on the CPU) run through pallas_kernels.py if that works there; say so if it does not."""
+    if device.name != "tpu" or not config.training.pallas_kernels:
+        return
+    import pallas_kernels
+    pallas_kernels.use(model)
+    reason = pallas_kernels.fault(model, device, batch_size)
+    if reason:
+        pallas_kernels.use(model, False)
+        if device.rank == 0:
+            print(f"warning: the TPU kernels are not used, and a step takes longer: {reason} (training.pallas_kernels=false: no kernels, no warning)", file=sys.stderr)
+
+
 def create_optimizer(config, model):
     """(optimizer of the network, optimizer of the puzzle embedding or None) for a model on its device.
 
@@ -121,6 +137,7 @@ class Run:
         self.config, self.device = config, device
         torch.manual_seed(config.training.seed)
         self.model = create_model(config, dataset)
+        use_kernels(self.model, config, device, config.training.global_batch_size // device.world_size)
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
         elif init_from:
@@ -305,7 +322,7 @@ def train(config, args, device, datasets, files, preempted):
         return 0
 
     # ----- say what will happen -----
-    peak, logger = device.peak_flops(), SilentLogger()
+    peak, logger = device.peak_flops(run.model.forward_dtype), SilentLogger()
     if files:
         files.prepare()
         utils.replace_file(files.path / "config.yaml", utils.config_yaml(config))
@@ -426,35 +443,6 @@ def start_text(run, num_puzzles, last, eval_interval, run_name, peak):
 # ---------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------
-def evaluate_step(run, datasets, forward, files, logger):
-    """Evaluate the present step and note the result beside its checkpoint.
-
-    Always: evaluation.max_examples of evaluation.split, averaged weights if there are any; the best checkpoint is
-    chosen by this look, at the same puzzles every time. At the end also: all of test, averaged and raw weights, into
-    eval.json.
-    """
-    config, final = run.config.evaluation, run.step == run.total_steps
-    models = {"ema": run.ema.ready_module(), "raw": run.model} if run.ema else {"raw": run.model}
-    selects = next(iter(models))
-    look = min(config.max_examples or len(datasets[config.split]), len(datasets[config.split]))
-    wanted = [(config.split, selects, look)]
-    if final:
-        wanted = list(dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)]))
-    results = []
-    for split, name, count in wanted:
-        if final:
-            logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
-        metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
-        if metrics:
-            results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
-            logger.log({key: value for key, value in results[-1].items() if key not in PER_PUZZLE_KEYS})
-    logger.flush()
-    if files:
-        if final:
-            write_eval_json(open_folder(files.path), files.checkpoints.url(run.step), run.config, results[-len(models):])
-        files.checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
-
-
 def evaluate_only(rank, config, args):
     """Evaluate a checkpoint on the whole test split, averaged and raw weights, and write eval.json."""
     device, checkpoints = Device(config.device), open_checkpoints(config, args.run_name)
@@ -469,6 +457,7 @@ def evaluate_only(rank, config, args):
     forward, results = device.compiled(trm_model.evaluation_step, config.training.compile), []
     for name, state in states.items():
         model = create_model(config, dataset)
+        use_kernels(model, config, device, config.evaluation.batch_size)
         device.on_all(lambda: trm_model.load_named_state(model, state, source))
         metrics = evaluate(model.to(device.torch), dataset, device, config.evaluation.batch_size, forward)
         if metrics:
@@ -476,7 +465,8 @@ def evaluate_only(rank, config, args):
             print(console_line(results[-1]), flush=True)
     if rank == 0:
         found = join(checkpoints.folder.url, path.name) if args.checkpoint in (None, "latest", "best") else args.checkpoint
-        write_eval_json(open_folder(run_url(config, args.run_name)), found, config, results)
+        with writing_to(config):
+            write_eval_json(open_folder(run_url(config, args.run_name)), found, config, results)
     device.leave()
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint_manager import fetch_file, load_checkpoint
 from storage import cache_folder
@@ -80,56 +81,27 @@ class SwiGLU(nn.Module):
         width = -(-round(expansion * dim * 2 / 3) // 256) * 256
         self.gate_up_proj = Linear(dim, 2 * width, generator)
         self.down_proj = Linear(width, dim, generator)
+        self.in_kernel = False      # on a TPU: by pallas_kernels.py
 
     def weights(self):
         """(gate, up, down) for `forward`, asked for once a step: the gradients of the halves are put together once, not at each use."""
         return *self.gate_up_proj.weight.chunk(2), self.down_proj.weight
 
-    def forward(self, x, weights, axis=-1):
-        """Mix x [B, M, N] along `axis`, which comes last in the result. In x's dtype; on XLA float32, as the products add up."""
+    def forward(self, x, weights, axis):
+        """x [B, L, D] mixed along `axis`, added to x and normed along it: [B, L, D]."""
+        if self.in_kernel:
+            import pallas_kernels
+            return pallas_kernels.TokenMixing.apply(x, *weights) if axis == 1 else pallas_kernels.ChannelMixing.apply(x, *weights, torch.is_grad_enabled())
+        return rms_norm(x + self.mixed(x, weights, axis).transpose(axis, 2), x.dtype, axis)
+
+    def mixed(self, x, weights, axis):
+        """`axis` comes last in the result. In x's dtype; on XLA float32, as the products add up."""
         if x.device.type == "xla":
-            return _XLASwiGLU.apply(x, *weights, axis % x.dim(), torch.is_grad_enabled())
+            import xla_mixing
+            return xla_mixing.SwiGLU.apply(x, *weights, axis, torch.is_grad_enabled())
         gate, up, down = (cast(weight, x.dtype) for weight in weights)
-        x = x.transpose(axis, -1)
+        x = x.transpose(axis, 2)
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
-
-class _XLASwiGLU(torch.autograd.Function):
-    """SwiGLU without a transpose or a reshape of x, and without rounding what the TPU's multiplier has added up in float32 before it
-    is used: the compiler lays both out badly. What the backward needs is rounded (keep), or it would not fit: the compiler would
-    rather keep the float32 than round it a second time. The figures: docs/tpu_step.md."""
-
-    @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight, axis, keep):
-        gate, up = (contract(x, axis, cast(weight, x.dtype), 1) for weight in (gate_weight, up_weight))
-        if keep:
-            gate, up = gate.to(x.dtype), up.to(x.dtype)
-            ctx.save_for_backward(x, gate_weight, up_weight, down_weight, gate, up)
-            ctx.axis = axis
-        return contract((F.silu(gate.float()) * up.float()).to(x.dtype), 2, cast(down_weight, x.dtype), 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gate_weight, up_weight, down_weight, gate, up = ctx.saved_tensors
-        dtype, rest = x.dtype, 3 - ctx.axis
-        grad, gate, up = grad.to(dtype), gate.float(), up.float()
-        sigmoid = torch.sigmoid(gate)
-        swish = gate * sigmoid
-        inner = contract(grad, 2, cast(down_weight, dtype), 0)
-        gate_grad = (inner * up * (sigmoid + swish * (1 - sigmoid))).to(dtype)
-        up_grad = (inner * swish).to(dtype)
-        x_grad = contract(gate_grad, 2, cast(gate_weight, dtype), 0) + contract(up_grad, 2, cast(up_weight, dtype), 0)
-        return (x_grad.to(dtype).transpose(ctx.axis, 2), *(contract(part, (0, 1), x, (0, rest)) for part in (gate_grad, up_grad)),
-                contract(grad, (0, 1), (swish * up).to(dtype), (0, 1)), None, None)
-
-
-def contract(a, a_axes, b, b_axes):
-    """On XLA: float32 sums of products over axes of a and b; what is left are the other axes of a, then those of b."""
-    import torch_xla
-    axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
-    # XLA's CPU device has no products of bfloat16 in float32; a TPU's multiplier takes bfloat16 whatever these say
-    a, b = a.float(), b.float()
-    return torch_xla._XLAC._xla_dot_general(a, b, (tuple(axes), ([], [])), preferred_element_type=torch.float32)
 
 
 class SelfAttention(nn.Module):
@@ -184,10 +156,10 @@ class Block(nn.Module):
     def forward(self, h, weights, rope):
         token_weights, channel_weights = weights
         if self.mixes_by_mlp:
-            h = rms_norm(h + self.mlp_t(h, token_weights, axis=1).transpose(1, 2), h.dtype, dim=1)
+            h = self.mlp_t(h, token_weights, axis=1)
         else:
             h = rms_norm(h + self.self_attn(h, rope), h.dtype)
-        return rms_norm(h + self.mlp(h, channel_weights), h.dtype)
+        return self.mlp(h, channel_weights, axis=2)
 
 
 class Network(nn.Module):
@@ -196,13 +168,38 @@ class Network(nn.Module):
     def __init__(self, config, length, generator):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, length, generator) for _ in range(config.L_layers))
+        self.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, h, injection, weights, rope):
         """weights: of each layer, `Block.weights()`."""
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         h = h + injection
         for layer, layer_weights in zip(self.layers, weights, strict=True):
-            h = layer(h, layer_weights, rope)
+            h = recomputed(layer, h, layer_weights, rope) if checkpointing else layer(h, layer_weights, rope)
         return h
+
+
+def recomputed(function, h, *rest):
+    """function(h, *rest), keeping h and no intermediate results, which the backward computes anew (arXiv 1604.06174)."""
+    # without arguments, as by theirs it would look for a torch.xla
+    result = checkpoint(lambda: function(h, *rest), use_reentrant=False, preserve_rng_state=False)
+    return _BarrierInBackward.apply(result, h) if h.device.type == "xla" else result
+
+
+class _BarrierInBackward(torch.autograd.Function):
+    """`result` as it is; h is the compiler's to use again when the gradient of `result` is there, and not before. Without this it would
+    take what it has computed already, and keep that, or compute it anew too early."""
+
+    @staticmethod
+    def forward(ctx, result, h):
+        ctx.h = h
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        from torch_xla.core.xla_model import optimization_barrier_
+        optimization_barrier_([grad, ctx.h])
+        return grad, None
 
 
 class PuzzleEmbedding(nn.Module):

@@ -104,7 +104,9 @@ class ModelConfig:
     puzzle_emb_len: int = _knob(16, ge=0)       # prefix positions; 0: as few as puzzle_emb_ndim needs
     halt_max_steps: int = _knob(16, ge=1)       # N_sup: supervision steps
     halt_exploration_prob: float = _knob(0.1, ge=0, le=1)
-    forward_dtype: str = _knob("bfloat16", choices=("bfloat16", "float32"))  # of activations; weights stay float32
+    # of activations; weights stay float32. auto: bfloat16, but float32 on a CPU without instructions for bfloat16
+    forward_dtype: str = _knob("bfloat16", choices=("bfloat16", "float32", "auto"))
+    activation_checkpointing: bool = False      # the backward computes each block's intermediate results anew: less memory, more time
 
 
 @dataclass(kw_only=True)
@@ -128,6 +130,7 @@ class TrainingConfig:
     ema_rate: float = _knob(0.999, ge=0, lt=1)
     ema_strategy: str = _knob("every_worker", choices=("every_worker", "rank0"))  # which workers keep the average
     compile: str = _knob("auto", choices=("auto", "always", "never"))  # torch.compile; auto: on CUDA only
+    pallas_kernels: bool = True                 # on a TPU: each SwiGLU as one kernel, if it fits the chip and computes the same there
 
 
 @dataclass(kw_only=True)
@@ -283,7 +286,7 @@ def load_config(path, overrides=()):
 
     path: YAML file; `defaults: [name, ...]` in it names files (relative to its folder) that it builds on.
     overrides: "section.key=value" strings, the value in YAML.
-    Returns Config. Raises UserError naming file, key, value, rule and the nearest valid name.
+    Returns Config, its forward_dtype settled for this machine. Raises UserError naming file, key, value, rule and the nearest valid name.
     """
     flat = _read_yaml(path, [])
     for text in overrides:
@@ -291,7 +294,11 @@ def load_config(path, overrides=()):
         if not equals:
             raise UserError(f"command line: {text!r}: an override is written section.key=value, as in training.lr=2e-4")
         flat[key.strip()] = (_parse_yaml(value, "command line"), "command line")
-    return _build(flat, str(path))
+    config = _build(flat, str(path))
+    if config.model.forward_dtype == "auto":        # from here on what is computed, in the run's records as well
+        from device import native_dtype
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, forward_dtype=native_dtype(config.device)))
+    return config
 
 
 def config_from_dict(values, source):
@@ -357,6 +364,10 @@ def _check_combinations(config, source):
              + (f" (tpu.accelerator_type {config.tpu.accelerator_type} has {workers} chips, one worker each)" if config.device == "tpu" else ""))
 
 
+# of the sections model and training: keys that change how numbers are computed, and not the numbers
+SAME_NUMBERS = {"model.activation_checkpointing", "training.compile", "training.pallas_kernels", "training.num_workers", "training.ema_strategy"}
+
+
 def planned_workers(config, device=None):
     """Workers the configuration is planned for: one a chip on a TPU slice, otherwise training.num_workers."""
     if (device or config.device) != "tpu":
@@ -377,7 +388,7 @@ def evaluation_interval_steps(config, num_puzzles):
 def differences(config, saved, sections):
     """"section.key old -> new" of what in these sections differs from `saved` (a dict, as checkpoints hold it), as one text, but for
     what changes no number."""
-    free = {"data.dataset_path", "data.prefetch_batches", "training.compile", "training.num_workers", "training.ema_strategy"}
+    free = {"data.dataset_path", "data.prefetch_batches", *SAME_NUMBERS}
     return "; ".join(f"{section}.{key} {saved[section].get(key)!r} -> {value!r}" for section in sections
                      for key, value in dataclasses.asdict(getattr(config, section)).items()
                      if saved[section].get(key) != value and f"{section}.{key}" not in free)

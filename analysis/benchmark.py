@@ -82,7 +82,7 @@ def main():
     batch_size = config.training.global_batch_size // workers
     share = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=batch_size, num_workers=None))
     run = train_tpu.Run(share, Device(config.device), datasets["train"])
-    peak, peak_source = run.device.peak_flops()
+    peak, peak_source = run.device.peak_flops(run.model.forward_dtype)
     record = start_record(run, datasets, SimpleNamespace(config=args.config, init_from=None))
     print(f"{args.config} on {record['device']} ({record['device_model']}): batch {batch_size}"
           + (f", one of {workers} workers' share" if workers > 1 else "")

@@ -27,13 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import utils
 from evaluation import unpack_solved
+from metrics_logger import read_records
 from storage import join, open_folder
 from utils import UserError
 
 CONFIG_FILE, METRICS_FILE, EVAL_FILE, STARTS_FILE = FILES = "config.yaml", "metrics.jsonl", "eval.json", "starts.jsonl"
 SEED_SUFFIX = re.compile(r"[_-]?seed[_-]?\d+$")
 # of the sections model and training: what two seeds of one experiment may differ in
-FREE_KEYS = {"training.seed", "training.compile", "training.num_workers", "training.ema_strategy"}
+FREE_KEYS = utils.SAME_NUMBERS | {"training.seed"}
 TRAIN_KEYS = ("loss", "lm_loss", "q_halt_loss", "grad_norm", "exact_accuracy", "cell_accuracy", "mean_steps", "lr", "steps_per_second",
               "examples_per_second", "model_flops_per_second", "mfu")
 LOOK_KEYS = ("exact_accuracy", "cell_accuracy", "count")
@@ -213,15 +214,15 @@ def _load_run(folder, place, names):
     url = join(folder.url, place) if place else folder.url
 
     def read(name):
-        return folder.read(posixpath.join(place, name)).decode() if name in names else ""
-    evaluation = json.loads(read(EVAL_FILE) or "{}")
+        return folder.read(posixpath.join(place, name)) if name in names else b""
+    evaluation = json.loads(read(EVAL_FILE) or b"{}")
     values = yaml.safe_load(read(CONFIG_FILE)) or evaluation.get("config")
     if not isinstance(values, dict):
         raise UserError("it has no configuration (config.yaml)")
     evaluated = [result for result in evaluation.get("results", []) if "count" in result and "exact_accuracy" in result]
-    starts = [start for start in _lines(read(STARTS_FILE), url) if "train_seconds" in start and "world_size" in start]
-    return Run(place or posixpath.basename(folder.url.rstrip("/")), url, utils.config_from_dict(_known(values), url), _lines(read(METRICS_FILE), url),
-               evaluated, starts)
+    records, starts = (read_records(read(name), join(url, name)) for name in (METRICS_FILE, STARTS_FILE))
+    starts = [start for start in starts if "train_seconds" in start and "world_size" in start]
+    return Run(place or posixpath.basename(folder.url.rstrip("/")), url, utils.config_from_dict(_known(values), url), records, evaluated, starts)
 
 
 def _known(values):
@@ -229,21 +230,6 @@ def _known(values):
     sections = {f.name: {knob.name for knob in dataclasses.fields(f.type)} for f in dataclasses.fields(utils.Config) if dataclasses.is_dataclass(f.type)}
     return {key: {k: v for k, v in value.items() if k in sections[key]} if isinstance(value, dict) else value
             for key, value in values.items() if key in sections or key == "device"}
-
-
-def _lines(text, url):
-    """The records of a JSON-lines file; a last line that is still being written, or was cut off, is no record."""
-    records, lines = [], text.splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("no mapping")
-            records.append(record)
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"a record is damaged (line {number}: {error})") from None
-    return records
 
 
 # ---------------------------------------------------------------------------------------------------------

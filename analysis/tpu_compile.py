@@ -18,14 +18,13 @@ TOPOLOGIES = {"v4-8": (2, 2, 1), "v4-16": (2, 2, 2), "v4-32": (2, 2, 4), "v4-64"
 
 def main():
     folder, accelerator = Path(sys.argv[1]), sys.argv[2]
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost",
-                      TPU_LOG_DIR=str(folder), ALLOW_MULTIPLE_LIBTPU_LOAD="1")      # no chip is touched: several may compile at once
+    tpu_environment(folder, accelerator)
     devices = slice_devices(accelerator)
     results = {}
     for program in json.loads((folder / "trace.json").read_text())["programs"]:
         name, start = program["name"], time.perf_counter()
         try:
-            executable = compile_program((folder / f"{name}.hlo.pb").read_bytes(), program["donated"], devices)
+            executable = compile_program(mlir_text((folder / f"{name}.hlo.pb").read_bytes()), devices, program["donated"])
         except RuntimeError as error:       # what the compiler says; anything else is a bug here
             results[name] = {"error": str(error), "compile_seconds": time.perf_counter() - start}
             break
@@ -38,6 +37,12 @@ def main():
     (folder / "compile.json").write_text(json.dumps(results))
 
 
+def tpu_environment(folder, accelerator):
+    """What the compiler wants to know before jax is imported. No chip is touched: several may compile at once."""
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost",
+                      TPU_LOG_DIR=str(folder), ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+
 def slice_devices(accelerator):
     """The slice's chips, each one device (megacore: its two TensorCores work as one)."""
     from jax.experimental import topologies
@@ -45,13 +50,18 @@ def slice_devices(accelerator):
     return topologies.get_topology_desc(platform="tpu", topology_name=f"v4:{shape}", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1)).devices
 
 
-def compile_program(hlo, donated, devices):
-    """The executable of an HLO protobuf, one replica a device. donated: arguments whose memory results may take."""
+def mlir_text(hlo):
+    """The MLIR module of an HLO protobuf."""
+    from jax._src.lib import xla_client
+    return xla_client._xla.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
+
+
+def compile_program(text, devices, donated=()):
+    """The executable of an MLIR module, one replica a device. donated: arguments whose memory results may take."""
     import numpy as np
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jax._src.lib.mlir import ir
-    text = xla_client._xla.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
     options = xla_client.CompileOptions()
     options.num_replicas, options.num_partitions = len(devices), 1
     options.device_assignment = xla_client.DeviceAssignment.create(np.int32([[device.id] for device in devices]))

@@ -3,14 +3,16 @@
 The compiler notes on almost every instruction how many cycles it expects it to take ("estimated_cycles"). Their sum is
 its estimate of the device time. What carries no such note is counted beside it, and never as nothing:
 
-- custom calls (Pallas kernels): the larger of their FLOPs at the peak (if the kernel states a cost estimate) and their
-  operands' and results' bytes at HBM's bandwidth;
+- custom calls (Pallas kernels): their schedule's cycles where analysis/tpu_kernels.py has counted them, and their operands' and
+  results' bytes at HBM's bandwidth as if nothing of that ran beside it. Beside it their bound, and alone where there is no
+  schedule: the larger of their FLOPs at the peak (if the kernel states a cost estimate) and those bytes;
 - other instructions that run in line: their bytes at HBM's bandwidth;
 - collectives: number and bytes, and the time that the bytes take on a chip's links;
 - transfers that run beside the computation (prefetches): their bytes.
 
 All but the first two are left out of the sum of seconds: `Cost.seconds`.
 """
+import hashlib
 import json
 import math
 import re
@@ -67,7 +69,7 @@ class Cost:
     cycles: int = 0
     counts: Counter = field(default_factory=Counter)                # executed instructions that carry an estimate, by opcode
     by_instruction: list = field(default_factory=list)              # (cycles, times, Instruction) of each of them
-    custom_calls: dict = field(default_factory=dict)                # target: {count, bytes, flops, seconds}
+    custom_calls: dict = field(default_factory=dict)                # target: {count, bytes, flops, bound_seconds, seconds}
     unestimated: dict = field(default_factory=lambda: {"count": 0, "bytes": 0, "seconds": 0.0})
     collectives: dict = field(default_factory=lambda: defaultdict(lambda: {"count": 0, "bytes": 0}))
     prefetch_bytes: int = 0
@@ -79,8 +81,11 @@ class Cost:
         return self.cycles / CLOCK_HZ + sum(call["seconds"] for call in self.custom_calls.values()) + self.unestimated["seconds"]
 
 
-def read_cost(text):
-    """Cost of one execution of the module whose optimised HLO is `text`; raises ValueError where that has no entry."""
+def read_cost(text, kernel_cycles={}):
+    """Cost of one execution of the module whose optimised HLO is `text`; raises ValueError where that has no entry.
+
+    kernel_cycles: {kernel_key: cycles of one execution}.
+    """
     cost = Cost()
     for times, computation, instruction in executed(*parse(text)):
         opcode, base = instruction.opcode, instruction.opcode.removesuffix("-start")
@@ -96,7 +101,7 @@ def read_cost(text):
             cost.counts[opcode] += times
             cost.by_instruction.append((instruction.cycles, times, instruction))
         elif opcode == "custom-call":
-            _add_custom_call(cost, computation, instruction, times)
+            _add_custom_call(cost, computation, instruction, times, kernel_cycles)
         elif base != opcode:                # source and destination; of a slice only the destination moves
             cost.prefetch_bytes += times * min(_sizes(instruction.shape)[:2])
         else:
@@ -192,16 +197,24 @@ def known_integer(computation, name, given):
     return int(found[1]) if found and instruction.opcode == "constant" else None
 
 
-def _add_custom_call(cost, computation, instruction, times):
+def _add_custom_call(cost, computation, instruction, times, kernel_cycles):
     target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)[1]
     if target in FREE_CUSTOM_CALLS:
         return
     stated = _stated_cost(instruction)
     moved = max(_moved(computation, instruction), int(stated.get("bytes_accessed", 0)))
-    flops = int(stated.get("flops", 0))
-    call = cost.custom_calls.setdefault(target, {"count": 0, "bytes": 0, "flops": 0, "seconds": 0.0})
-    for key, value in (("count", 1), ("bytes", moved), ("flops", flops), ("seconds", max(flops / PEAK_FLOPS, moved / HBM_BYTES_PER_SECOND))):
+    flops, cycles = int(stated.get("flops", 0)), kernel_cycles.get(kernel_key(instruction))
+    bound = max(flops / PEAK_FLOPS, moved / HBM_BYTES_PER_SECOND)
+    seconds = bound if cycles is None else max(bound, cycles / CLOCK_HZ + moved / HBM_BYTES_PER_SECOND)
+    call = cost.custom_calls.setdefault(target, {"count": 0, "bytes": 0, "flops": 0, "bound_seconds": 0.0, "seconds": 0.0})
+    for key, value in (("count", 1), ("bytes", moved), ("flops", flops), ("bound_seconds", bound), ("seconds", seconds)):
         call[key] += times * value
+
+
+def kernel_key(instruction):
+    """What tells one Pallas kernel from another, whatever its operands are called; None for another custom call."""
+    body = re.search(r'"body":\s*"([^"]*)"', instruction.rest)
+    return hashlib.sha256(body[1].encode()).hexdigest() if body else None
 
 
 def _stated_cost(instruction):

@@ -110,32 +110,34 @@ def examine(path, config, args):
             folder = Path(args.keep) / f"{Path(path).stem}_{args.accelerator}"
             folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(utils.config_yaml(config))
-        for script, words in (("tpu_trace.py", []), ("tpu_compile.py", [args.accelerator])):
+        for script, words in (("tpu_trace.py", []), ("tpu_compile.py", [args.accelerator]), ("tpu_kernels.py", [args.accelerator])):
             report["error"] = run_child([script, str(folder), *words], folder, args)
             if report["error"]:
                 return report
             if script == "tpu_trace.py":
                 trace = json.loads((folder / "trace.json").read_text())
                 report |= {**trace, "programs": len(trace["programs"]), "programs_traced": trace["programs"]}
-        compiled = json.loads((folder / "compile.json").read_text())
-        for name, result in compiled.items():
-            if result["error"]:
-                report["error"] = f"{name} step: {compiler_error(result['error'])}"
-                return report
+            if script == "tpu_compile.py":
+                compiled = json.loads((folder / "compile.json").read_text())
+                for name, result in compiled.items():
+                    if result["error"]:
+                        report["error"] = f"{name} step: {compiler_error(result['error'], way_out(name, config))}"
+                        return report
         report["compiles"] = True
         report |= program_figures(folder, compiled, report, args.top)
     report["fits"] = report["hbm_bytes"]["needed"] <= tpu_hlo.USABLE_HBM_BYTES
     if not report["fits"]:
         larger = max(report["hbm_working_bytes"], key=report["hbm_working_bytes"].get)
         report["error"] = (f"does not fit: with the {larger} step at work {report['hbm_bytes']['needed'] / GIB:.2f} GiB of HBM are needed, "
-                           f"programs may use {tpu_hlo.USABLE_HBM_BYTES / GIB} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}")
+                           f"programs may use {tpu_hlo.USABLE_HBM_BYTES / GIB} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}: {way_out(larger, config)}")
     return report | run_figures(report, config)
 
 
 def program_figures(folder, compiled, report, top):
     """What the compiled programs say. A training step may be several programs: their figures are summed."""
     texts = {name: (folder / f"{name}.optimised.txt").read_text() for name in compiled}
-    costs = {name: tpu_hlo.read_cost(text) for name, text in texts.items()}
+    kernel_cycles = json.loads((folder / "kernels.json").read_text())
+    costs = {name: tpu_hlo.read_cost(text, kernel_cycles) for name, text in texts.items()}
     training = [name for name in compiled if name != "evaluation"]
     ms = sum(1e3 * costs[name].seconds for name in training)
     all_reduce = {key: sum(costs[name].collectives["all-reduce"][key] for name in training) for key in ("count", "bytes")}
@@ -189,7 +191,7 @@ def run_child(command, folder, args):
     """Run one of the scripts beside this one within the limits of memory and time; returns what went wrong in words, or None."""
     limit = (args.memory_gib or 0.8 * free_memory() / GIB) * GIB
     end = time.monotonic() + 60 * args.minutes
-    what = {"tpu_trace.py": "tracing", "tpu_compile.py": "compiling"}[Path(command[0]).name]
+    what = {"tpu_trace.py": "tracing", "tpu_compile.py": "compiling", "tpu_kernels.py": "scheduling"}[Path(command[0]).name]
     # flags for the XLA of another device, or for another slice, would be taken for this one's
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "TPU_"))}
     log = folder / f"{what}.log"
@@ -238,12 +240,19 @@ def free_memory():
         return free
 
 
-def compiler_error(text):
-    """The compiler's error in plain words, with what it says itself."""
+def way_out(step, config):
+    """What to do about a step of `config` that does not fit."""
+    if step == "evaluation":
+        return "take a smaller evaluation.batch_size"
+    return ("" if config.model.activation_checkpointing else "set model.activation_checkpointing=true, or ") + "take a larger slice"
+
+
+def compiler_error(text, if_large):
+    """The compiler's error in plain words, with what it says itself. if_large: what to do about a program that does not fit."""
     needs = (re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)G hbm", text)
              or re.search(r"total memory required for .*?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)G\)", text))
     if needs:
-        return f"does not fit: needs {needs[1]} {needs[2]}iB of HBM, a program may use {needs[3]} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}"
+        return f"does not fit: needs {needs[1]} {needs[2]}iB of HBM, a program may use {needs[3]} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}: {if_large}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the compiler refuses it: {' '.join(lines[:3])[:600]}"
 
@@ -307,8 +316,8 @@ def full_text(report):
     for program, calls in r["custom_calls"].items():
         for target, call in calls.items():
             if call["seconds"] > 1e-6:
-                say("  in it", f"{program}: {call['count']} custom calls {target}, at least {1e3 * call['seconds']:.2f} ms: "
-                    f"{call['flops']:.3g} FLOPs, {call['bytes'] / 1e6:,.1f} MB")
+                say("  in it", f"{program}: {call['count']} custom calls {target}, {1e3 * call['seconds']:.2f} ms by their schedules and "
+                    f"bytes, one after the other (their bound: {1e3 * call['bound_seconds']:.2f} ms): {call['flops']:.3g} FLOPs, {call['bytes'] / 1e6:,.1f} MB")
     if r["loops_of_unknown_length"]:
         say("  not in it", f"{r['loops_of_unknown_length']} loops whose number of passes is not known: each counts as one pass")
     say("  not in it", f"{r['all_reduce_count']} all-reduce(s) of {r['all_reduce_bytes'] / 1e6:.1f} MB: "

@@ -32,7 +32,7 @@ from device import Device, tree_map
 from utils import UserError
 
 SUDOKU_EXTREME_TEST_PUZZLES = 422_786
-WARMUP_STEPS, TIMED_STEPS = 3, 15
+WARMUP_STEPS, TIMED_STEPS, MOST_TIMED_EXAMPLES = 3, 15, 2048
 
 
 def main():
@@ -90,6 +90,10 @@ def traced_run(config, device, dataset):
     with torch.device("meta"):
         run = train_tpu.Run(config, device, dataset)
     device.torch = xla
+    if config.training.pallas_kernels:
+        import pallas_kernels
+        for model in (run.model, run.ema.module) if run.ema else (run.model,):
+            pallas_kernels.use(model)
     for tensor in run.tensors():
         become_placeholder(tensor)
     return run
@@ -119,7 +123,7 @@ def host_milliseconds(config, world_size, dataset):
     of cycles, which the CPU computes meanwhile."""
     small = {"hidden_size": 8 * config.model.num_heads, "H_cycles": 1, "L_cycles": 1, "puzzle_emb_ndim": min(config.model.puzzle_emb_ndim, 8)}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **small), training=dataclasses.replace(
-        config.training, global_batch_size=config.training.global_batch_size // world_size))
+        config.training, global_batch_size=min(config.training.global_batch_size // world_size, MOST_TIMED_EXAMPLES)))
     device = Device("xla_cpu")
     run = train_tpu.Run(config, device, dataset)
     step, batch = train_tpu.replayed_step(run, trm_model.act_step), run.loader.batch(0)

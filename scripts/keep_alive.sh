@@ -8,7 +8,8 @@ usage: bash scripts/keep_alive.sh CONFIG [section.key=value ...] [options] [-- F
 
 Makes the slice ready (scripts/setup_tpu.sh), starts the run (scripts/launch_experiment.sh) and watches it. Where the slice has been
 preempted, is gone, or is READY and its hosts do not answer three times in a row, it is deleted and asked for again, and the run
-goes on from its last checkpoint; a run that failed is started again. Not started again: one that ended by its user's mistake
+goes on from its last checkpoint; a run that failed is started again, after a wait that doubles with each failure, from one
+--poll to ten, and is short again once a run was up for ten looks. Not started again: one that ended by its user's mistake
 (status 2), or by `launch_experiment.sh stop`. The code is the commit that HEAD names now, whatever happens to it later. May be
 stopped (Ctrl-C) and started again at any time: the run does not notice. Best run in tmux, or on a small VM.
 
@@ -71,6 +72,18 @@ mkdir -p "$log_dir"
 log=$log_dir/$RUN_NAME.log
 end=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", now + 3600 * hours}')
 attempts=0 silent=0 before='' seen=''       # seen: it was up since this began: how it ended earlier is no answer
+failures=0 up=0 waited=''                   # failures: in a row; up: looks at which the present attempt ran; waited: after this attempt's failure
+
+# a run that crashes at once is not to be started again and again without a pause; one that was up for a while is no such run
+back_off() {
+    local wait
+    if [ "$up" -ge 10 ]; then failures=0; fi
+    wait=$(awk -v poll="$poll" -v before="$failures" 'BEGIN {wait = poll * 2 ^ before; print (wait < 10 * poll ? wait : 10 * poll)}')
+    failures=$((failures + 1)) up=0 waited=$attempts
+    note "failure $failures in a row: the next attempt is in $wait s"
+    sleep "$wait"
+}
+
 note "commit $COMMIT, slice $TPU_NAME, at most $max_attempts attempts and $max_hours hours"
 while :; do
     look_at_run
@@ -79,18 +92,19 @@ while :; do
     case "$RUN_STATE $RUN_WHY" in *"do not answer"*) silent=$((silent + 1)) ;; *) silent=0 ;; esac
     case "$RUN_STATE $RUN_WHY" in
         finished*) exit 0 ;;
-        running*) seen=yes ;;
+        running*) seen=yes up=$((up + 1)) ;;
         "failed "*"status 2"*) if [ -n "$seen" ]; then note "a mistake that another attempt would not mend: see bash scripts/launch_experiment.sh logs $RUN_NAME"; exit 2; fi ;;
         *"hosts: "*stopped*) if [ -n "$seen" ]; then note "stopped by its user: not started again"; exit 143; fi ;;
     esac
-    left=$(awk -v now="$(date +%s)" -v end="$end" 'BEGIN {printf "%.4f", (end - now) / 3600}')
     if [ "$(date +%s)" -ge "$end" ]; then note "the $max_hours hours are spent; run and slice are left as they are"; exit 1; fi
     if [ "$RUN_STATE" = running ] || [ "$RUN_STATE" = unknown ] || { [ "$silent" -gt 0 ] && [ "$silent" -lt 3 ]; }; then
         sleep "$poll"
         continue
     fi
     if [ "$attempts" -ge "$max_attempts" ]; then note "the $max_attempts attempts are spent; the slice is left as it is"; exit 1; fi
+    if [ "$RUN_STATE" = failed ] && [ -n "$seen" ] && [ "$waited" != "$attempts" ]; then back_off; continue; fi
     attempts=$((attempts + 1)) status=0
+    left=$(awk -v now="$(date +%s)" -v end="$end" 'BEGIN {printf "%.4f", (end - now) / 3600}')
     note "attempt $attempts"
     setup "$left" || status=$?
     if [ "$status" = 0 ]; then launch || status=$?; fi
@@ -99,6 +113,6 @@ while :; do
         2) look_at_run      # it may have been started from elsewhere meanwhile
            if [ "$RUN_STATE" != running ]; then note "attempt $attempts: a mistake, not tried again"; exit 2; fi ;;
         3) note "attempt $attempts: no room for the slice; it is asked for again"; attempts=$((attempts - 1)); sleep "$poll" ;;
-        *) note "attempt $attempts: did not start (status $status)"; sleep "$poll" ;;
+        *) note "attempt $attempts: did not start (status $status)"; back_off ;;
     esac
 done

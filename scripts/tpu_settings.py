@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from metrics_logger import read_records
 from storage import GCS_URL, checked_name, is_remote, join
 from utils import UserError
 
@@ -102,9 +103,8 @@ def finished(config, eval_json, metrics):
     past training.epochs; the epoch at a step stands in metrics.jsonl, whatever the size of the dataset."""
     try:
         steps = {result["step"] for result in json.loads(eval_json.read_text())["results"]}
-        records = [json.loads(line) for line in metrics.read_text().splitlines()]
         return any(record["epoch"] * (record["step"] + 1) / record["step"] > config.training.epochs
-                   for record in records if record["split"] == "train" and record["step"] in steps)
+                   for record in read_records(metrics.read_bytes(), metrics) if record["split"] == "train" and record["step"] in steps)
     except (OSError, ValueError, KeyError, TypeError):
         return False        # not there, or half-written
 

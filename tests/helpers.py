@@ -107,7 +107,7 @@ TINY = """\
 device: cpu
 tpu: {{}}
 data: {{dataset_path: {data}}}
-model: {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1, halt_max_steps: 3}}
+model: {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1, halt_max_steps: 3, forward_dtype: float32}}
 training: {{global_batch_size: 8, epochs: 6, lr: 1e-2, lr_warmup_steps: 10, ema_rate: 0.9}}
 checkpoint: {{interval_steps: 7}}
 logging: {{output_dir: {out}, interval_steps: 5, tensorboard: false}}
@@ -139,12 +139,16 @@ class CommandTest(unittest.TestCase):
     def user_mistake(self, *args, says=(), **options):
         """The command must end with status 2 and one line that begins with `error:` and holds each of `says`."""
         output = self.train(*args, status=2, **options)
+        self.says_once(output, says)
+        return output
+
+    def says_once(self, output, says):
+        """One line of it begins with `error:`, and holds each of `says`."""
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         self.assertEqual(len(errors), 1, output)
         self.assertNotIn("Traceback", output)
         for text in says:
             self.assertIn(text, errors[0])
-        return output
 
     def records(self, run_name, timing=False):
         """The run's metrics.jsonl, without what differs between two runs of the same training."""

@@ -18,20 +18,22 @@ from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, CommandTest
 
 NAME = "my-tpu"
-# a host's Python: environments are made and filled in name alone, a training may pause, the check of the devices
-# is left out unless there is a file real_check, and host `bad_host` gets wrong sums
+# a host's Python: environments are made and filled in name alone, a training may pause, and each takes a line of the file `instead`
+# (if it is there) and does that; the check of the devices is left out unless there is a file real_check, and host `bad_host` gets wrong sums
 HOST_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     "-c import ensurepip") [ ! -e "$TRM_TEST_CLOUD/no_venv" ] ;;
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     "-m pip "*) echo "PIP_EXTRA_INDEX_URL=${{PIP_EXTRA_INDEX_URL:-}} pip ${{*:3}}" >> "$HOME/pip.log" ;;
-    train_tpu.py*) if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then shift; set -- {root}/tests/slow_train.py "$@"; fi; PYTHONPATH=. exec {python} "$@" ;;
+    train_tpu.py*) if [ -s "$TRM_TEST_CLOUD/instead" ]; then read -r instead < "$TRM_TEST_CLOUD/instead"; sed -i 1d "$TRM_TEST_CLOUD/instead"; eval "$instead"; fi
+        if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then shift; set -- {root}/tests/slow_train.py "$@"; fi; PYTHONPATH=. exec {python} "$@" ;;
     scripts/check_devices.py*) if [ ! -e "$TRM_TEST_CLOUD/real_check" ]; then exit; fi      # it takes seconds to import PyTorch
         if [ "$(cat "$TRM_TEST_CLOUD/bad_host" 2>/dev/null)" = "$TRM_TEST_HOST" ]; then shift; set -- -c {wrong_sum} "$@"; fi
         exec {python} "$@" ;;
     *) exec {python} "$@" ;;
 esac
 """
+ENDLESS = "exec sleep 600"      # a training, for SliceTest.stand_in
 WRONG_SUM = "'" + """
 import sys
 sys.path[:0] = [".", "scripts"]
@@ -135,6 +137,15 @@ class SliceTest(GCSTest, CommandTest):
 
     def release(self, step):
         (self.folder / f"hold.{step}").unlink()
+
+    def stand_in(self, *commands):
+        """The next trainings do these shell commands instead; returns how to wait until `count` of them have begun."""
+        path = self.cloud / "instead"
+        path.write_text("".join(f"{command}\n" for command in commands))
+        return lambda count: self.wait_for(lambda: path.read_text().count("\n") == len(commands) - count)
+
+    def kill(self, run):
+        os.kill(int((self.host() / "trm" / "runs" / run / "pid").read_text()), signal.SIGKILL)
 
     def host_processes(self):
         """{pid: command line} of what runs on the hosts."""

@@ -15,13 +15,14 @@ import sys
 import time
 
 import checkpoint_manager
+import evaluation
 import run_folder
 import train_tpu
 import utils
 
 PAUSES = json.loads(os.environ["TRM_TEST_PAUSES"])
 # host_batch: what each step begins with; train_step itself is called once on XLA
-PLACES = {"train_step": (train_tpu, "host_batch"), "evaluate": (train_tpu, "evaluate"), "save": (checkpoint_manager.torch, "save"),
+PLACES = {"train_step": (train_tpu, "host_batch"), "evaluate": (evaluation, "evaluate"), "save": (checkpoint_manager.torch, "save"),
           "upload": (run_folder.RunFolder, "_before_marker")}
 
 

@@ -185,7 +185,7 @@ class MadeRuns(FolderTest):
             found = results.load_runs(self.runs)
         self.assertEqual([run.name for run in found], ["good"])
         self.assertEqual(said.getvalue().count("\n"), 5)
-        for text in ("damaged is left out: a record is damaged (line 1", "no_yaml is left out: ParserError: ", "half_eval is left out: Unterminated string", "no_config is left out: it has no configuration", "other_device is left out: "):
+        for text in (f"damaged is left out: {damaged}: a record is damaged (line 1", "no_yaml is left out: ParserError: ", "half_eval is left out: Unterminated string", "no_config is left out: it has no configuration", "other_device is left out: "):
             self.assertIn(text, said.getvalue())
 
     def test_no_runs(self):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import struct
@@ -42,6 +43,19 @@ def poisoned(run, *rest):
     step(run, *rest)
 train_tpu.train_step = poisoned
 utils.run_cli(train_tpu.main)
+"""
+
+
+# the real command, imported once: a process for each list of arguments in the JSON that it is given, one after another
+MANY = """
+import json, os, sys
+import train_tpu, utils
+sys.argv[0] = "train_tpu.py"
+for args in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv[1:] = args
+        utils.run_cli(train_tpu.main)
+    print("ended:", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
@@ -114,6 +128,7 @@ class Training(CommandTest):
         content = json.loads((self.folder / "runs" / "alone" / "eval.json").read_text())
         self.assertEqual([(r["weights"], r["step"], r["count"]) for r in content["results"]], [("raw", None, 50)])
         self.assertEqual(content["config"]["model"]["hidden_size"], 32)
+        self.user_mistake("--eval_only", "--checkpoint", str(self.folder / "weights_only.pt"), "logging.output_dir=/proc", says=["logging.output_dir = '/proc'"])
         for name, saved in (("list.pt", [1, 2]), ("numbers.pt", {"a": 1})):
             torch.save(saved, self.folder / name)
             self.train("--run_name", "alone", "--eval_only", "--checkpoint", str(self.folder / name), status=2)
@@ -191,19 +206,49 @@ class CodeVersion(FolderTest):
 
 
 class Mistakes(CommandTest):
-    def test_configuration_and_flags(self):
-        for args, says in [(("training.learning_rate=1",), ["training.learning_rate", "did you mean training."]),
-                           (("training.lr=fast",), ["training.lr = 'fast'", "finite number"]),
-                           (("model.pos_encodings=rotary",), ["model.pos_encodings", "none, learned, rope"]),
-                           (("--max_steps", "0"), ["--max_steps 0", ">= 1"]),
-                           (("--run_name", "a/b"), ["one folder name"]),
-                           (("--checkpoint", "best"), ["--eval_only"]),
-                           (("--init_from", "x", "--eval_only"), ["--checkpoint"]),
-                           (("training.epochs=0.01",), ["no full batch of 8"]),
-                           (("data.expected_puzzles=1000",), ["has 80 training puzzles"])]:
+    def user_mistakes(self, cases):
+        """user_mistake for each of [(arguments, says)]."""
+        command = [sys.executable, "-c", MANY, json.dumps([["--config", str(self.config), *args] for args, _ in cases])]
+        done = subprocess.run(command, cwd=ROOT, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        outputs = re.split(r"^ended: (.*)\n", done.stdout, flags=re.MULTILINE)
+        self.assertEqual((done.returncode, len(outputs)), (0, 2 * len(cases) + 1), done.stdout)
+        for (args, says), output, status in zip(cases, outputs[::2], outputs[1::2]):
             with self.subTest(args=args):
-                self.user_mistake(*args, says=says)
+                self.assertEqual(status, "2", output)
+                self.says_once(output, says)
+
+    def test_configuration_and_flags(self):
+        self.user_mistakes([(["training.learning_rate=1"], ["training.learning_rate", "did you mean training."]),
+                            (["training.lr=fast"], ["training.lr = 'fast'", "finite number"]),
+                            (["training.lr="], ["training.lr = None", "finite number"]),
+                            (["training.lr=[1"], ["command line: not valid YAML"]),
+                            (["training.lr"], ["'training.lr'", "section.key=value"]),
+                            (["model.pos_encodings=rotary"], ["model.pos_encodings", "none, learned, rope"]),
+                            (["--max_steps", "0"], ["--max_steps 0", ">= 1"]),
+                            (["--run_name", "a/b"], ["--run_name 'a/b'", "one folder name"]),
+                            (["--run_name", ".."], ["--run_name '..'", "one folder name"]),
+                            (["--run_name", ""], ["--run_name ''", "one folder name"]),
+                            (["--checkpoint", "best"], ["--eval_only"]),
+                            (["--eval_only", "--checkpoint", ""], ["--checkpoint ''", "must name a checkpoint"]),
+                            (["--init_from", "x", "--eval_only"], ["--checkpoint"]),
+                            (["--init_from", ""], ["--init_from ''", "must name a checkpoint"]),
+                            (["training.epochs=0.01"], ["no full batch of 8"]),
+                            (["data.expected_puzzles=1000"], ["has 80 training puzzles"])])
         self.assertFalse((self.folder / "runs" / "tiny").exists())
+
+    def test_places_that_can_hold_no_run(self):
+        file, taken, long = self.folder / "file", self.folder / "taken", "a" * 256
+        taken.mkdir()
+        (taken / "run").mkdir()
+        for path in (file, taken / "tiny", taken / "run" / "checkpoints"):
+            path.touch()
+        self.user_mistakes([([f"logging.output_dir={file}"], [f"{file}/tiny: {file} is no folder", "logging.output_dir"]),
+                            ([f"logging.output_dir={file}/deeper"], [f"{file} is no folder"]),
+                            ([f"logging.output_dir={taken}"], [f"{taken}/tiny is no folder"]),
+                            ([f"logging.output_dir={taken}", "--run_name", "run"], [f"{taken}/run/checkpoints is no folder"]),
+                            ([f"logging.output_dir={file}", "--eval_only"], [f"{file} is no folder"]),
+                            (["logging.output_dir=/proc"], ["logging.output_dir = '/proc': no run can be written there", "/proc/tiny", "another folder"]),
+                            (["--run_name", long], [f"logging.output_dir = '{self.folder}/runs'", "File name too long"])])
 
     def test_missing_configuration(self):
         done = subprocess.run([sys.executable, "train_tpu.py", "--config", "configs/e1_11.yaml"], cwd=ROOT, text=True, capture_output=True)

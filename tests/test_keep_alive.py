@@ -1,13 +1,11 @@
 """scripts/keep_alive.sh, for real: a run on a slice of local processes that is preempted, gone, silent, failing or stopped."""
 import json
-import os
 import re
-import signal
 import unittest
 
 from checkpoint_manager import load_checkpoint
 from metrics_logger import TIMING_KEYS
-from tests.slice import NAME, SliceTest
+from tests.slice import ENDLESS, NAME, SliceTest
 
 
 class KeepAlive(SliceTest):
@@ -64,36 +62,53 @@ class KeepAlive(SliceTest):
         self.assertEqual(ours, theirs)
 
     def test_budget(self):
-        self.hold(10)
+        begun = self.stand_in(ENDLESS, ENDLESS)
         process = self.begin_keeping("--max_attempts", "1")
-        self.arrived(10)
+        begun(1)
         self.preempt()
         log = self.ends(process, 1)
         self.assertEqual(self.attempts(log), [1])
         self.assertIn("the 1 attempts are spent", log)
         process = self.begin_keeping("--max_hours", "0.003")        # 11 s
-        self.arrived(20)
+        begun(2)
         self.assertIn("the 0.003 hours are spent; run and slice are left as they are", self.ends(process, 1))
         self.script("launch_experiment", "status", "tiny", status=3)
 
     def test_mistakes_and_stop(self):
-        log = self.ends(self.begin_keeping("data.expected_puzzles=7"), 2)
+        begun = self.stand_in("exit 2", ENDLESS)
+        log = self.ends(self.begin_keeping(), 2)
         self.assertEqual(self.attempts(log), [1])
         self.assertIn("a mistake that another attempt would not mend", log)
         self.mistake("keep_alive", "configs/tiny.yaml", "training.lr=fast", says=["training.lr = 'fast'"])
-        self.hold(10)
         process = self.begin_keeping("--run_name", "tiny", "training.seed=1")
-        self.arrived(10)
-        self.stop("tiny", 10)
+        begun(2)
+        self.script("launch_experiment", "stop", "tiny", status=5)
         log = self.ends(process, 143)
         self.assertIn("stopped by its user: not started again", log)
 
+    def test_a_run_that_crashes_at_once_waits_ever_longer(self):
+        """To ten polls, and from one again after a run that was up for ten looks."""
+        begun = self.stand_in(*["exit 1"] * 5, ENDLESS, "exit 1")
+        process = self.begin("keep_alive", "configs/tiny.yaml", "--poll", "0.1", "--max_attempts", "7", "--log_dir", str(self.folder / "log"))
+        begun(6)
+        before = len(self.looks())
+        self.wait_for(lambda: len(self.looks()) > before + 10)      # the first of them may have been answered before
+        self.kill("tiny")
+        log = self.ends(process, 1)
+        self.assertEqual(self.attempts(log), [1, 2, 3, 4, 5, 6, 7])
+        self.assertEqual(re.findall(r"failure (\d) in a row: the next attempt is in (\S+) s$", log, re.MULTILINE),
+                         [("1", "0.1"), ("2", "0.2"), ("3", "0.4"), ("4", "0.8"), ("5", "1"), ("1", "0.1")])
+        self.assertIn("the 7 attempts are spent", log)
+
+    def looks(self):
+        return [call for call in self.calls() if "status tiny" in call["flags"].get("--command", "").replace("\\", "")]
+
     def test_crash_then_silence(self):
-        self.hold(10)
+        begun = self.stand_in(ENDLESS, ENDLESS, "exit 0")
         process = self.begin_keeping()
-        self.arrived(10)
-        os.kill(int((self.host() / "trm" / "runs" / "tiny" / "pid").read_text()), signal.SIGKILL)
-        self.arrived(20)                                            # started again, on the same slice
+        begun(1)
+        self.kill("tiny")
+        begun(2)                                                    # started again, on the same slice
         self.assertNotIn("tpu-vm delete", self.changes())
         (self.cloud / "no_answer").write_text("2")
         self.wait_for(lambda: (self.cloud / "no_answer").read_text() == "0")
@@ -102,11 +117,9 @@ class KeepAlive(SliceTest):
         self.wait_for(lambda: "running" in (self.folder / "log" / "tiny.log").read_text().splitlines()[-1])
         self.assertNotIn("tpu-vm delete", self.changes())
         (self.cloud / "silent").write_text("6")
-        self.arrived(30)
-        self.release(10)
         log = self.ends(process, 0)
         self.assertEqual(self.attempts(log), [1, 2, 3])
-        for text in ("failed (hosts: status 137)", "unknown (gcloud gives no answer", f"the hosts of {NAME} do not answer"):
+        for text in ("failed (hosts: status 137)", "failure 1 in a row: the next attempt is in 0.5 s", "unknown (gcloud gives no answer", f"the hosts of {NAME} do not answer"):
             self.assertIn(text, log)
         self.assertEqual([change for change in self.changes() if change != "tpu-vm scp" and not change.endswith("rsync")],
                          ["tpu-vm create", "tpu-vm delete", "tpu-vm create"])

@@ -74,6 +74,14 @@ class Records(LoggerTest):
             self.logged(training(20, 0.5), start_step=20)
             self.assertEqual(self.records(), [training(10), training(20, 0.5)])
 
+    def test_any_other_damage_is_said(self):
+        whole = json.dumps(training(10)) + "\n"
+        for damaged in (whole[:40] + "\n", "\0\0\n", "[1]\n", "\n", "\udcff\n"):
+            text = whole + damaged + whole
+            self.path.write_text(text, errors="surrogateescape")
+            self.user_error(lambda: self.logged(start_step=20), f"{self.path}: a record is damaged (line 2: ", "take that line out")
+            self.assertEqual(self.path.read_text(errors="surrogateescape"), text)
+
     def test_a_new_run_begins_with_nothing(self):
         self.logged(start_step=0)
         self.assertEqual(self.path.read_text(), "")

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import trm_model
@@ -219,6 +220,35 @@ class Halting(unittest.TestCase):
         np.testing.assert_array_equal(exploration_min_steps(0, 1, 15_000, 1.0, 16), draws)
         for other in (exploration_min_steps(1, 1, 15_000, 1.0, 16), exploration_min_steps(0, 2, 15_000, 1.0, 16)):
             self.assertLess((other == draws).mean(), 0.1)
+
+
+class ActivationCheckpointing(unittest.TestCase):
+    def step(self, forward=act_step, **changes):
+        """(loss, next carry, gradients, bytes that the forward leaves allocated) of one step."""
+        model = small_model(**changes)
+        carry = admitted(model)
+        rows = model.puzzle_rows(carry).requires_grad_()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
+            loss, _, after = forward(model, carry, rows, no_minimum(carry))
+        kept = sum(event.self_cpu_memory_usage for event in memory.events())
+        return loss, after, torch.autograd.grad(loss, [*model.parameters(), rows]), kept
+
+    def test_same_numbers_from_less_memory(self):
+        for changes in (dict(), dict(mlp_t=False, pos_encodings="rope"), dict(forward_dtype="bfloat16")):
+            with self.subTest(**changes):
+                results = [self.step(L_cycles=4, activation_checkpointing=on, **changes) for on in (False, True)]
+                for ours, plain in zip(*([loss, *after, *grads] for loss, after, grads, _ in results), strict=True):
+                    self.assertTrue(torch.equal(ours, plain))
+                self.assertLess(results[1][-1], results[0][-1] / 20)
+
+    def test_in_a_compiled_step(self):
+        """In one graph; aot_eager is torch.compile without the generated code, which takes minutes."""
+        compiled, small = torch.compile(act_step, backend="aot_eager", fullgraph=True, dynamic=False), dict(H_cycles=1, L_cycles=1, L_layers=1)
+        self.step(compiled, activation_checkpointing=True, **small)         # the compile
+        ours, plain = self.step(compiled, activation_checkpointing=True, **small), self.step(**small)
+        for a, b in zip(ours[2], plain[2], strict=True):
+            torch.testing.assert_close(a, b)
+        self.assertLess(ours[-1], plain[-1] / 20)
 
 
 class Gradient(unittest.TestCase):

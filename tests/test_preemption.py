@@ -61,14 +61,19 @@ class PreemptionTest(CommandTest):
 
 
 class OneWorker(PreemptionTest):
+    """Runs of 30 steps."""
+
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls().train("--run_name", "unbroken")
+        cls().train("--run_name", "unbroken", "training.epochs=3")
+
+    def begin(self, run_name, pauses, *flags):
+        return super().begin(run_name, pauses, "training.epochs=3", *flags)
 
     def goes_on_as_unbroken(self, run_name):
-        self.train("--run_name", run_name)
-        self.same_content(load_checkpoint(self.checkpoint(run_name, 60)), load_checkpoint(self.checkpoint("unbroken", 60)))
+        self.train("--run_name", run_name, "training.epochs=3")
+        self.same_content(load_checkpoint(self.checkpoint(run_name, 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
         self.assertEqual(self.records(run_name), self.records("unbroken"))
 
     def test_in_a_step(self):
@@ -76,7 +81,7 @@ class OneWorker(PreemptionTest):
         self.arrived(process, "train_step", 17)
         process.terminate()
         output = self.ends(process)
-        self.assertRegex(output, r"step \d+ of 60: stopped by SIGTERM; the last good checkpoint is ")
+        self.assertRegex(output, r"step \d+ of 30: stopped by SIGTERM; the last good checkpoint is ")
         self.assertGreaterEqual(self.newest("step"), 17)
         self.assertLess(self.newest("step"), 20)
         self.goes_on_as_unbroken("step")
@@ -84,9 +89,9 @@ class OneWorker(PreemptionTest):
     def test_in_the_last_step(self):
         """The final evaluation is still to come: the run is not finished."""
         process = self.begin("last", {"train_step": 0.05})
-        self.arrived(process, "train_step", 60)
+        self.arrived(process, "train_step", 30)
         process.terminate()
-        self.assertIn("step 60 of 60: stopped by SIGTERM", self.ends(process))
+        self.assertIn("step 30 of 30: stopped by SIGTERM", self.ends(process))
         self.goes_on_as_unbroken("last")
 
     def test_in_an_evaluation(self):
@@ -111,7 +116,7 @@ class OneWorker(PreemptionTest):
         """Before the first step is done there is nothing to save, and a compile, which takes long, is not waited for."""
         process = self.begin("compile", {}, "training.compile=always")
         line = ""
-        while "begins: to step 60" not in line:
+        while "begins: to step 30" not in line:
             line = process.stdout.readline()
             self.assertTrue(line, "it ended too soon")
         time.sleep(0.5)
@@ -123,10 +128,11 @@ class OneWorker(PreemptionTest):
 
 
 class ManyWorkers(PreemptionTest):
-    WORKERS = 3
+    """Runs of 26 steps."""
+    WORKERS, FLAGS = 3, ("training.num_workers=3", "training.global_batch_size=9", "training.epochs=3")
 
     def begin(self, run_name, pauses, *flags):
-        return super().begin(run_name, pauses, f"training.num_workers={self.WORKERS}", "training.global_batch_size=9", *flags)
+        return super().begin(run_name, pauses, *self.FLAGS, *flags)
 
     def check(self, name, place, count, pauses, whom):
         process = self.begin(name, pauses)
@@ -136,8 +142,7 @@ class ManyWorkers(PreemptionTest):
         return self.ends(process)
 
     def test_in_a_step(self):
-        flags = ("training.num_workers=3", "training.global_batch_size=9")
-        self.train("--run_name", "unbroken", *flags)
+        self.train("--run_name", "unbroken", *self.FLAGS)
         last = self.newest("unbroken")
         for whom in ("parent", "one", "all"):
             with self.subTest(whom):
@@ -146,7 +151,7 @@ class ManyWorkers(PreemptionTest):
                 # a vote every four steps, read four steps later
                 self.assertEqual(self.newest(name) % 4, 0)
                 self.assertLessEqual(self.newest(name), 10 + 12)
-                self.train("--run_name", name, *flags)
+                self.train("--run_name", name, *self.FLAGS)
                 self.same_content(load_checkpoint(self.checkpoint(name, last)), load_checkpoint(self.checkpoint("unbroken", last)))
                 self.assertEqual(self.records(name), self.records("unbroken"))
 

@@ -20,7 +20,7 @@ DRIVER = """
 import io, os, signal, sys
 point, count = sys.argv[1], int(sys.argv[2])
 sys.argv = ["train_tpu.py", *sys.argv[3:]]
-import torch, checkpoint_manager, metrics_logger, train_tpu, utils
+import torch, checkpoint_manager, evaluation, metrics_logger, train_tpu, utils
 
 def arrive():
     global count
@@ -60,7 +60,7 @@ elif point == "half a payload":
 elif point == "between payload and marker":
     before(checkpoint_manager.CheckpointManager, "_mark")
 elif point == "in evaluation":
-    before(train_tpu, "evaluate")
+    before(evaluation, "evaluate")
 elif point == "half a record":
     metrics_logger.MetricsLogger.log = half_a_line
 elif point == "before the final evaluation counts":
@@ -162,6 +162,11 @@ class ResumeTest(CommandTest):
         subprocess.run([sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", "4", "--num_train", "90", "--num_test", "50", "--seed", "1",
                         "--output_dir", str(self.folder / "other")], cwd=ROOT, check=True, capture_output=True, timeout=120)
         self.user_mistake("--run_name", "fixed", f"data.dataset_path={self.folder / 'other'}", says=["not those this run began with"])
+
+    def test_activation_checkpointing_is_switched_on_the_way(self):
+        self.train("--run_name", "switched", "--max_steps", "30", "model.activation_checkpointing=true")
+        self.train("--run_name", "switched")
+        self.same_as_unbroken("switched")
 
     def test_best_and_last_n_are_kept(self):
         markers = sorted((self.folder / "runs" / "unbroken" / "checkpoints").glob("*.json"), key=lambda p: int(p.stem.split("_")[-1]))

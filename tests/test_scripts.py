@@ -13,7 +13,7 @@ from unittest import mock
 
 from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT
-from tests.slice import NAME, SliceTest, executable, installed_commands, load_gcloud
+from tests.slice import ENDLESS, NAME, SliceTest, executable, installed_commands, load_gcloud
 
 SCRIPTS = ("setup_tpu", "launch_experiment", "keep_alive", "download_results", "delete_tpu")
 
@@ -250,9 +250,11 @@ class Runs(SliceTest):
         self.assertEqual((results / "tiny" / "eval.json").read_bytes(), self.in_bucket("runs/tiny/eval.json"))
         files = [results / "tiny" / name for name in ("eval.json", "metrics.jsonl")]
         finished = [sys.executable, "scripts/tpu_settings.py", str(results / "tiny" / "config.yaml"), "--finished", *map(str, files)]
-        whole = files[0].read_text()
-        for text, status in ((whole, 0), (whole.replace('"step": 60', '"step": 40'), 1), (whole[:100], 1)):     # one of an earlier checkpoint, a half-written one
+        evaluation, records = (file.read_text() for file in files)
+        for end, text, status in (("", evaluation, 0), ('{"step": 60, "spl', evaluation, 0), ("}\n", evaluation, 2),
+                                  ("", evaluation.replace('"step": 60', '"step": 40'), 1), ("", evaluation[:100], 1)):  # one of an earlier checkpoint, a half-written one
             files[0].write_text(text)
+            files[1].write_text(records + end)
             self.assertEqual(subprocess.run(finished, cwd=self.kit).returncode, status)
         self.script("download_results", "--checkpoints", "--to", str(results))
         self.assertEqual(load_checkpoint(results / "tiny" / "checkpoints" / "checkpoint_step_60.pt")["step"], 60)
@@ -291,22 +293,23 @@ class Runs(SliceTest):
 
     def test_failures(self):
         self.make_slice()
-        self.assertIn("status 2", self.launch("--run_name", "wrong", "data.expected_puzzles=7", status=4))
+        begun = self.stand_in("exit 2", ENDLESS, ENDLESS)
+        self.assertIn("status 2", self.launch("--run_name", "wrong", status=4))
         self.assertIn("status 2", self.how("wrong", "failed"))
-        self.hold(10)
         self.launch("--detach", "--run_name", "killed")
-        self.arrived(10)
-        os.kill(int((self.host() / "trm" / "runs" / "killed" / "pid").read_text()), signal.SIGKILL)
+        begun(2)
+        self.kill("killed")
         self.script("launch_experiment", "logs", "killed")
         self.assertIn("status 137", self.how("killed", "failed"))
         self.launch("--detach", "--run_name", "lost")
-        self.arrived(20)
+        begun(3)
         for pid in self.host_processes():
             os.kill(pid, signal.SIGKILL)        # as a host that starts anew leaves it
         self.wait_for(lambda: not self.host_processes())
         self.assertIn("lost", self.how("lost", "preempted"))
+        self.hold(10)
         self.launch("--detach", "--run_name", "warned")
-        self.arrived(30)
+        self.arrived(10)
         self.gcloud.end_processes(self.gcloud.mark(NAME), 25, lambda: self.release(10))     # a preemption, and the slice still READY
         self.assertIn("hosts: status 143", self.how("warned", "preempted"))
         (self.cloud / "silent").write_text("1")
@@ -342,6 +345,7 @@ class Runs(SliceTest):
         self.assertIn("error: the code could not be sent", self.launch(*two, status=1))
         (self.host(1) / "trm-code.tar").rmdir()
         (self.host(1) / "trm" / "runs").touch()         # nor can a run begin there
+        self.stand_in(ENDLESS, ENDLESS)                 # on host 0
         output = self.launch(*two, status=1)
         self.assertIn("not started on every host: stopping it on the others", output)
         self.assertEqual(self.host_processes(), {})

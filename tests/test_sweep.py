@@ -433,10 +433,10 @@ class RealTraining(CommandTest, SweepTest):
 
     def test_killed_with_its_training_then_gone_on_with(self):
         """By SIGKILL; the same command then runs both cells to the end of unbroken ones."""
-        self.train("--run_name", "unbroken", "training.seed=1")
+        self.train("--run_name", "unbroken", "training.seed=1", "training.epochs=3")
         self.hold.with_suffix(".17").touch()
         slow = {"TRM_TEST_PAUSES": json.dumps({"train_step": str(self.hold)}), "TRM_TEST_ARRIVALS": str(self.arrivals)}
-        arguments = (str(self.config), "--local", "--seeds", "1", "2")
+        arguments = (str(self.config), "--local", "--seeds", "1", "2", "training.epochs=3")
         launcher = self.begin(*arguments, training="slow", **slow)
         self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
         launcher.kill()
@@ -445,12 +445,12 @@ class RealTraining(CommandTest, SweepTest):
         done = subprocess.run(["bash", "scripts/launch_sweep.sh", *arguments], cwd=ROOT, text=True, timeout=120, capture_output=True)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("goes on after step 14:", self.log("tiny_seed1"))
-        self.same_content(load_checkpoint(self.checkpoint("tiny_seed1", 60)), load_checkpoint(self.checkpoint("unbroken", 60)))
+        self.same_content(load_checkpoint(self.checkpoint("tiny_seed1", 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
         self.assertEqual(self.records("tiny_seed1"), self.records("unbroken"))
         self.assertNotEqual(self.records("tiny_seed2"), self.records("unbroken"))
         for name, attempts in (("tiny_seed1", "2"), ("tiny_seed2", "1")):
             exact = {r["weights"]: r["exact_accuracy"] for r in json.loads((self.folder / "runs" / name / "eval.json").read_text())["results"]}
-            self.assertEqual(self.row(done.stdout, name)[:6], [name, "finished", attempts, "60", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"])
+            self.assertEqual(self.row(done.stdout, name)[:6], [name, "finished", attempts, "30", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"])
 
     def test_stopped_while_it_trains(self):
         """The cell has a checkpoint of the step that it was at."""

@@ -75,7 +75,7 @@ class CostTest(unittest.TestCase):
         self.assertEqual(cost.cycles, 0)
         kernel, unstated = cost.custom_calls["tpu_custom_call"], cost.custom_calls["Other"]
         # the kernel states its cost: 2.75e9 FLOPs take 10 us at the peak, its bytes less; the other has its bytes only
-        self.assertEqual(kernel, {"count": 1, "bytes": 3 * 4 * 1024 * 256, "flops": 2750000000, "seconds": 1e-5})
+        self.assertEqual(kernel, {"count": 1, "bytes": 3 * 4 * 1024 * 256, "flops": 2750000000, "bound_seconds": 1e-5, "seconds": 1e-5})
         self.assertEqual((unstated["bytes"], unstated["flops"]), (2 * 4 * 1024 * 256, 0))
         self.assertAlmostEqual(unstated["seconds"], 2 * 4 * 1024 * 256 / tpu_hlo.HBM_BYTES_PER_SECOND)
         self.assertNotIn("ConcatBitcast", cost.custom_calls)
@@ -85,6 +85,16 @@ class CostTest(unittest.TestCase):
         self.assertEqual(cost.prefetch_bytes, 4 * 1024 * 256 + 4 * 128 * 256)
         self.assertAlmostEqual(cost.seconds, kernel["seconds"] + unstated["seconds"] + cost.unestimated["seconds"])
         self.assertAlmostEqual(tpu_hlo.all_reduce_seconds(300e9, 4), 1.5)
+
+    def test_a_kernel_takes_its_schedule_and_its_bytes_one_after_the_other(self):
+        kernel = next(i for _, _, i in tpu_hlo.executed(*tpu_hlo.parse(REST)) if '"body"' in i.rest)
+        size = 3 * 4 * 1024 * 256
+        for cycles, seconds in ((21_000, 20e-6 + size / tpu_hlo.HBM_BYTES_PER_SECOND), (1, 10e-6)):       # never less than its bound
+            call = tpu_hlo.read_cost(REST, {tpu_hlo.kernel_key(kernel): cycles}).custom_calls["tpu_custom_call"]
+            self.assertAlmostEqual(call["seconds"], seconds)
+            self.assertEqual(call["bound_seconds"], 1e-5)
+        other = next(i for _, _, i in tpu_hlo.executed(*tpu_hlo.parse(REST.replace('"body":"x"', '"body":"y"'))) if '"body"' in i.rest)
+        self.assertNotEqual(tpu_hlo.kernel_key(other), tpu_hlo.kernel_key(kernel))
 
     def test_cycles_by_line_of_code(self):
         cost = tpu_hlo.read_cost(LOOP)
@@ -184,8 +194,14 @@ class ChildTest(FolderTest):
     def test_compiler_errors_in_plain_words(self):
         for text in ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 54.30G of 30.75G hbm. Exceeded by",
                      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.30G) exceeds available HBM (30.75G)."):
-            self.assertEqual(tpu_report.compiler_error(text), "does not fit: needs 54.30 GiB of HBM, a program may use 30.75 GiB of a chip's 32")
-        self.assertIn("the compiler refuses it: UNIMPLEMENTED: no such thing", tpu_report.compiler_error("UNIMPLEMENTED: no\nsuch thing"))
+            self.assertEqual(tpu_report.compiler_error(text, "wait"), "does not fit: needs 54.30 GiB of HBM, a program may use 30.75 GiB of a chip's 32: wait")
+        self.assertIn("the compiler refuses it: UNIMPLEMENTED: no such thing", tpu_report.compiler_error("UNIMPLEMENTED: no\nsuch thing", "wait"))
+
+    def test_ways_out_of_too_little_memory(self):
+        path = write_config(self.folder / "a.yaml", SMALL)
+        for step, on, says in (("train", "false", "set model.activation_checkpointing=true, or take a larger slice"), ("train", "true", "take a larger slice"),
+                               ("evaluation", "false", "take a smaller evaluation.batch_size")):
+            self.assertEqual(tpu_report.way_out(step, load_config(path, [f"model.activation_checkpointing={on}"])), says)
 
 
 class RunFiguresTest(unittest.TestCase):
@@ -222,7 +238,7 @@ class TraceTest(XLATest):
             tensors = [t for t, is_pending in zip(tensors, torch_xla._XLAC._check_tensor_need_materialization(tensors)) if is_pending]
             return torch_xla._XLAC._get_xla_tensors_hlo(tensors)
         with tempfile.TemporaryDirectory() as folder:
-            config = load_config(write_config(Path(folder) / "a.yaml", SMALL), ["tpu.accelerator_type=v4-16"])
+            config = load_config(write_config(Path(folder) / "a.yaml", SMALL), ["tpu.accelerator_type=v4-16", "training.pallas_kernels=false"])
         dataset, _ = tpu_trace.training_puzzles(config)
         device = Device("xla_cpu")
         device.rank, device.world_size = 0, 8
@@ -258,7 +274,11 @@ class CompileTest(ReportTest):
         # gradients, metrics and the puzzle embedding's row with its count, float32
         self.assertAlmostEqual(report["all_reduce_bytes"], 4 * (report["parameters"] + 7 + 128 + 1), delta=64)
         self.assertGreater(report["hbm_bytes"]["aliased"], 4 * 4 * report["parameters"])   # weights, two moments, the average
-        self.assertAlmostEqual(report["flops_per_chip_step"] / report["model_flops_per_chip_step"], 1, delta=0.02)
+        # the token mixing's gradient, in a kernel, computes its forward once more
+        self.assertTrue(1.02 < report["flops_per_chip_step"] / report["model_flops_per_chip_step"] < 1.15)
+        kernels = report["custom_calls"]["train"]["tpu_custom_call"]
+        self.assertEqual(kernels["count"], 8 + 2)       # two SwiGLUs, two calls in each of two cycles; and the backward of the token mixing
+        self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"] < 1e-3 * report["estimated_ms_per_step"])
         self.assertTrue(0 < report["estimated_mfu"] < 1)
         self.assertGreater(report["host_ms_per_step"], 0)
         self.assertGreater(report["estimated_hours"], 0)
@@ -272,7 +292,7 @@ class CompileTest(ReportTest):
         self.assertNotIn("Traceback", output)
         result = json.loads((self.folder / "out.json").read_text())
         self.assertEqual([report["compiles"] for report in result["reports"]], [False, True])
-        self.assertRegex(output, r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM")
+        self.assertRegex(output, r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM.*: set model.activation_checkpointing=true")
         self.assertEqual(result["judged"], 1)
         self.assertEqual(result["estimated_hours"], result["reports"][1]["estimated_hours"])
 

@@ -63,18 +63,15 @@ class WorkersTest(CommandTest):
 
 
 class SameTraining(WorkersTest):
-    def test_gradients_of_the_first_and_of_later_steps_from_the_same_state(self):
+    def test_gradients_of_the_first_and_of_a_later_step_from_the_same_state(self):
         whole = self.grads("one", "--max_steps", "6")
         self.assertEqual(len(whole), 6)
         for workers in (2, 4, 8):
             first = self.grads(f"first{workers}", "--max_steps", "1", f"training.num_workers={workers}")
-            pairs = [(whole[0], first[0])]
-            for step in (2, 5):
-                self.resumed_from(f"from{step}_{workers}", "one", step)
-                grads = self.grads(f"from{step}_{workers}", "--max_steps", str(step + 1), f"training.num_workers={workers}")
-                self.assertEqual(len(grads), 1)
-                pairs.append((whole[step], grads[0]))
-            for ours, theirs in pairs:
+            self.resumed_from(f"from5_{workers}", "one", 5)
+            later = self.grads(f"from5_{workers}", "--max_steps", "6", f"training.num_workers={workers}")
+            self.assertEqual((len(first), len(later)), (1, 1))
+            for ours, theirs in ((whole[0], first[0]), (whole[5], later[0])):
                 self.assertGreater(ours.abs().max().item(), 1e-3)
                 self.assertLessEqual((ours - theirs).abs().max().item(), 1e-6 * max(1, ours.abs().max().item()))
 
@@ -94,9 +91,9 @@ class SameTraining(WorkersTest):
 
     def test_a_checkpoint_of_any_number_goes_on_at_any_other(self):
         flags = (*FLOAT32, "evaluation.max_examples=50")
-        self.train("--run_name", "straight", *flags, "--max_steps", "24", "training.num_workers=8")
-        self.train("--run_name", "changing", *flags, "--max_steps", "8", "training.num_workers=8")
-        for workers, last in ((4, 12), (1, 16), (8, 20), (2, 24)):
+        self.train("--run_name", "straight", *flags, "--max_steps", "24")
+        self.train("--run_name", "changing", *flags, "--max_steps", "8", "training.num_workers=4")
+        for workers, last in ((8, 12), (1, 16), (2, 24)):
             output = self.train("--run_name", "changing", *flags, "--max_steps", str(last), f"training.num_workers={workers}")
             self.assertIn(f"device cpu, {workers} worker(s), batch 8 ({8 // workers} a worker)", output)
         ours, theirs = (load_checkpoint(self.checkpoint(name, 24)) for name in ("straight", "changing"))
@@ -121,7 +118,7 @@ class SameTraining(WorkersTest):
     def test_evaluation_takes_every_puzzle_once_at_any_number(self):
         self.train("--run_name", "judged", "--max_steps", "10", "model.forward_dtype=float32")
         results = {}
-        for workers in (1, 2, 3, 8):
+        for workers in (1, 3, 8):
             # 50 puzzles: 7 a worker on eight, of which the last has one; batches of 4
             self.train("--run_name", "judged", "--eval_only", f"training.num_workers={workers}", "evaluation.batch_size=4", "training.global_batch_size=24",
                        "model.forward_dtype=float32")
@@ -129,7 +126,7 @@ class SameTraining(WorkersTest):
             for result in results[workers]:
                 self.assertEqual(result["count"], 50)
                 self.assertEqual(sum(bucket["count"] for bucket in result["by_rating"]), 50)
-        for workers in (2, 3, 8):
+        for workers in (3, 8):
             for one, other in zip(results[1], results[workers], strict=True):
                 for key in ("exact_accuracy", "cell_accuracy", "q_halt_accuracy", "lm_loss"):
                     self.assertAlmostEqual(one[key], other[key], delta=1e-6, msg=key)

@@ -16,6 +16,7 @@ import trm_model
 from checkpoint_manager import load_checkpoint
 from device import Device
 from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
+from tests.test_model import admitted, no_minimum, small_model
 from utils import load_config
 
 ATTENTION = ("model.mlp_t=false", "model.pos_encodings=rope")
@@ -54,7 +55,7 @@ class XLATrainingTest(CommandTest):
 
     def test_one_compile_with_every_option(self):
         self.check_counts("options", "training.grad_accumulation_steps=2", "training.grad_clip_norm=0.5", "training.optimizer=adamw",
-                          "model.pos_encodings=learned", "model.halt_exploration_prob=0.5")
+                          "model.pos_encodings=learned", "model.halt_exploration_prob=0.5", "model.activation_checkpointing=true")
 
     def test_same_training_as_on_the_cpu(self):
         """In float32, from one checkpoint of each device on to the same step on the other."""
@@ -140,7 +141,7 @@ class ReplayTest(XLATest):
         return seen, len(traced)
 
     def test_a_replayed_step_is_the_traced_one(self):
-        for overrides in ((), ("training.grad_accumulation_steps=2", "training.optimizer=adamw", "training.grad_clip_norm=0.5"),
+        for overrides in ((), ("training.grad_accumulation_steps=2", "training.optimizer=adamw", "training.grad_clip_norm=0.5", "model.activation_checkpointing=true"),
                           ("model.forward_dtype=bfloat16", *ATTENTION)):
             with self.subTest(overrides):
                 (traced, six), (replayed, one) = self.steps(False, *overrides), self.steps(True, *overrides)
@@ -163,6 +164,25 @@ class ReplayTest(XLATest):
             with self.assertRaisesRegex(RuntimeError, "HasValue"):      # it has no memory any more
                 tensor.cpu()
 
+    def test_activation_checkpointing_gives_the_same_gradients(self):
+        """With a barrier before each block is computed anew, or the compiler would take what it has; what comes of that on a TPU:
+        docs/tpu_step.md."""
+        import torch_xla
+        for changes in (dict(), dict(mlp_t=False, pos_encodings="rope")):
+            barriers, results = [], []
+            for on in (False, True):
+                model = small_model(activation_checkpointing=on, **changes)
+                carry = admitted(model)
+                rows, carry = model.puzzle_rows(carry).to(self.device).requires_grad_(), trm_model.Carry(*(t.to(self.device) for t in carry))
+                model.to(self.device)
+                loss, _, after = trm_model.act_step(model, carry, rows, no_minimum(carry))
+                results.append([loss, after.z_H, after.z_L, *torch.autograd.grad(loss, [*model.parameters(), rows])])
+                barriers.append(torch_xla._XLAC._get_xla_tensors_hlo(results[-1]).count(" opt-barrier("))
+                torch_xla.sync()
+            self.assertEqual(barriers, [0, 2 * (2 + 1)])
+            for ours, plain in zip(results[1], results[0], strict=True):
+                torch.testing.assert_close(ours.cpu(), plain.cpu(), rtol=1e-5, atol=1e-5)
+
     def test_swiglu_in_bfloat16(self):
         """Value and gradients of both axes: as near to those in float64 as the plain computation on the CPU is."""
         torch.manual_seed(0)
@@ -174,7 +194,7 @@ class ReplayTest(XLATest):
                 if name == "exact":
                     module.double()
                 given = x.clone().to(device, dtype).requires_grad_()
-                result = module(given, module.weights(), axis).transpose(axis, -1)
+                result = module.mixed(given, module.weights(), axis).transpose(axis, -1)
                 result.backward(grad.to(result))
                 errors[name] = [t.detach().cpu().double() for t in (result, given.grad, *(p.grad for p in module.parameters()))]
             for exact, plain, xla in zip(*errors.values(), strict=True):
