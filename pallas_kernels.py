@@ -27,7 +27,7 @@ from trm_model import cast
 CORES = 2                           # of a v4 chip, which split a "parallel" dimension of the grid
 VMEM_BYTES = 16 * 2**20             # a core
 EXAMPLES_A_PASS = 4                 # fewer, and the weights are pushed into the multiplier too often; more gain nothing
-WIDTH_A_TIME = 1536                  # of the channels' W, or float32 intermediates would not fit
+WIDTH_A_TIME = 1536                 # of the channels' W, or float32 intermediates would not fit
 EPS = 1e-5
 TOLERANCE = 0.02                    # relative, between two orders of bfloat16's roundings; about 0.004 is usual
 
@@ -141,7 +141,8 @@ def channel_mixing_kept(x, gate, up, down, interpret=False):
 def _call(kernel, inputs, weights, outputs, interpret, sums=()):
     """inputs and outputs [B, ...] are cut along B into the passes of the grid; weights are whole in each; sums: float32, of each core."""
     batch, length, dim = inputs[0].shape
-    examples = next(k for k in range(EXAMPLES_A_PASS, 0, -1) if batch % k == 0 and (k == 1 or vmem_bytes(kernel, k, inputs + tuple(outputs), weights) <= VMEM_BYTES))
+    examples = next(k for k in range(EXAMPLES_A_PASS, 0, -1)
+                    if batch % k == 0 and (k == 1 or vmem_bytes(kernel, k, (*inputs, *outputs), weights) <= VMEM_BYTES))
     cores = CORES if batch // examples % CORES == 0 else 1
     passes = batch // examples // cores
 
@@ -200,7 +201,6 @@ def fits(length, dim, width, axis):
 # ---------------------------------------------------------------------------------------------------------
 # ... and of torch's
 # ---------------------------------------------------------------------------------------------------------
-
 class TokenMixing(torch.autograd.Function):
     """rms_norm(x + swiglu(x)) along the positions of x [B, L, D], forward and backward each one kernel."""
 

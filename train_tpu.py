@@ -101,13 +101,17 @@ def use_kernels(model, config, device, batch_size):
     """On a TPU: let the model (still on the CPU) run through pallas_kernels.py if that works there; say so if it does not."""
     if device.name != "tpu" or not config.training.pallas_kernels:
         return
-    import pallas_kernels
-    pallas_kernels.use(model)
-    reason = pallas_kernels.fault(model, device, batch_size)
-    if reason:
-        pallas_kernels.use(model, False)
-        if device.rank == 0:
-            print(f"warning: the TPU kernels are not used, and a step takes longer: {reason} (training.pallas_kernels=false: no kernels, no warning)", file=sys.stderr)
+    try:
+        import pallas_kernels
+    except ImportError as error:
+        reason = str(error)
+    else:
+        pallas_kernels.use(model)
+        reason = pallas_kernels.fault(model, device, batch_size)
+        pallas_kernels.use(model, not reason)
+    if reason and device.rank == 0:
+        print(f"warning: the TPU kernels are not used, and a step takes longer: {reason} "
+              "(training.pallas_kernels=false: no kernels, no warning)", file=sys.stderr)
 
 
 def create_optimizer(config, model):

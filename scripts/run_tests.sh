@@ -9,4 +9,19 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 set_up_environment requirements.txt requirements-test.txt requirements-analysis.txt
-"$PYTHON" -m unittest "$@"
+if [ $# -gt 0 ]; then exec "$PYTHON" -m unittest "$@"; fi
+# the whole suite in two processes: that on XLA mostly compiles, on one core; the other starts and kills processes, and goes first
+beside=(test_xla test_benchmark test_pallas_kernels test_tpu_report)
+log=$(mktemp)
+trap 'kill $! 2>/dev/null || true; rm -f "$log"' EXIT
+nice -n 5 "$PYTHON" -m unittest "${beside[@]/#/tests.}" > "$log" 2>&1 &
+modules=()
+for file in tests/test_*.py; do
+    name=$(basename "$file" .py)
+    [[ " ${beside[*]} " == *" $name "* ]] || modules+=("tests.$name")
+done
+status=0
+"$PYTHON" -m unittest "${modules[@]}" || status=$?
+wait $! || status=$?
+cat "$log"
+exit "$status"
