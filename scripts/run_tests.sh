@@ -10,8 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 set_up_environment requirements.txt requirements-test.txt requirements-analysis.txt
 if [ $# -gt 0 ]; then exec "$PYTHON" -m unittest "$@"; fi
-# the whole suite in two processes: that on XLA mostly compiles, on one core; the other starts and kills processes, and goes first
-beside=(test_xla test_benchmark test_pallas_kernels test_tpu_report)
+# the whole suite in two processes, one test after the other in each: most keep one core busy, and wait for their processes besides
+beside=(test_xla test_workers test_sweep test_benchmark test_pallas_kernels test_tpu_report)
 log=$(mktemp)
 trap 'kill $! 2>/dev/null || true; rm -f "$log"' EXIT
 nice -n 5 "$PYTHON" -m unittest "${beside[@]/#/tests.}" > "$log" 2>&1 &
