@@ -22,13 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import torch
 
-from trm_model import cast
+from trm_model import RMS_NORM_EPS, cast
 
 CORES = 2                           # of a v4 chip, which split a "parallel" dimension of the grid
 VMEM_BYTES = 16 * 2**20             # a core
 EXAMPLES_A_PASS = 4                 # fewer, and the weights are pushed into the multiplier too often; more gain nothing
 WIDTH_A_TIME = 1536                 # of the channels' W, or float32 intermediates would not fit
-EPS = 1e-5
 TOLERANCE = 0.02                    # relative, between two orders of bfloat16's roundings; about 0.004 is usual
 
 
@@ -48,7 +47,7 @@ def swish_of_half(half):
 
 
 def inverse_rms(x, axis):
-    return jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + EPS)
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + RMS_NORM_EPS)
 
 
 def token_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref):
@@ -262,12 +261,17 @@ def _traced(function, given):
 # ---------------------------------------------------------------------------------------------------------
 # Which run uses them
 # ---------------------------------------------------------------------------------------------------------
+def swiglus(layer):
+    """[(axis that it mixes, SwiGLU)] of a trm_model.Block."""
+    return [(1, layer.mlp_t), (2, layer.mlp)] if layer.mixes_by_mlp else [(2, layer.mlp)]
+
+
 def use(model, wanted=True):
     """Let each SwiGLU of a trm_model.TinyRecursiveModel run as a kernel, where it fits a core and computes in bfloat16; or none."""
     for layer in model.L_level.layers:
-        for axis, swiglu in ((1, layer.mlp_t if layer.mixes_by_mlp else None), (2, layer.mlp)):
-            if swiglu:
-                swiglu.in_kernel = wanted and model.forward_dtype == torch.bfloat16 and fits(model.length, model.config.hidden_size, swiglu.down_proj.weight.shape[1], axis)
+        for axis, swiglu in swiglus(layer):
+            width = swiglu.down_proj.weight.shape[1]
+            swiglu.in_kernel = wanted and model.forward_dtype == torch.bfloat16 and fits(model.length, model.config.hidden_size, width, axis)
 
 
 def fault(model, device, batch_size):
@@ -278,9 +282,9 @@ def fault(model, device, batch_size):
         layer = copy.deepcopy(model.L_level.layers[0]).to(device.torch)
         generator = torch.Generator().manual_seed(0)
         x, probe = (device.put(torch.randn(batch_size, model.length, model.config.hidden_size, generator=generator).bfloat16()) for _ in range(2))
-        for axis, swiglu in ((1, layer.mlp_t if layer.mixes_by_mlp else None), (2, layer.mlp)):
+        for axis, swiglu in swiglus(layer):
             results = []
-            for swiglu.in_kernel in (False, True) if swiglu and swiglu.in_kernel else ():
+            for swiglu.in_kernel in (False, True) if swiglu.in_kernel else ():
                 x = x.detach().requires_grad_()
                 out = swiglu(x, swiglu.weights(), axis)
                 results.append(device.fetch([out, *torch.autograd.grad(out, (x, *swiglu.parameters()), probe)]))

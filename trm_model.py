@@ -16,6 +16,7 @@ from checkpoint_manager import fetch_file, load_checkpoint
 from storage import cache_folder
 from utils import STREAM_EXPLORATION, UserError, random_stream
 
+RMS_NORM_EPS = 1e-5
 PAD_ID = 0                  # of inputs; as a label: a cell that is not scored
 CHECKPOINT_PREFIX = "model.inner."   # of every weight's name in the original's files, and so in ours
 METRIC_KEYS = ("count", "cell_accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss")
@@ -45,7 +46,7 @@ def truncated_normal(shape, std, generator):
 def rms_norm(x, dtype, dim=-1):
     """x / rms(x) along `dim`, computed in float32 (eps 1e-5, no weight), returned in `dtype`."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + 1e-5)).to(dtype)
+    return (wide * torch.rsqrt(wide.square().mean(dim, keepdim=True) + RMS_NORM_EPS)).to(dtype)
 
 
 def cast(weight, dtype):
