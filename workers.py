@@ -52,7 +52,7 @@ def local_tpu_processes():
     from torch_xla._internal import tpu
     count = tpu.num_local_processes() if importlib.util.find_spec("libtpu") else 0
     if count < 1:
-        missing = "no TPU chip is seen on this host" if importlib.util.find_spec("libtpu") else "libtpu is not installed: pip install 'torch_xla[tpu]==2.9.0'"
+        missing = "no TPU chip is seen on this host" if importlib.util.find_spec("libtpu") else "libtpu is not installed: pip install -r requirements-tpu.txt"
         raise UserError(f"device = 'tpu': {missing}: run this on every host of a TPU slice, or use device=cpu or cuda")
     return count
 
@@ -72,18 +72,21 @@ def check_workers(config, device):
 # The parent
 # ---------------------------------------------------------------------------------------------------------
 def _supervise(function, count, environment, *args):
-    context = multiprocessing.get_context("spawn")
+    # a process that has imported PyTorch, and nothing else, forks them: the import costs each of them seconds
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
     processes = [context.Process(target=_child, args=(environment, function, local_rank, *args)) for local_rank in range(count)]
     preemption.let_others_end_it()
-    # a worker is born with SIGTERM held back, until it listens: it takes seconds to import PyTorch. The tracker first: its start
-    # would let the signal through again
+    # a worker is born with these held back, until it listens, and so is that process. The tracker first: its start would let them
+    # through again
+    signals = {signal.SIGTERM, signal.SIGINT}
     multiprocessing.resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for process in processes:
         process.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_forward_sigterm, args=(processes,), daemon=True).start()
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return _wait(processes)
     except KeyboardInterrupt:
         print("interrupted: the workers save and end; once more to kill them", file=sys.stderr, flush=True)

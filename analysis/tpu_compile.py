@@ -70,7 +70,7 @@ def compile_program(text, devices, donated=()):
         main_function = next(op for op in module.body.operations if op.name.value == "main")
         donor, plain = ir.DictAttr.get({"jax.buffer_donor": ir.BoolAttr.get(True)}), ir.DictAttr.get({})
         main_function.arg_attrs = ir.ArrayAttr.get([donor if k in donated else plain for k in range(len(main_function.type.inputs))])
-        return devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+        return devices[0].client.compile(mlir.module_to_bytecode(module), xla_client._xla.DeviceList(tuple(devices)), options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 CLOCK_HZ = 1.05e9               # TPU v4: of the TensorCore
 PEAK_FLOPS = 275e12             # bfloat16, a chip
@@ -228,40 +227,21 @@ def all_reduce_seconds(num_bytes, chips):
     return 2 * num_bytes * (chips - 1) / chips / LINK_BYTES_PER_SECOND
 
 
-def cycles_by_source(cost, text, folder):
+def cycles_by_source(cost, folder):
     """[(cycles, executed instructions, source, operation, result shape)], the most expensive first.
 
-    source: innermost file:line of a file in `folder`, where the trace kept the calls that an operation came from. A fusion
-    has those of its last operation.
+    source: file:line that an operation was called at, if that is a file in `folder` and the trace kept it. A fusion has that of its
+    last operation.
     """
-    lines, groups = source_lines(text, folder), defaultdict(lambda: [0, 0])
+    groups = defaultdict(lambda: [0, 0])
     for cycles, times, instruction in cost.by_instruction:
-        frame, name = (re.search(pattern, instruction.rest) for pattern in (r"stack_frame_id=(\d+)", r'op_name="([^"]*?)(?:\.\d+)?[/"]'))
+        called, name = (re.search(pattern, instruction.rest) for pattern in (
+            rf'source_file="{re.escape(str(folder))}/([^/"]+)" source_line=(\d+)', r'op_name="([^"]*?)(?:\.\d+)?[/"]'))
         shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", instruction.shape)
-        group = groups[lines.get(int(frame[1]) if frame else 0, ""), name[1] if name else instruction.opcode, shape]
+        group = groups[":".join(called.groups()) if called else "", name[1] if name else instruction.opcode, shape]
         group[0] += cycles * times
         group[1] += times
     return sorted(((cycles, count, *key) for key, (cycles, count) in groups.items()), reverse=True)
-
-
-def source_lines(text, folder):
-    """{stack frame: "file:line" of the innermost call in a file of `folder`} from the tables at the head of a module."""
-    def table(title, row):
-        block = re.search(rf"^{title}\n((?:.+\n)*)", text, re.MULTILINE)
-        return {int(found[0]): found[1:] for found in re.findall(rf"^(\d+) {row}$", block[1], re.MULTILINE)} if block else {}
-    files = table("FileNames", r'"(.*)"()')
-    places = table("FileLocations", r"\{file_name_id=(\d+) .*?\bline=(\d+) .*\}")
-    frames = table("StackFrames", r"\{file_location_id=(\d+) parent_frame_id=(\d+)\}")
-    lines = {}
-    for first in frames:
-        frame = first
-        while frame in frames and first not in lines:
-            location, parent = map(int, frames[frame])
-            name, line = files[int(places[location][0])][0], places[location][1]
-            if str(Path(name).parent) == str(folder):
-                lines[first] = f"{Path(name).name}:{line}"
-            frame = parent - 1      # the text counts from one more than the frames' own numbers
-    return lines
 
 
 def array_bytes(shape):

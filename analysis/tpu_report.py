@@ -4,7 +4,7 @@
     python analysis/tpu_report.py --config configs/e1_1.yaml --accelerator v4-64 --json out.json model.hidden_size=1024
     python analysis/tpu_report.py --config configs/e*.yaml --accelerator v4-64      # the whole study, as one table
 
-Traces the training step and the evaluation step as one of the slice's workers, compiles both with the real TPU compiler
+Traces the training step and the evaluation step as one of the slice's workers, compiles both with the compiler of a TPU VM
 (about a minute each on one core) and says whether they compile and fit, what the compiler expects them to cost, and what
 follows for the run. Needs no dataset. Exit status: 0, 1 where a configuration does not compile or does not fit, 2 for a
 mistake in the command.
@@ -30,7 +30,7 @@ from tpu_compile import TOPOLOGIES
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ROOT / "requirements-tpu-report.txt"
+REQUIREMENTS = ROOT / "requirements-tpu.txt"
 MONTH_HOURS = 30 * 24           # a TPU Research Cloud grant
 GIB = 2**30
 PR_SET_PDEATHSIG = 1            # of Linux's prctl
@@ -82,7 +82,7 @@ def parse_args():
 
 
 def check_dependencies():
-    """Raises UserError unless the packages of requirements-tpu-report.txt, and torch_xla, are installed as pinned."""
+    """Raises UserError unless the packages of requirements-tpu.txt, and torch_xla, are installed as pinned."""
     missing = []
     for name, pinned in [("torch_xla", None), *re.findall(r"^([\w\-]+)==(\S+)$", REQUIREMENTS.read_text(), re.MULTILINE)]:
         try:
@@ -93,7 +93,7 @@ def check_dependencies():
             missing.append(f"{name}{'==' + pinned if pinned else ''} ({'is ' + found if found else 'not installed'})")
     if missing:
         raise UserError(f"the TPU compiler is not here as this report needs it: {', '.join(missing)}: "
-                        f"{sys.executable} -m pip install -r requirements.txt -r {REQUIREMENTS.name} (not on a TPU VM)")
+                        f"{sys.executable} -m pip install -r requirements.txt -r {REQUIREMENTS.name}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def program_figures(folder, compiled, report, top):
         "other_collectives": {kind: figures for name in costs for kind, figures in costs[name].collectives.items() if kind != "all-reduce"},
         "evaluation_ms_per_step": 1e3 * costs["evaluation"].seconds,
         "compile_seconds": {name: result["compile_seconds"] for name, result in compiled.items()},
-        "where": tpu_hlo.cycles_by_source(costs["train"], texts["train"], ROOT)[:top]}
+        "where": tpu_hlo.cycles_by_source(costs["train"], ROOT)[:top]}
 
 
 def run_figures(report, config):
@@ -253,6 +253,8 @@ def compiler_error(text, if_large):
              or re.search(r"total memory required for .*?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)G\)", text))
     if needs:
         return f"does not fit: needs {needs[1]} {needs[2]}iB of HBM, a program may use {needs[3]} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}: {if_large}"
+    if one := re.search(r"Allocation \(size=(\d+)\) would exceed memory .*space=hbm", text, re.DOTALL):
+        return f"does not fit: one tensor alone needs {int(one[1]) / GIB:.2f} GiB of HBM, a chip has {tpu_hlo.HBM_BYTES / GIB:.0f}: {if_large}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the compiler refuses it: {' '.join(lines[:3])[:600]}"
 

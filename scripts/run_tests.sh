@@ -8,20 +8,21 @@ if [ "${1:-}" = --help ]; then
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
-set_up_environment requirements.txt requirements-test.txt requirements-analysis.txt
+set_up_environment requirements.txt requirements-tpu.txt requirements-test.txt requirements-analysis.txt
 if [ $# -gt 0 ]; then exec "$PYTHON" -m unittest "$@"; fi
-# the whole suite in two processes, one test after the other in each: most keep one core busy, and wait for their processes besides
-beside=(test_xla test_workers test_sweep test_benchmark test_pallas_kernels test_tpu_report)
-log=$(mktemp)
-trap 'kill $! 2>/dev/null || true; rm -f "$log"' EXIT
-nice -n 5 "$PYTHON" -m unittest "${beside[@]/#/tests.}" > "$log" 2>&1 &
-modules=()
-for file in tests/test_*.py; do
-    name=$(basename "$file" .py)
-    [[ " ${beside[*]} " == *" $name "* ]] || modules+=("tests.$name")
-done
-status=0
-"$PYTHON" -m unittest "${modules[@]}" || status=$?
-wait $! || status=$?
-cat "$log"
-exit "$status"
+# the whole suite: a process for each module, a few at once, the longest first
+longest=(test_xla test_workers test_faults test_tpu_report test_preemption test_sweep test_commands)
+modules=(tests/test_*.py)
+jobs=$(nproc)
+failed=$(mktemp)
+trap 'rm -f "$failed"' EXIT
+export PYTHON failed
+# shellcheck disable=SC2016  # expanded by the shells that xargs starts
+{ printf 'tests/%s.py\n' "${longest[@]}"; printf '%s\n' "${modules[@]}"; } | awk '!seen[$0]++' | xargs -n 1 -P "$((jobs < 4 ? jobs : 4))" bash -c '
+    output=$("$PYTHON" -m unittest "$1" 2>&1) || echo "$1" >> "$failed"
+    printf "%s\n%s\n\n" "----- $1" "$output"' module
+if [ -s "$failed" ]; then
+    echo "failed: $(sort "$failed" | xargs)"
+    exit 1
+fi
+echo "all passed: ${#modules[@]} modules"

@@ -6,7 +6,7 @@ import tempfile
 from tests.helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "analysis"))
-os.environ["PJRT_DEVICE"] = "CPU"
+os.environ.update(PJRT_DEVICE="CPU", XLA_FLAGS="")       # without the tests' for the CPU's compiler
 import tpu_compile
 
 tpu_compile.tpu_environment(tempfile.gettempdir(), "v4-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 # for every process that the tests start: models are tiny, and on a busy machine a wait for a second thread costs many times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")     # compiling costs these programs more than running
 import numpy as np
 import torch
 

@@ -27,7 +27,7 @@ PLACES = {"train_step": (train_tpu, "host_batch"), "evaluate": (evaluation, "eva
 
 
 class SlowWorker:
-    """train_worker with the pauses: an object, so that spawned workers get it too."""
+    """train_worker with the pauses: an object, so that workers of their own processes get it too."""
 
     def __call__(self, rank, config, args):
         for place, pause in PAUSES.items():

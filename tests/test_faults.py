@@ -79,12 +79,11 @@ class TwoWorkers(FaultTest):
         super().setUpClass()
         cls().train("--run_name", "unbroken", *TWO)
 
-    def children(self, process, count):
-        """Wait until the command has started `count` processes of its own."""
+    def started(self, process, count):
+        """Wait until the command has started `count` processes: multiprocessing's two, then its workers."""
         while process.poll() is None:
-            with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-                if len(file.read().split()) >= count:
-                    return
+            if self.descendants(process.pid) >= count:
+                return
             time.sleep(0.005)
         self.fail(process.stdout.read())
 
@@ -100,14 +99,14 @@ class TwoWorkers(FaultTest):
         """By SIGKILL to all, or to the parent alone, whose workers must follow it; the next start does not wait for that."""
         draw, before = random.Random(1), None
         for kill in range(20):
-            place = draw.choice(["children", "locked", "train_step", "train_step", "train_step", "save", "upload", "evaluate"])
-            count = draw.randint(1, {"children": 3, "train_step": 15, "save": 2, "upload": 2}.get(place, 1))
+            place = draw.choice(["started", "locked", "train_step", "train_step", "train_step", "save", "upload", "evaluate"])
+            count = draw.randint(1, {"started": 4, "train_step": 15, "save": 2, "upload": 2}.get(place, 1))
             rank = 0 if place in ("save", "upload") else draw.randrange(2)
             self.owner = self.lock_owner("killed")
             process = self.begin("killed", {"train_step": 0.01, "evaluate": 0.05, "save": 0.02, "upload": 0.02}, *TWO)
             with self.subTest(kill=kill, place=place, count=count, rank=rank):
-                if place == "children":
-                    self.children(process, count)
+                if place == "started":
+                    self.started(process, count)
                 elif place == "locked":
                     self.locked(process, "killed")
                 else:

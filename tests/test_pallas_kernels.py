@@ -26,7 +26,7 @@ class Kernels(unittest.TestCase):
 
     @unittest.skipUnless(installed("jax", "libtpu"), "jax and libtpu are not installed here")
     def test_they_compile_for_a_v4_chip_with_the_installed_libtpu(self):
-        """Each at the widths of the study's models; on a TPU VM, as with requirements-test.txt, that is the libtpu that torch_xla runs with."""
+        """Each at the widths of the study's models; the libtpu of requirements-tpu.txt is the one that torch_xla runs with on a TPU VM."""
         self.assertEqual(self.output("tests.compile_kernels").count("compiled"), 6)
 
 

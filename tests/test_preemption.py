@@ -55,6 +55,15 @@ class PreemptionTest(CommandTest):
         self.assertNotIn("Traceback", output)
         return output
 
+    def descendants(self, pid):
+        """How many processes it has started, and these in turn."""
+        try:
+            with open(f"/proc/{pid}/task/{pid}/children") as file:
+                children = file.read().split()
+        except FileNotFoundError:
+            return 0
+        return len(children) + sum(map(self.descendants, children))
+
     def newest(self, run_name):
         markers = (self.folder / "runs" / run_name / "checkpoints").glob("*.json")
         return max((json.loads(path.read_text())["step"] for path in markers), default=None)
@@ -163,13 +172,16 @@ class ManyWorkers(PreemptionTest):
                 self.assertIsNotNone(self.newest(f"evaluation_{whom}"))
 
     def test_while_they_start(self):
-        """The workers are there, and still import what they need."""
-        process = self.begin("start", {})
-        while len(subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()) < self.WORKERS:
-            self.assertIsNone(process.poll())
-        process.terminate()
-        self.ends(process)
-        self.assertIsNone(self.newest("start"))
+        """Of multiprocessing's two processes the one that forks the workers imports PyTorch; or the last worker is just there."""
+        for k, (processes, signals, status) in enumerate(((2, signal.SIGTERM, 143), (2, signal.SIGINT, 130), (2 + self.WORKERS, signal.SIGTERM, 143))):
+            with self.subTest(processes=processes, signals=signals):
+                process = self.begin(f"start_{k}", {})
+                while self.descendants(process.pid) < processes:
+                    self.assertIsNone(process.poll())
+                time.sleep(0.5)
+                os.killpg(process.pid, signals)
+                self.ends(process, status)
+                self.assertIsNone(self.newest(f"start_{k}"))
 
     def test_interrupted_from_the_keyboard(self):
         process = self.begin("keyboard", {"train_step": 0.1})
