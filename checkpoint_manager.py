@@ -187,18 +187,21 @@ class CheckpointManager:
         return path
 
     def _retire(self):
+        """Delete what is not to be kept, and older payloads without a marker, which a save or a deletion that broke off has left."""
         markers = self.markers()
         keep = {m["step"] for m in markers[-self.keep_last_n:]}
         best = self.best_marker()
         keep.add(best["step"] if best else None)
-        for marker in markers:
-            if marker["step"] not in keep:
-                for name in (marker_name(marker["step"]), payload_name(marker["step"])):    # marker first: no moment offers a missing payload
-                    try:
-                        self.folder.delete(name)
-                    except OSError as error:
-                        print(f"warning: {join(self.folder.url, name)} could not be deleted: {error}", file=sys.stderr)
-                        break
+        files, newest = self.folder.list(), markers[-1]["step"] if markers else 0
+        payloads = [int(found[1]) for name in files if (found := re.fullmatch(r"checkpoint_step_(\d+)\.pt", name))]
+        unmarked = [step for step in payloads if step < newest and marker_name(step) not in files]
+        for step in [marker["step"] for marker in markers if marker["step"] not in keep] + unmarked:
+            for name in (marker_name(step), payload_name(step)):    # marker first: no moment offers a missing payload
+                try:
+                    self.folder.delete(name)
+                except OSError as error:
+                    print(f"warning: {join(self.folder.url, name)} could not be deleted: {error}", file=sys.stderr)
+                    break
 
 
 def payload_name(step):

@@ -437,8 +437,7 @@ class Damage(CheckpointTest):
             again.save(3, some_state(3))            # the resumed run gets there again
             again.saver.finish()
             self.assertEqual(self.silent(lambda: self.load(again))["step"], 3)
-            # killed while it retired 2, it has left the payload, which nothing offers
-            self.assertLessEqual(set(again.folder.list()), {*self.names(3), "checkpoint_step_2.pt"})
+            self.assertEqual(again.folder.list().keys(), {*self.names(3)})      # though 2 may have lost its marker alone
             if done == 2:
                 break
         self.assertEqual(done, 2)
