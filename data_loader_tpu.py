@@ -40,8 +40,9 @@ class SudokuDatasetTPU:
         except (FileNotFoundError, NotADirectoryError):
             others = [p.parent.name for p in sorted(self.path.glob("*/dataset.json"))]
             has = f" (it has {', '.join(others)})" if others else ""
-            raise UserError(f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has}: build it with "
-                            f"python scripts/build_sudoku_dataset.py --output_dir {self.path} (see --help)") from None
+            raise UserError(f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has} in {self.path.resolve()}: "
+                            "build it by the `# dataset:` command at the top of the configuration file "
+                            "(python scripts/build_sudoku_dataset.py --help), or name another folder") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"dataset.json: {type(error).__name__}: {error}") from None
         files = {name: folder / f"all__{name}.npy" for name in FIELDS}

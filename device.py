@@ -259,8 +259,8 @@ class Device:
         size = 8192 if self.name == "cuda" else 512
         # a generator of its own: the global one is part of the run's state
         a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to("cuda" if self.name == "cuda" else "cpu", dtype)
-        seconds = []
-        for _ in range(8):
+        seconds, end = [], time.perf_counter() + 0.2        # the best of many: others may be using this machine
+        while time.perf_counter() < end or len(seconds) < 8:
             start = time.perf_counter()
             a @ a
             if self.name == "cuda":

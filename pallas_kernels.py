@@ -14,7 +14,7 @@ import math
 import os
 import re
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")       # before the import: the TPU belongs to torch_xla
+os.environ["JAX_PLATFORMS"] = "cpu"        # before the import, and whatever the shell says: the TPU belongs to torch_xla
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -140,8 +140,10 @@ def channel_mixing_kept(x, gate, up, down, interpret=False):
 def _call(kernel, inputs, weights, outputs, interpret, sums=()):
     """inputs and outputs [B, ...] are cut along B into the passes of the grid; weights are whole in each; sums: float32, of each core."""
     batch, length, dim = inputs[0].shape
-    examples = next(k for k in range(EXAMPLES_A_PASS, 0, -1)
-                    if batch % k == 0 and (k == 1 or vmem_bytes(kernel, k, (*inputs, *outputs), weights) <= VMEM_BYTES))
+    fitting = [k for k in range(EXAMPLES_A_PASS, 0, -1)
+               if batch % k == 0 and (k == 1 or vmem_bytes(kernel, k, (*inputs, *outputs), weights) <= VMEM_BYTES)]
+    # as many examples as fit, but rather fewer than that one core has nothing to do
+    examples = next((k for k in fitting if batch // k % CORES == 0), fitting[0])
     cores = CORES if batch // examples % CORES == 0 else 1
     passes = batch // examples // cores
 
@@ -266,35 +268,38 @@ def swiglus(layer):
     return [(1, layer.mlp_t), (2, layer.mlp)] if layer.mixes_by_mlp else [(2, layer.mlp)]
 
 
-def use(model, wanted=True):
-    """Let each SwiGLU of a trm_model.TinyRecursiveModel run as a kernel, where it fits a core and computes in bfloat16; or none."""
+def in_kernel(model, axis, swiglu):
+    """Whether this SwiGLU of a trm_model.TinyRecursiveModel can be a kernel: it computes in bfloat16 and fits a core."""
+    width = swiglu.down_proj.weight.shape[1]
+    return model.forward_dtype == torch.bfloat16 and fits(model.length, model.config.hidden_size, width, axis)
+
+
+def use(model):
+    """Let each SwiGLU of the model run as a kernel where it can."""
     for layer in model.L_level.layers:
         for axis, swiglu in swiglus(layer):
-            width = swiglu.down_proj.weight.shape[1]
-            swiglu.in_kernel = wanted and model.forward_dtype == torch.bfloat16 and fits(model.length, model.config.hidden_size, width, axis)
+            swiglu.in_kernel = in_kernel(model, axis, swiglu)
 
 
-def fault(model, device, batch_size):
-    """Why the kernels are not to be used on this device (a text), or None if they compute there what XLA's own operations do, to
-    bfloat16's accuracy, forward and backward, on every worker. Compiles two small programs for each kind of SwiGLU."""
-    found = None
-    try:
-        layer = copy.deepcopy(model.L_level.layers[0]).to(device.torch)
-        generator = torch.Generator().manual_seed(0)
-        x, probe = (device.put(torch.randn(batch_size, model.length, model.config.hidden_size, generator=generator).bfloat16()) for _ in range(2))
-        for axis, swiglu in swiglus(layer):
+def fault(model, device, training_batch, evaluation_batch):
+    """What is wrong with the kernels on this device (a text), or None where each computes what XLA's own operations do, to bfloat16's
+    accuracy: forward and backward of `training_batch` examples (None: of none), forward alone of these and of `evaluation_batch`.
+    One program. What the compiler raises is for the caller."""
+    layer = copy.deepcopy(model.L_level.layers[0]).to(device.torch)
+    cases = dict.fromkeys([(training_batch, True), (training_batch, False), (evaluation_batch, False)] if training_batch else [(evaluation_batch, False)])
+    generator, off = torch.Generator().manual_seed(0), {}
+    for axis, swiglu in swiglus(layer):
+        for batch, backward in cases if in_kernel(model, axis, swiglu) else ():
+            x, probe = (device.put(torch.randn(batch, model.length, model.config.hidden_size, generator=generator).bfloat16()) for _ in range(2))
             results = []
-            for swiglu.in_kernel in (False, True) if swiglu.in_kernel else ():
-                x = x.detach().requires_grad_()
-                out = swiglu(x, swiglu.weights(), axis)
-                results.append(device.fetch([out, *torch.autograd.grad(out, (x, *swiglu.parameters()), probe)]))
-            for ours, plain in zip(*results):
-                off = ((ours.float() - plain.float()).norm() / plain.float().norm()).item()
-                if not off < TOLERANCE:
-                    found = f"mixing along axis {axis} is {off:.2g} (relative) off what XLA computes"
-    except (RuntimeError, ValueError) as error:       # the compiler's
-        found = str(error).strip().splitlines()[0][:200]
-    failed = torch.tensor([int(found is not None)])
-    if device.world_size > 1:
-        device.wait_for_vote(device.start_vote(failed))
-    return (found or "another worker's do not work") if failed.item() else None
+            for swiglu.in_kernel in (False, True):
+                with torch.set_grad_enabled(backward):
+                    x = x.detach().requires_grad_(backward)
+                    out = swiglu(x, swiglu.weights(), axis)
+                    results.append([out, *(torch.autograd.grad(out, (x, *swiglu.parameters()), probe) if backward else ())])
+            off[f"mixing along axis {axis}{', backward' * backward}, {batch} examples"] = torch.stack(
+                [(ours.float() - plain.float()).norm() / plain.float().norm() for plain, ours in zip(*results)]).detach()
+    device.end_step()
+    for what, values in device.fetch(off).items():
+        if not values.max() < TOLERANCE:
+            return f"{what}: {values.max():.2g} (relative) off what XLA computes"

@@ -1,4 +1,5 @@
-"""SIGTERM, to one worker or to all: a checkpoint, then exit status 143, within seconds.
+"""SIGTERM, to one worker or to all: a checkpoint, then exit status 143, within seconds. Ctrl-C (SIGINT) of a run that is one process:
+the same with 130; of several, their parent answers it (workers.py).
 
 A signal that is only looked at between training steps is lost on a process that compiles or evaluates. So a thread
 listens: while there is nothing to save it ends the process by itself, once every worker has nothing to save; else
@@ -19,6 +20,8 @@ POLL_SECONDS = 0.25             # between looks at the other workers
 
 _signals = None                 # read end of a pipe into which a signal's number is written as it arrives
 _arrived = threading.Event()
+_which = signal.SIGTERM         # what arrived, once it has
+_heeded = {signal.SIGTERM}
 _at_once = True                 # nothing here would be lost, and nobody else ends this process
 
 
@@ -38,13 +41,25 @@ def listen():
         threading.Thread(target=_read_signals, name="signals", daemon=True).start()
 
 
+def listen_to_keyboard():
+    """From now on Ctrl-C, too, unless this process was told to ignore it; a second one is a KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        _heeded.add(signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+
 def _read_signals():
+    global _which
     while True:
-        if signal.SIGTERM in os.read(_signals, 64):
+        come = _heeded.intersection(os.read(_signals, 64))
+        if come and not _arrived.is_set():
+            _which = come.pop()
             _arrived.set()
             if _at_once:
-                print(f"SIGTERM: nothing is unsaved; status {EXIT_STATUS}", file=sys.stderr, flush=True)
-                os._exit(EXIT_STATUS)
+                print(f"{signal_name()}: nothing is unsaved; status {exit_status()}", file=sys.stderr, flush=True)
+                os._exit(exit_status())
+            if _which == signal.SIGINT:
+                print("interrupted: it saves and ends; once more to kill it", file=sys.stderr, flush=True)
 
 
 def let_others_end_it():
@@ -54,8 +69,18 @@ def let_others_end_it():
 
 
 def requested():
-    """Whether this process has received SIGTERM."""
+    """Whether this process, or a fellow worker's, has received a signal to end."""
     return _arrived.is_set()
+
+
+def signal_name():
+    """Of what has come: "SIGTERM" or "SIGINT"."""
+    return signal.Signals(_which).name
+
+
+def exit_status():
+    """Of a process that has ended because of it: 143 or 130."""
+    return 128 + _which
 
 
 def wait():
@@ -64,7 +89,7 @@ def wait():
 
 
 class Preemption:
-    """How one worker's training ends on SIGTERM.
+    """How one worker's training ends on SIGTERM, or on what else is listened to.
 
     device: device.Device, joined with its fellow workers. hurry(): called when SIGTERM has come. leave(): called before
     the process ends outside of the loop, for what must not be cut off, as an upload; returns whether nothing was.
@@ -156,5 +181,5 @@ class Preemption:
                 self.store = None
                 continue
             unsaved = "" if self.leave() else "what the warning names but "
-            print(f"SIGTERM: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {EXIT_STATUS}", file=sys.stderr, flush=True)
-            os._exit(EXIT_STATUS)
+            print(f"{signal_name()}: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {exit_status()}", file=sys.stderr, flush=True)
+            os._exit(exit_status())

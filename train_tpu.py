@@ -1,6 +1,6 @@
 """Train and evaluate a Tiny Recursive Model.
 
-    python train_tpu.py --config configs/quickstart.yaml                        # a laptop: 3 minutes
+    python train_tpu.py --config configs/quickstart.yaml                        # a laptop: 3 to 10 minutes
     python train_tpu.py --config configs/e1_1.yaml --print_config               # what would run, and how much of it
     python train_tpu.py --config configs/e1_1.yaml device=cuda training.seed=1 --run_name e1_1_seed1
     python train_tpu.py --config configs/quickstart.yaml --eval_only --checkpoint best
@@ -97,20 +97,23 @@ def create_model(config, dataset):
     return trm_model.TinyRecursiveModel(config.model, dataset.seq_len, dataset.vocab_size, dataset.num_puzzle_identifiers, config.training.seed)
 
 
-def use_kernels(model, config, device, batch_size):
-    """On a TPU: let the model (still on the CPU) run through pallas_kernels.py if that works there; say so if it does not."""
+def use_kernels(model, config, device, training=True):
+    """On a TPU: let the model (still on the CPU) run through pallas_kernels.py if that works there, on every worker; say so if not."""
     if device.name != "tpu" or not config.training.pallas_kernels:
         return
+    batch = config.training.global_batch_size // device.world_size // config.training.grad_accumulation_steps
     try:
         import pallas_kernels
-    except ImportError as error:
-        reason = str(error)
-    else:
+        reason = pallas_kernels.fault(model, device, batch if training else None, config.evaluation.batch_size)
+    except Exception as error:      # without jax, or what it, its export or the compiler raise: none of it ends a run, which needs no kernels
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    failed = torch.tensor([int(reason is not None)])
+    if device.world_size > 1:
+        device.wait_for_vote(device.start_vote(failed))
+    if not failed.item():
         pallas_kernels.use(model)
-        reason = pallas_kernels.fault(model, device, batch_size)
-        pallas_kernels.use(model, not reason)
-    if reason and device.rank == 0:
-        print(f"warning: the TPU kernels are not used, and a step takes longer: {reason} "
+    elif device.rank == 0:
+        print(f"warning: the TPU kernels are not used, and a step takes longer: {reason or 'they do not work on another worker'} "
               "(training.pallas_kernels=false: no kernels, no warning)", file=sys.stderr)
 
 
@@ -141,7 +144,7 @@ class Run:
         self.config, self.device = config, device
         torch.manual_seed(config.training.seed)
         self.model = create_model(config, dataset)
-        use_kernels(self.model, config, device, config.training.global_batch_size // device.world_size)
+        use_kernels(self.model, config, device)
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
         elif init_from:
@@ -274,7 +277,7 @@ def host_batch(run, batch):
 # ---------------------------------------------------------------------------------------------------------
 def train_worker(rank, config, args):
     """Train one worker from the newest checkpoint, or from the start, to the last step; evaluate on the way.
-    Returns the exit status, 143 after SIGTERM."""
+    Returns the exit status, 143 after SIGTERM, 130 after Ctrl-C."""
     files = preempted = None
     try:
         device = Device(config.device)
@@ -287,7 +290,7 @@ def train_worker(rank, config, args):
     except WorkerGone:
         time.sleep(1)       # for news of a SIGTERM: that a fellow worker left because of it is no failure
         if preemption.requested():
-            return preemption.EXIT_STATUS
+            return preemption.exit_status()
         first = preempted and preempted.first_failure(1)
         if first:           # which has said what there is to say
             sys.exit(first)
@@ -385,7 +388,7 @@ def train(config, args, device, datasets, files, preempted):
     logger.close()
     if stop and files:
         saved = files.leave()
-        logger.say(f"step {run.step} of {total}: stopped by SIGTERM" + (f"; {files.newest_text()}; records: {url}/metrics.jsonl" if saved else ""))
+        logger.say(f"step {run.step} of {total}: stopped by {preemption.signal_name()}" + (f"; {files.newest_text()}; records: {url}/metrics.jsonl" if saved else ""))
     if stop or not files:
         preempted.close()
     device.leave()      # the others need not wait for the last upload
@@ -396,7 +399,7 @@ def train(config, args, device, datasets, files, preempted):
         ending = "finished" if run.step == total else "stopped by --max_steps"
         logger.say(f"step {run.step} of {total}: {ending}; {files.newest_text()}; records: {url}/metrics.jsonl")
         preempted.close()
-    return preemption.EXIT_STATUS if stop else 0
+    return preemption.exit_status() if stop else 0
 
 
 def check_schedule(config, num_puzzles):
@@ -461,7 +464,7 @@ def evaluate_only(rank, config, args):
     forward, results = device.compiled(trm_model.evaluation_step, config.training.compile), []
     for name, state in states.items():
         model = create_model(config, dataset)
-        use_kernels(model, config, device, config.evaluation.batch_size)
+        use_kernels(model, config, device, training=False)
         device.on_all(lambda: trm_model.load_named_state(model, state, source))
         metrics = evaluate(model.to(device.torch), dataset, device, config.evaluation.batch_size, forward)
         if metrics:

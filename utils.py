@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import sys
+import tempfile
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,7 +273,7 @@ def _convert(key, value, source, kind, rule):
         fail("must be a finite number")
     value = kind(value)
     if "choices" in rule and value not in rule["choices"]:
-        near = difflib.get_close_matches(value, rule["choices"], 1)
+        near = ["cuda"] if value == "gpu" else difflib.get_close_matches(value, rule["choices"], 1)
         fail(f"must be one of {', '.join(rule['choices'])}" + (f"; did you mean {near[0]}?" if near else ""))
     for name, sign, holds in (("gt", ">", lambda a, b: a > b), ("ge", ">=", lambda a, b: a >= b),
                               ("lt", "<", lambda a, b: a < b), ("le", "<=", lambda a, b: a <= b)):
@@ -281,12 +282,13 @@ def _convert(key, value, source, kind, rule):
     return value
 
 
-def load_config(path, overrides=()):
+def load_config(path, overrides=(), settle=True):
     """Read, inherit, override and check a configuration.
 
     path: YAML file; `defaults: [name, ...]` in it names files (relative to its folder) that it builds on.
     overrides: "section.key=value" strings, the value in YAML.
-    Returns Config, its forward_dtype settled for this machine. Raises UserError naming file, key, value, rule and the nearest valid name.
+    settle: whether a forward_dtype "auto" becomes that of this machine.
+    Returns Config. Raises UserError naming file, key, value, rule and the nearest valid name.
     """
     flat = _read_yaml(path, [])
     for text in overrides:
@@ -295,7 +297,7 @@ def load_config(path, overrides=()):
             raise UserError(f"command line: {text!r}: an override is written section.key=value, as in training.lr=2e-4")
         flat[key.strip()] = (_parse_yaml(value, "command line"), "command line")
     config = _build(flat, str(path))
-    if config.model.forward_dtype == "auto":        # from here on what is computed, in the run's records as well
+    if settle and config.model.forward_dtype == "auto":     # from here on what is computed, in the run's records as well
         from device import native_dtype
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, forward_dtype=native_dtype(config.device)))
     return config
@@ -397,6 +399,19 @@ def differences(config, saved, sections):
 def config_yaml(config):
     """The resolved configuration as YAML text."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def check_output_file(flag, path, make_folder=False):
+    """Raises UserError unless a file could be written at `path`: before the work whose result it is to hold."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: no file can be written there ({error.strerror}): name a file in a folder that exists and can be written to") from None
 
 
 def replace_file(path, text):

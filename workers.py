@@ -34,11 +34,10 @@ def launch(function, config, *args):
         # drops their statuses and messages: what was a crash would look like a preemption
         environment = {"PJRT_LOCAL_PROCESS_COUNT": str(count)}
         return _supervise(function, count, environment, config, *args)
-    if "RANK" in os.environ:
-        return function(int(os.environ["RANK"]), config, *args)
     count = utils.planned_workers(config)
-    if count == 1:
-        return function(0, config, *args)
+    if "RANK" in os.environ or count == 1:
+        preemption.listen_to_keyboard()
+        return function(int(os.environ.get("RANK", 0)), config, *args)
     import torch.distributed as dist
     # the store lies in this process, as with torchrun, and so survives whichever worker dies
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -55,6 +54,16 @@ def local_tpu_processes():
         missing = "no TPU chip is seen on this host" if importlib.util.find_spec("libtpu") else "libtpu is not installed: pip install -r requirements-tpu.txt"
         raise UserError(f"device = 'tpu': {missing}: run this on every host of a TPU slice, or use device=cpu or cuda")
     return count
+
+
+def start_alone(device):
+    """Before a Device is made: this process is the only worker, of a TPU slice with one chip of this host. device: its name.
+    Raises UserError where that is tpu and this host has none."""
+    if resolve_device(device) == "tpu":
+        os.environ["PJRT_DEVICE"] = "TPU"
+        local_tpu_processes()
+        from torch_xla._internal import tpu
+        tpu.configure_one_chip_topology()       # or its runtime would wait for the other hosts' processes
 
 
 def check_workers(config, device):

@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_tpu
 import trm_model
 import utils
+import workers
 from checkpoint_manager import CheckpointManager
 from data_loader_tpu import create_dataloader_tpu
 from device import Device, resolve_device
@@ -64,8 +65,8 @@ def parse_args():
     args = parser.parse_intermixed_args()
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be >= 1")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
-        raise UserError(f"--json {args.json}: must be a file in a folder that exists")
+    if args.json:
+        utils.check_output_file("--json", args.json)
     return args
 
 
@@ -78,14 +79,15 @@ def main():
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"logging.output_dir = {config.logging.output_dir!r}: no folder can be made there ({error.strerror}): give another") from None
-    workers = utils.planned_workers(config, resolve_device(config.device))
-    batch_size = config.training.global_batch_size // workers
+    sharing = utils.planned_workers(config, resolve_device(config.device))
+    batch_size = config.training.global_batch_size // sharing
+    workers.start_alone(config.device)
     share = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=batch_size, num_workers=None))
     run = train_tpu.Run(share, Device(config.device), datasets["train"])
     peak, peak_source = run.device.peak_flops(run.model.forward_dtype)
     record = start_record(run, datasets, SimpleNamespace(config=args.config, init_from=None))
     print(f"{args.config} on {record['device']} ({record['device_model']}): batch {batch_size}"
-          + (f", one of {workers} workers' share" if workers > 1 else "")
+          + (f", one of {sharing} workers' share" if sharing > 1 else "")
           + f"; {record['parameters']:,} parameters; peak {peak / 1e12:.2f} TFLOP/s ({peak_source})", flush=True)
 
     measured = measure(run, datasets, peak, args.repeats, home)

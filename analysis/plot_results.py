@@ -117,13 +117,16 @@ def curves_page(groups, x, train, looks):
                 ax.plot(run[x], scale * run[key], **style | marked, alpha=1 if len(group.runs) == 1 else 0.7)
     axes[0].set_yscale("log")
     plain_log(axes[0].yaxis)
-    for ax, label in zip(axes, ("training loss", EXACT, "cell accuracy (%)")):
+    for ax, label, table in zip(axes, ("training loss", EXACT, "cell accuracy (%)"), (train, looks, looks)):
         ax.set_ylabel(label)
+        if not len(table):
+            ax.set_yticks([])
+            ax.text(0.5, 0.5, "nothing yet", transform=ax.transAxes, ha="center", va="center")
     axes[-1].set_xlabel(X_AXES[x])
     fig.align_ylabels(axes)
     labels = [group.label for group in groups]
     legend_below(fig, [matplotlib.lines.Line2D([], [], **look(k)) for k in range(len(groups))], labels)
-    data = pd.concat([train.assign(split="train"), looks.assign(split="evaluation")], ignore_index=True)
+    data = pd.concat([table.assign(split=split) for table, split in ((train, "train"), (looks, "evaluation")) if len(table)], ignore_index=True)
     return fig, (f"Training loss, and exact and cell accuracy in the evaluations during training (averaged weights where there are any), against {X_AXES[x]}. "
                  "One line a run."), data[data.group.isin(labels)]
 

@@ -84,7 +84,7 @@ def cells(configs, groups):
     """One row for each configuration file of the study: config, runs, finished seeds, state."""
     rows = []
     for path in configs:
-        config, name = utils.load_config(path), Path(path).stem
+        config, name = utils.load_config(path, settle=False), Path(path).stem
         same = [group for group in groups if not other_settings(group.first, config)]
         finished = sum(len(group.finished) for group in same)
         if finished >= MIN_SEEDS:
@@ -104,10 +104,10 @@ def cells(configs, groups):
 
 def other_settings(run, wanted):
     """["key value", ...] of what makes a run none of the configuration `wanted`, whatever its seed."""
-    ours, theirs = results.model_and_training(run.config), results.model_and_training(wanted)
-    if wanted.data.expected_puzzles:
-        ours, theirs = ours | {"training puzzles": run.train_puzzles}, theirs | {"training puzzles": wanted.data.expected_puzzles}
-    return [f"{key} {value}" for key, value in ours.items() if value != theirs[key]]
+    changed = results.other_settings(run.config, wanted)
+    if wanted.data.expected_puzzles not in (None, run.train_puzzles):
+        changed.append(f"training puzzles {run.train_puzzles}")
+    return changed
 
 
 def gaps(study, groups):

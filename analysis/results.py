@@ -441,11 +441,17 @@ def paper_result(run):
     for key, value in (("train_puzzles", run.train_puzzles), ("test_puzzles", final and final["count"])):
         if value is not None and value != dataset[key]:
             return entry, f"{value:,} {key.replace('_', ' ')}, {dataset['name']} has {dataset[key]:,}"
-    ours, study = (model_and_training(config) for config in (run.config, utils.load_config(ROOT / "configs" / f"{name}.yaml")))
-    changed = [f"{key} {value}" for key, value in ours.items() if value != study[key]]
+    changed = other_settings(run.config, utils.load_config(ROOT / "configs" / f"{name}.yaml", settle=False))
     if changed:
         return entry, f"other settings than configs/{name}.yaml: {', '.join(changed)}"
     return entry, None if final else "no final evaluation"
+
+
+def other_settings(config, wanted):
+    """["key value", ...] of what a run's configuration has otherwise than `wanted`, one of the study's that is not settled."""
+    wanted = model_and_training(wanted)
+    return [f"{key} {value}" for key, value in model_and_training(config).items()
+            if value != wanted[key] and (key, wanted[key]) != ("model.forward_dtype", "auto")]
 
 
 def model_and_training(config):

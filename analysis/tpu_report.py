@@ -31,6 +31,7 @@ from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements-tpu.txt"
+ASSUMED_TEST = "assumed: Sudoku-Extreme's"
 MONTH_HOURS = 30 * 24           # a TPU Research Cloud grant
 GIB = 2**30
 PR_SET_PDEATHSIG = 1            # of Linux's prctl
@@ -73,11 +74,13 @@ def parse_args():
     args.overrides += ["device=tpu", f"tpu.accelerator_type={args.accelerator}"]
     if not args.config:
         raise UserError("--config: names no file")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {Path(args.json).resolve().parent}")
     for name in ("memory_gib", "minutes"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name):g}: must be > 0")
+    if args.json:
+        utils.check_output_file("--json", args.json)
+    if args.keep:
+        utils.check_output_file("--keep", Path(args.keep) / "config.yaml", make_folder=True)
     return args
 
 
@@ -178,9 +181,12 @@ def run_figures(report, config):
     look = evaluation(min(config.evaluation.max_examples or sizes[config.evaluation.split], sizes[config.evaluation.split]))
     final = (1 + ema) * evaluation(sizes["test"])       # averaged and raw weights
     looks = math.ceil(total / interval)
-    hours = training + looks * look + final
+    # the last look is part of the final evaluation where both are of the whole test split
+    last_is_final = config.evaluation.split == "test" and (config.evaluation.max_examples or sizes["test"]) >= sizes["test"]
+    evaluating = (looks - last_is_final) * look + final
+    hours = training + evaluating
     return {"total_steps": total, "device_ms_per_step": device_ms, "bound_by": "device" if device_ms >= report["host_ms_per_step"] else "host",
-            "evaluations": looks, "training_hours": training, "evaluation_hours": looks * look + final,
+            "evaluations": looks, "training_hours": training, "evaluation_hours": evaluating,
             "final_evaluation_hours": final, "estimated_hours": hours, "chip_hours": hours * report["chips"], "share_of_month": hours / MONTH_HOURS}
 
 
@@ -193,7 +199,7 @@ def run_child(command, folder, args):
     end = time.monotonic() + 60 * args.minutes
     what = {"tpu_trace.py": "tracing", "tpu_compile.py": "compiling", "tpu_kernels.py": "scheduling"}[Path(command[0]).name]
     # flags for the XLA of another device, or for another slice, would be taken for this one's
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "TPU_"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "TPU_", "LIBTPU_", "JAX_"))}
     log = folder / f"{what}.log"
     with open(log, "w") as output:
         child = subprocess.Popen([sys.executable, str(Path(__file__).parent / command[0]), *command[1:]], stdout=output, stderr=subprocess.STDOUT,
@@ -287,9 +293,13 @@ def totals(reports):
 def totals_text(summary):
     reports = summary["reports"]
     bad = sum(not (report["compiles"] and report["fits"]) for report in reports)
-    return (f"{summary['judged']} configuration(s) one after the other on {summary['accelerator']}: {summary['estimated_hours']:.1f} pod-hours, "
-            f"{summary['chip_hours']:,.0f} chip-hours, {summary['share_of_month']:.1%} of 30 days of it" + (f"; {bad} do not compile or fit" if bad else "")
-            + "\nest. ms: the compiler's own estimate, without the all-reduce; hours: the slower of device and host, without checkpoints, compiles and waiting")
+    lines = [f"{summary['judged']} configuration(s) one after the other on {summary['accelerator']}: {summary['estimated_hours']:.1f} pod-hours, "
+             f"{summary['chip_hours']:,.0f} chip-hours, {summary['share_of_month']:.1%} of 30 days of it" + (f"; {bad} do not compile or fit" if bad else ""),
+             "est. ms: the compiler's own estimate, without the all-reduce; hours: the slower of device and host, without checkpoints, compiles and waiting"]
+    elsewhere = [Path(report["config"]).stem for report in reports if report["compiles"] and not report["test_dataset"]]
+    if elsewhere:
+        lines.append(f"evaluations as of Sudoku-Extreme's test split, where the dataset is not on this machine: {', '.join(elsewhere)}")
+    return "\n".join(lines)
 
 
 def full_text(report):
@@ -331,7 +341,7 @@ def full_text(report):
     say("evaluation, estimated", f"{r['evaluation_ms_per_step']:.2f} ms a step")
     say("host", f"{r['host_ms_per_step']:.1f} ms a step of one core ({r['host_ms_range'][0]:.1f} to {r['host_ms_range'][1]:.1f}), measured on this machine: "
         "batch, and start of the program that was traced at the first step")
-    say("puzzles", f"{r['num_puzzles']:,} to train on ({r['dataset']}), {r['split_sizes']['test']:,} to test on")
+    say("puzzles", f"{r['num_puzzles']:,} to train on ({r['dataset']}), {r['split_sizes']['test']:,} to test on ({r['test_dataset'] or ASSUMED_TEST})")
     say("run", f"{r['total_steps']:,} steps, {r['training_hours']:.2f} h (bound by the {r['bound_by']}); {r['evaluations']} evaluations, "
         f"{r['evaluation_hours']:.2f} h, of which the final one {r['final_evaluation_hours']:.2f} h")
     say("altogether", f"{r['estimated_hours']:.2f} h, {r['chip_hours']:,.0f} chip-hours: {r['share_of_month']:.2%} of the {MONTH_HOURS * r['chips']:,} "

@@ -9,7 +9,6 @@ optimizer, average and carry are placeholders without memory, so that a configur
 import dataclasses
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -43,7 +42,7 @@ def main():
     device = TracedDevice(utils.planned_workers(config, "tpu"))
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
-    device.outputs = run.tensors
+    device.follow(run)
 
     # ----- programs, with the line of code that each operation comes from -----
     torch_xla._XLAC._set_ir_debug(True)
@@ -63,7 +62,7 @@ def main():
         "evaluation_host_ms_per_step": statistics.median(per_evaluation_step),
         "parameters": trm_model.num_parameters(run.model), "per_chip_batch": per_chip, "sequence_length": run.model.length,
         "model_flops_per_chip_step": per_chip * trm_model.step_flops_per_example(run.model, train=True),
-        "num_puzzles": dataset.num_puzzles, "dataset": known, "split_sizes": split_sizes(config)}
+        "num_puzzles": dataset.num_puzzles, "dataset": known, **split_sizes(config)}
     (folder / "trace.json").write_text(json.dumps(trace))
 
 
@@ -78,11 +77,17 @@ class TracedDevice(Device):
     def __init__(self, world_size):
         super().__init__("xla_cpu")
         self.rank, self.world_size = 0, world_size
-        self.outputs, self.programs = None, []
+        self.programs = []
+
+    def follow(self, run):
+        """Its steps are the programs to come."""
+        self.tensors = run.tensors
+        self.places = places(run.tensors())
 
     def end_step(self):
-        self.programs.append(pending_program(self.outputs()))
+        self.programs.append(pending_program(self.tensors(), self.places))
         torch_xla._XLAC._clear_pending_irs(str(self.torch))        # the results become placeholders; so does the all-reduce's token
+        self.places = places(self.tensors())
 
 
 def traced_run(config, device, dataset):
@@ -107,15 +112,20 @@ def become_placeholder(tensor):
     torch.utils.swap_tensors(tensor, new)       # the optimizer and the average know this very tensor
 
 
-def pending_program(outputs):
-    """The program that computes `outputs`: its HLO protobuf, and the arguments whose memory torch_xla gives to a result, which
-    are those that the step changes in place; and the FLOPs of its products."""
+def places(tensors):
+    """{what torch_xla knows a tensor by: its place}."""
+    return {torch_xla._XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
+
+
+def pending_program(tensors, places_before):
+    """The program that computes what is pending of `tensors`: its HLO protobuf; the FLOPs of its products; and the arguments whose
+    memory results may take: what was in the places that now have another tensor (as XLAProgram gives it away)."""
     xla = torch_xla._XLAC
-    outputs = [t for t, pending in zip(outputs, xla._check_tensor_need_materialization(outputs)) if pending]
-    changed = {int(re.search(r"AliasID: (\d+)", xla._get_xla_tensor_debug_info(t))[1]) for t in outputs}
+    changed = {place for place, pending in enumerate(xla._check_tensor_need_materialization(tensors)) if pending}
+    outputs = [tensors[place] for place in sorted(changed)]
     arguments, _ = xla._get_tensors_xla_device_data_node(outputs)
     return {"hlo": xla._get_xla_tensors_hlo_proto(outputs), "flops": tpu_hlo.product_flops(xla._get_xla_tensors_hlo(outputs)),
-            "donated": [k for k, tensor_id in enumerate(arguments) if tensor_id in changed]}
+            "donated": [k for k, tensor_id in enumerate(arguments) if places_before.get(tensor_id) in changed]}
 
 
 def host_milliseconds(run, batch, dataset):
@@ -158,7 +168,7 @@ def trace_evaluation(run, dataset, keep=True):
     cells = np.zeros((size, dataset.seq_len), np.uint8)
     batch = run.device.put({"inputs": cells, "labels": cells, "puzzle_identifiers": np.zeros(size, np.int32)})
     carry, scores = trm_model.evaluation_step(run.model, carry, batch)
-    program = pending_program([*carry, scores]) if keep else torch_xla._XLAC._get_graph_hash([*carry, scores])
+    program = pending_program([*carry, scores], {}) if keep else torch_xla._XLAC._get_graph_hash([*carry, scores])
     torch_xla._XLAC._clear_pending_irs(str(run.device.torch))
     return program
 
@@ -180,14 +190,16 @@ def training_puzzles(config):
 
 
 def split_sizes(config):
-    """{split: examples} of the splits that are evaluated."""
-    sizes = {"test": SUDOKU_EXTREME_TEST_PUZZLES}
+    """Examples of each split that is evaluated, and where the number of the test split comes from (None: it is assumed)."""
+    sizes, known = {"test": SUDOKU_EXTREME_TEST_PUZZLES}, None
     for split in (config.evaluation.split, "test"):
         meta = Path(config.data.dataset_path) / split / "dataset.json"
         if meta.exists():
             sizes[split] = len(np.load(meta.with_name("all__puzzle_identifiers.npy"), mmap_mode="r"))
+            if split == "test":
+                known = config.data.dataset_path
     sizes.setdefault(config.evaluation.split, sizes["test"])
-    return sizes
+    return {"split_sizes": sizes, "test_dataset": known}
 
 
 if __name__ == "__main__":

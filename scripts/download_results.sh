@@ -40,7 +40,11 @@ need_gcloud
 case "$OUTPUT_DIR" in gs://*) ;; *) fail 2 "logging.output_dir = $OUTPUT_DIR: is not in a bucket: set it to gs://..., or to a relative path and tpu.bucket" ;; esac
 
 fetch() {     # URL FOLDER
-    execute gcloud storage ls "$1/" >/dev/null || fail 2 "$1: there is nothing in the bucket: see what is there by gcloud storage ls $OUTPUT_DIR/"
+    if ! execute gcloud storage ls "$1/" >/dev/null 2>"$SCRATCH/ls"; then
+        if grep -q "matched no objects" "$SCRATCH/ls"; then fail 2 "$1: there is nothing in the bucket: see what is there by gcloud storage ls $OUTPUT_DIR/"; fi
+        cat "$SCRATCH/ls" >&2
+        fail 1 "$1: gcloud storage does not say what is there"
+    fi
     execute mkdir -p "$2"
     execute gcloud storage rsync --recursive "--exclude=$exclude" "$1" "$2"
     say "$1: in $2"

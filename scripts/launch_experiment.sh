@@ -97,6 +97,7 @@ say "$RUN_NAME: commit $COMMIT on $TPU_NAME ($TPU_ACCELERATOR, $TPU_HOSTS host(s
 # ----- whether it can -----
 if [ -z "$DRY_RUN" ]; then
     slice=$(state_of tpu-vm)
+    [ "$slice" != NO_ANSWER ] || fail 1 "gcloud gives no answer about the slice $TPU_NAME"
     [ "$slice" = READY ] || fail 2 "the slice $TPU_NAME is $slice, not READY: bash scripts/setup_tpu.sh $CONFIG"
     look_at_run
     case "$RUN_STATE" in

@@ -31,7 +31,9 @@ read_settings() {
 }
 
 need_gcloud() {
-    [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
+    if [ -n "$DRY_RUN" ]; then return; fi
+    command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
+    [ -n "$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' 2>/dev/null)" ] || fail 2 "gcloud has no active account: gcloud auth login"
 }
 
 # in_repository FILE: its path in the repository, where this runs

@@ -35,8 +35,8 @@ def interpreted(function, *tensors):
     return [torch.tensor(result.astype(jnp.float32).tolist()).to(tensors[0].device, getattr(torch, str(result.dtype))) for result in results]
 
 
-def random_input(seed, dtype=torch.float32):
-    return torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def random_input(seed, dtype=torch.float32, count=BATCH):
+    return torch.randn(count, LENGTH, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @unittest.skipUnless(HAS_JAX, "jax is not installed here")
@@ -84,13 +84,16 @@ class Kernels(unittest.TestCase):
 
     def test_any_number_of_examples(self):
         import pallas_kernels
-        swiglu, weights, x, out, grad = self.mixing(1)
-        for count in (1, 3, 6):
+        swiglu, weights, *_ = self.mixing(1)
+        for count, cores in ((1, 1), (3, 1), (6, 2), (12, 2), (20, 2)):
             with self.subTest(count=count):
-                self.close(interpreted(pallas_kernels.token_mixing, x[:count], *weights)[0], out[:count])
-                x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, x[:count], grad[:count], *weights)
-                plain, gate_up, _ = torch.autograd.grad(out[:count], (x, *swiglu.parameters()), grad[:count], retain_graph=True)
-                self.close(x_grad, plain[:count])
+                x = random_input(3, count=count).requires_grad_()
+                out, grad = swiglu(x, swiglu.weights(), 1), random_input(4, count=count)
+                self.close(interpreted(pallas_kernels.token_mixing, x, *weights)[0], out)
+                x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, x, grad, *weights)
+                plain, gate_up, _ = torch.autograd.grad(out, (x, *swiglu.parameters()), grad)
+                self.assertEqual(len(sums[0]), cores)
+                self.close(x_grad, plain)
                 self.close(sums[0].sum(0), gate_up.chunk(2)[0])
 
     def test_examples_a_pass_are_as_many_as_fit(self):
@@ -142,36 +145,77 @@ class Training(unittest.TestCase):
             with self.subTest(**changes):
                 self.assertEqual(self.check_same(**changes), calls)
 
-    def used(self, call):
-        """What train_tpu.use_kernels makes of a device on which `call` is what a kernel does: (each SwiGLU in a kernel?, what it says)."""
+    def used(self, call, device=None, training=True):
+        """What train_tpu.use_kernels makes of a TPU on which `call` is what a kernel does: (each SwiGLU in a kernel?, what it says)."""
         import pallas_kernels
-        device = Device("cpu")
+        device = device or Device("cpu")
         device.name = "tpu"
         model = small_model(forward_dtype="bfloat16")
-        config = SimpleNamespace(training=SimpleNamespace(pallas_kernels=True))
+        config = SimpleNamespace(training=SimpleNamespace(pallas_kernels=True, global_batch_size=8, grad_accumulation_steps=2),
+                                 evaluation=SimpleNamespace(batch_size=6))
         with mock.patch.object(pallas_kernels, "fits", lambda *_: True), mock.patch.object(pallas_kernels, "call", call), \
                 contextlib.redirect_stderr(io.StringIO()) as said:
-            train_tpu.use_kernels(model, config, device, 4)
-        return [module.in_kernel for module in model.modules() if isinstance(module, SwiGLU)], said.getvalue()
+            train_tpu.use_kernels(model, config, device, training)
+        used = {module.in_kernel for module in model.modules() if isinstance(module, SwiGLU)}
+        self.assertEqual(len(used), 1)
+        return used.pop(), said.getvalue()
 
-    def test_a_run_on_a_tpu_uses_kernels_that_compute_the_same_there_and_no_others(self):
-        def slightly_wrong(function, *tensors):
-            results = interpreted(function, *tensors)
-            return [1.05 * result if function.__name__ == "token_mixing_gradient" else result for result in results]
+    def test_a_run_on_a_tpu_uses_kernels_that_compute_the_same_there(self):
+        called = set()
 
-        def refused(function, *tensors):
-            raise RuntimeError("INTERNAL: Mosaic failed\nto compile")
-        for call, in_kernel, expected in ((interpreted, True, r"^$"), (slightly_wrong, False, r"^warning: the TPU kernels are not used.* axis 1 is 0\.0[45]"),
-                                          (refused, False, r"^warning: .*: INTERNAL: Mosaic failed \(training.pallas_kernels=false")):
-            with self.subTest(call=call.__name__):
-                used, said = self.used(call)
-                self.assertEqual(used, [in_kernel] * 4)
-                self.assertRegex(said, expected)
+        def call(function, x, *rest):
+            called.add((function.__name__, len(x)))
+            return interpreted(function, x, *rest)
+        self.assertEqual(self.used(call), (True, ""))
+        forward = {(name, size) for name in ("token_mixing", "channel_mixing") for size in (4, 6)}      # a training batch in two parts, an evaluation's
+        self.assertEqual(called, forward | {("token_mixing_gradient", 4), ("channel_mixing_kept", 4)})
+        called.clear()
+        self.assertEqual(self.used(call, training=False), (True, ""))
+        self.assertEqual(called, {("token_mixing", 6), ("channel_mixing", 6)})
+
+    def test_and_no_others(self):
+        for broken, size in (("token_mixing", 4), ("token_mixing", 6), ("token_mixing_gradient", 4), ("channel_mixing", 4), ("channel_mixing", 6),
+                             ("channel_mixing_kept", 4)):
+            def slightly_wrong(function, x, *rest):
+                factor = 1.05 if (function.__name__, len(x)) == (broken, size) else 1
+                return [factor * result for result in interpreted(function, x, *rest)]
+
+            def refused(function, x, *rest):
+                if (function.__name__, len(x)) == (broken, size):
+                    raise TypeError("INTERNAL: Mosaic failed\nto compile")
+                return interpreted(function, x, *rest)
+            with self.subTest(broken=broken, size=size):
+                used, said = self.used(slightly_wrong)
+                self.assertFalse(used)
+                self.assertRegex(said, rf"^warning: the TPU kernels are not used.* axis {1 + ('channel' in broken)}.*{size} examples: 0\.\d+ \(relative\) off")
+                used, said = self.used(refused)
+                self.assertFalse(used)
+                self.assertRegex(said, r"^warning: .*: INTERNAL: Mosaic failed \(training.pallas_kernels=false")
+
+    def test_all_workers_do_without_them_where_one_has_none(self):
+        class Other(Device):
+            def start_vote(self, votes):
+                self.cast = int(votes)
+                votes += self.others
+
+            def wait_for_vote(self, work):
+                pass
+        device = Other("cpu")
+        device.world_size = 2
+        for device.others, used, says in ((0, True, "^$"), (1, False, "^warning: .* do not work on another worker")):
+            self.assertEqual(self.used(interpreted, device)[0], used)
+            self.assertRegex(self.used(interpreted, device)[1], says)
+            self.assertEqual(device.cast, 0)
+        device.others = 0
+        import pallas_kernels       # before it cannot be
         with mock.patch.dict(sys.modules, {"jax": None}):
-            sys.modules.pop("pallas_kernels")
+            del sys.modules["pallas_kernels"]
+            self.addCleanup(sys.modules.__setitem__, "pallas_kernels", pallas_kernels)
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                train_tpu.use_kernels(small_model(), SimpleNamespace(training=SimpleNamespace(pallas_kernels=True)), SimpleNamespace(name="tpu", rank=0), 4)
+                config = SimpleNamespace(training=SimpleNamespace(pallas_kernels=True, global_batch_size=4, grad_accumulation_steps=1), evaluation=SimpleNamespace(batch_size=4))
+                train_tpu.use_kernels(small_model(), config, device)
         self.assertRegex(said.getvalue(), r"^warning: .*jax.*\(training.pallas_kernels=false")
+        self.assertEqual(device.cast, 1)        # and tells the others
 
 
 @unittest.skipUnless(HAS_JAX, "jax is not installed here")
@@ -189,6 +233,18 @@ class Traced(XLATest):
         text = torch_xla._XLAC._get_xla_tensors_hlo([out, grad])
         self.assertEqual(text.count('custom_call_target="tpu_custom_call"'), 2)
         self.assertEqual(tpu_hlo.product_flops(text), (1 + 3) * 2 * BATCH * DIM * 3 * LENGTH * 256)
+
+    def test_the_check_of_a_run_is_one_program(self):
+        import pallas_kernels
+
+        def zeros(function, *tensors):
+            _, shapes, dtypes = pallas_kernels._traced(function, tuple((tuple(t.shape), t.dtype) for t in tensors))
+            return [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in zip(shapes, dtypes)]
+        device, model = Device("xla_cpu"), small_model(forward_dtype="bfloat16")
+        with mock.patch.object(pallas_kernels, "fits", lambda *_: True), mock.patch.object(pallas_kernels, "call", zeros):
+            self.assertIn("backward, 4 examples: 1 (relative) off", pallas_kernels.fault(model, device, 4, 6))
+        counters = device.counters()
+        self.assertEqual((counters["xla_compiles"], counters["xla_executions"]), (1, 1))
 
 
 if __name__ == "__main__":

@@ -242,6 +242,17 @@ class MadeRuns(FolderTest):
         self.assertIsNone(run.reached(0.95))
 
 
+class Settings(unittest.TestCase):
+    def test_a_dtype_that_a_configuration_leaves_to_the_machine_is_no_other_setting(self):
+        path = ROOT / "configs" / "mini" / "mini_e1_1.yaml"
+        for dtype in ("float32", "bfloat16"):
+            run = utils.load_config(path, [f"model.forward_dtype={dtype}"])
+            self.assertEqual(results.other_settings(run, utils.load_config(path, settle=False)), [])
+            study = utils.load_config(ROOT / "configs" / "e1_1.yaml", settle=False)
+            self.assertEqual(f"model.forward_dtype {dtype}" in results.other_settings(run, study), dtype == "float32")
+            self.assertIn("model.hidden_size 64", results.other_settings(run, study))
+
+
 class Statistics(unittest.TestCase):
     def test_wilson(self):
         for accuracy, count, low, high in ((0.8, 10, 0.490162, 0.943318), (0.0, 20, 0.0, 0.161125), (0.5, 100, 0.403832, 0.596168)):

@@ -134,12 +134,19 @@ class OnTheCPU(BenchmarkTest):
                             (("--json", self.folder), f"--json {self.folder}"), (("training.lrr=1",), "training.lrr", "did you mean"),
                             ((f"data.dataset_path={nowhere}",), "there is no train split", "build_sudoku_dataset.py"),
                             (("training.epochs=0.01",), "training.epochs = 0.01"),
+                            (("--json", "/proc/figures.json"), "--json /proc/figures.json", "no file can be written there"),
                             ((f"logging.output_dir={self.folder}/file",), "logging.output_dir")):
             status, out, err = self.main("--config", self.path, *args)
             self.assertEqual((status, err.count("\n"), out), (2, 1, ""), err)
             for text in ("error: ", *says):
                 self.assertIn(text, err)
         self.assertFalse((self.folder / "runs").exists())
+
+    def test_without_a_tpu(self):
+        with mock.patch.dict("os.environ"):
+            status, out, err = self.main("--config", self.path, "device=tpu")
+        self.assertEqual((status, err.count("\n"), out), (2, 1, ""), err)
+        self.assertIn("error: device = 'tpu': ", err)
 
 
 class OnXLA(XLATest, BenchmarkTest):

@@ -95,6 +95,36 @@ class OneWorker(PreemptionTest):
         self.assertLess(self.newest("step"), 20)
         self.goes_on_as_unbroken("step")
 
+    def test_interrupted_from_the_keyboard(self):
+        process = self.begin("keyboard", {"train_step": 0.05})
+        self.arrived(process, "train_step", 17)
+        process.send_signal(signal.SIGINT)
+        output = self.ends(process, 130)
+        self.assertIn("interrupted: it saves and ends", output)
+        self.assertRegex(output, r"step \d+ of 30: stopped by SIGINT; the last good checkpoint is ")
+        self.assertTrue(17 <= self.newest("keyboard") < 20)
+        self.goes_on_as_unbroken("keyboard")
+
+    def test_interrupted_twice(self):
+        """The second time it does not wait for the step."""
+        process = self.begin("twice", {"train_step": 3600})
+        self.arrived(process, "train_step", 1)
+        process.send_signal(signal.SIGINT)
+        while "interrupted: it saves" not in (line := process.stdout.readline()):
+            self.assertTrue(line, "it ended too soon")
+        process.send_signal(signal.SIGINT)
+        self.assertIn("interrupted\n", self.ends(process, 130))
+        self.assertIsNone(self.newest("twice"))
+
+    def test_interrupted_with_nothing_to_save(self):
+        """As before the training begins, or in an evaluation of its own. A background job, which is told to ignore Ctrl-C, does so."""
+        code = ("import os, preemption, signal, time; preemption.listen(); preemption.listen_to_keyboard()\n"
+                "os.kill(os.getpid(), signal.SIGINT); time.sleep(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+        for handler, status, says in ((signal.default_int_handler, 130, "SIGINT"), (signal.SIG_IGN, 143, "SIGTERM")):
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  preexec_fn=lambda: signal.signal(signal.SIGINT, handler), timeout=60)
+            self.assertEqual((done.returncode, done.stdout), (status, f"{says}: nothing is unsaved; status {status}\n"))
+
     def test_in_the_last_step(self):
         """The final evaluation is still to come: the run is not finished."""
         process = self.begin("last", {"train_step": 0.05})

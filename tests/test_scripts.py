@@ -130,6 +130,14 @@ class Settings(SliceTest):
             self.mistake("delete_tpu", says=["gcloud is not on the PATH"])
             self.mistake("setup_tpu", "--dry_run", says=["is not a git repository"])
 
+    def test_without_an_account(self):
+        self.cloud.mkdir(exist_ok=True)
+        (self.cloud / "no_account").touch()
+        for words in (("setup_tpu", "configs/tiny.yaml"), ("launch_experiment", "configs/tiny.yaml"), ("launch_experiment", "status", "tiny"),
+                      ("keep_alive", "configs/tiny.yaml"), ("download_results",), ("delete_tpu", "--yes")):
+            self.mistake(*words, says=["gcloud has no active account: gcloud auth login"])
+        self.assertEqual({call["command"] for call in self.calls()}, {"auth list"})
+
 
 class Setup(SliceTest):
     def setup_tpu(self, *words, **how):
@@ -233,6 +241,8 @@ class Runs(SliceTest):
 
     def test_from_start_to_results(self):
         self.mistake("launch_experiment", "configs/tiny.yaml", says=["the slice my-tpu is GONE, not READY: bash scripts/setup_tpu.sh configs/tiny.yaml"])
+        (self.cloud / "no_answer").write_text("1")
+        self.assertIn("error: gcloud gives no answer about the slice my-tpu\n", self.launch(status=1))
         self.make_slice()
         self.how("tiny", "absent")
         output = self.launch()
@@ -259,6 +269,8 @@ class Runs(SliceTest):
         self.script("download_results", "--checkpoints", "--to", str(results))
         self.assertEqual(load_checkpoint(results / "tiny" / "checkpoints" / "checkpoint_step_60.pt")["step"], 60)
         self.mistake("download_results", "nowhere", says=["runs/nowhere: there is nothing in the bucket"])
+        (self.cloud / "no_answer").write_text("1")
+        self.assertIn("/runs/tiny: gcloud storage does not say what is there\n", self.script("download_results", "tiny", "--to", str(results), status=1))
 
         self.assertIn("nothing is deleted", self.script("delete_tpu", answer="n\n", status=2))
         self.assertIn("nothing is deleted", self.script("delete_tpu", status=2))

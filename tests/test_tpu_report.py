@@ -122,7 +122,9 @@ class CommandLineTest(ReportTest):
     def test_mistakes_end_with_status_2(self):
         path = write_config(self.folder / "a.yaml", SMALL)
         for args, says in ((("--accelerator", "v4-64"), "--config"), (("--config", path, "--accelerator", "v5e-8"), "v4-128"),
-                           (("--config", path, "--minutes", "0"), "must be > 0" if not NOT_INSTALLED else "--minutes")):
+                           (("--config", path, "--minutes", "0"), "must be > 0"), (("--config", path, "--json", self.folder), "--json"),
+                           (("--config", path, "--json", "/proc/a.json"), "no file can be written there"),
+                           (("--config", path, "--keep", path), "no file can be written there")):
             status, output = self.report(*args)
             self.assertEqual((status, "Traceback" in output), (2, False), output)
             self.assertIn(says, output)
@@ -164,6 +166,11 @@ class ChildTest(FolderTest):
     def test_limits(self):
         self.assertIn("more than 0.2 GiB of this machine's memory", self.run_child("import time; a = bytearray(2**29); time.sleep(60)", memory_gib=0.2))
         self.assertIn("more than 0.01 minutes", self.run_child("import time; time.sleep(60)", minutes=0.01))
+
+    def test_the_shell_s_own_flags_for_the_compiler_do_not_count(self):
+        flags = dict.fromkeys(("PJRT_DEVICE", "XLA_FLAGS", "TPU_PROCESS_BOUNDS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS"), "x")
+        with mock.patch.dict("os.environ", flags):
+            self.assertIsNone(self.run_child(f"import os; assert not set({list(flags)}) & set(os.environ)"))
 
     def test_death(self):
         self.assertIn("ended by signal 11: last words", self.run_child("import os; print('last words', flush=True); os.kill(os.getpid(), 11)"))
@@ -220,6 +227,11 @@ class RunFiguresTest(unittest.TestCase):
         self.assertAlmostEqual(figures["training_hours"] * 3600, 200 * 0.036)
         self.assertAlmostEqual(figures["evaluation_hours"] * 3600, (4 * 4 + 2 * 8 * 4) * 0.020)
         self.assertAlmostEqual(figures["chip_hours"], 4 * figures["estimated_hours"])
+        # of the whole test split the last look is the first half of the final evaluation, of another split it is not
+        for overrides, looks in (((), 3), (("evaluation.split=val",), 4)):
+            whole = load_config(Path(folder.name) / "a.yaml", ["tpu.accelerator_type=v4-8", "evaluation.max_examples=null", *overrides])
+            figures = tpu_report.run_figures({**report, "split_sizes": {"test": 1000, "val": 1000}}, whole)
+            self.assertAlmostEqual(figures["evaluation_hours"] * 3600, (looks + 2) * 8 * 4 * 0.020)
         slow = tpu_report.run_figures({**report, "host_ms_per_step": 50.0}, config)
         self.assertEqual(slow["bound_by"], "host")
         self.assertAlmostEqual(slow["training_hours"] * 3600, 200 * 0.050)
@@ -250,14 +262,21 @@ class TraceTest(XLATest):
         device.end_step()
         traced_device = tpu_trace.TracedDevice(8)
         traced = tpu_trace.traced_run(config, traced_device, dataset)
-        traced_device.outputs = lambda: traced.tensors()
+        traced_device.follow(traced)
         train_tpu.train_step(traced, traced_device.put(train_tpu.host_batch(traced, run.loader.batch(0))), trm_model.act_step)
         self.assertEqual(pending(traced), trained)
         self.assertEqual(len(re.findall(r" all-reduce\(", trained)), 1)
         traced_device.end_step()
+        # another run of theirs, replayed: what it gives away
+        device.world_size = 8
+        again = train_tpu.Run(config, device, dataset)
+        step = train_tpu.replayed_step(again, trm_model.act_step)
+        step(device.put(train_tpu.host_batch(again, run.loader.batch(0))))
+        donated = [k for k, (place, _) in enumerate(step.arguments) if place in step.changed]
         parameters = len(list(traced.model.parameters()))
-        # weights, their averages, three tensors of optimizer state each, the puzzle embedding
-        self.assertEqual(len(traced_device.programs[0]["donated"]), 5 * parameters + 1)
+        # weights, their averages, three tensors of optimizer state each, the puzzle embedding; of the carry and the sums some at least
+        self.assertGreater(len(donated), 5 * parameters + 1)
+        self.assertEqual(traced_device.programs[0]["donated"], donated)
 
 
 @unittest.skipIf(NOT_INSTALLED, f"needs the TPU compiler: {NOT_INSTALLED}")
@@ -282,7 +301,7 @@ class CompileTest(ReportTest):
         self.assertEqual((report["accelerator"], report["compiles"], report["error"], report["programs"], report["total_steps"]), ("v4-8", True, None, 2, 200))
         self.assertEqual(report["all_reduce_count"], 1)
         # gradients, metrics and the puzzle embedding's row with its count, float32
-        self.assertAlmostEqual(report["all_reduce_bytes"], 4 * (report["parameters"] + 7 + 128 + 1), delta=64)
+        self.assertAlmostEqual(report["all_reduce_bytes"], 4 * (report["parameters"] + 7 + 128 + 1), delta=2)      # and torch_xla's own token, bfloat16
         self.assertGreater(report["hbm_bytes"]["aliased"], 4 * 4 * report["parameters"])   # weights, two moments, the average
         # the token mixing's gradient, in a kernel, computes its forward once more
         self.assertTrue(1.02 < report["flops_per_chip_step"] / report["model_flops_per_chip_step"] < 1.15)
