@@ -83,7 +83,7 @@ def check_workers(config, device):
 def _supervise(function, count, environment, *args):
     # a process that has imported PyTorch, and nothing else, forks them: the import costs each of them seconds
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     processes = [context.Process(target=_child, args=(environment, function, local_rank, *args)) for local_rank in range(count)]
     preemption.let_others_end_it()
     # a worker is born with these held back, until it listens, and so is that process. The tracker first: its start would let them
