@@ -298,7 +298,8 @@ def totals_text(summary):
              "est. ms: the compiler's own estimate, without the all-reduce; hours: the slower of device and host, without checkpoints, compiles and waiting"]
     elsewhere = [Path(report["config"]).stem for report in reports if report["compiles"] and not report["test_dataset"]]
     if elsewhere:
-        lines.append(f"evaluations as of Sudoku-Extreme's test split, where the dataset is not on this machine: {', '.join(elsewhere)}")
+        which = "all of them" if len(elsewhere) == len(reports) else ", ".join(elsewhere)
+        lines.append(f"evaluations as of Sudoku-Extreme's test split, where the dataset is not on this machine: {which}")
     return "\n".join(lines)
 
 

@@ -290,10 +290,12 @@ class CompileTest(ReportTest):
         both = json.loads((self.folder / "both.json").read_text())
         self.assertEqual([report["compiles"] for report in both["reports"]], [False, True])
         self.assertRegex(output, r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM.*: set model.activation_checkpointing=true")
+        self.assertTrue(output.endswith("evaluations as of Sudoku-Extreme's test split, where the dataset is not on this machine: small\n"), output)
         self.assertEqual((both["judged"], both["estimated_hours"]), (1, both["reports"][1]["estimated_hours"]))
 
         status, output = self.report("--config", small, "--accelerator", "v4-8", "--json", self.folder / "small.json")
         self.assertEqual(status, 0, output)
+        self.assertIn("100 to train on (assumed: 9x9, data.expected_puzzles), 422,786 to test on (assumed: Sudoku-Extreme's)", output)
         reports = [json.loads((self.folder / "small.json").read_text()), both["reports"][1]]
         for key in ("estimated_ms_per_step", "estimated_mfu", "hbm_bytes", "flops_per_chip_step", "all_reduce_bytes", "where"):
             self.assertEqual(reports[0][key], reports[1][key], key)
