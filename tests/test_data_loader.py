@@ -222,8 +222,8 @@ class Damage(LoaderTest):
 
     def test_no_split(self):
         self.user_error(lambda: SudokuDatasetTPU(self.folder / "data", "test"), "data.dataset_path", str(self.folder / "data"),
-                        "no test split (it has train)", f"build_sudoku_dataset.py --output_dir {self.folder / 'data'}")
-        self.user_error(lambda: SudokuDatasetTPU(self.folder / "absent", "train"), str(self.folder / "absent"), "no train split:")
+                        f"no test split (it has train) in {(self.folder / 'data').resolve()}: ", "the `# dataset:` command")
+        self.user_error(lambda: SudokuDatasetTPU(self.folder / "absent", "train"), str(self.folder / "absent"), "no train split in ")
 
     def refused(self, *says):
         with self.subTest(says):
