@@ -13,7 +13,7 @@ if [ $# -gt 0 ]; then exec "$PYTHON" -m unittest "$@"; fi
 # the whole suite: a process for each module, a few at once, the longest first
 longest=(test_xla test_workers test_faults test_tpu_report test_preemption test_sweep test_commands)
 modules=(tests/test_*.py)
-jobs=$(nproc)
+jobs=$(($(nproc) + 1))      # much of a test's time is waiting
 failed=$(mktemp)
 trap 'rm -f "$failed"' EXIT
 export PYTHON failed
