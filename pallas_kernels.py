@@ -290,13 +290,13 @@ def fault(model, device, training_batch, evaluation_batch):
     generator, off = torch.Generator().manual_seed(0), {}
     for axis, swiglu in swiglus(layer):
         for batch, backward in cases if in_kernel(model, axis, swiglu) else ():
-            x, probe = (device.put(torch.randn(batch, model.length, model.config.hidden_size, generator=generator).bfloat16()) for _ in range(2))
+            x, *probe = (device.put(torch.randn(batch, model.length, model.config.hidden_size, generator=generator).bfloat16()) for _ in range(1 + backward))
             results = []
             for swiglu.in_kernel in (False, True):
                 with torch.set_grad_enabled(backward):
                     x = x.detach().requires_grad_(backward)
                     out = swiglu(x, swiglu.weights(), axis)
-                    results.append([out, *(torch.autograd.grad(out, (x, *swiglu.parameters()), probe) if backward else ())])
+                    results.append([out, *(torch.autograd.grad(out, (x, *swiglu.parameters()), *probe) if backward else ())])
             off[f"mixing along axis {axis}{', backward' * backward}, {batch} examples"] = torch.stack(
                 [(ours.float() - plain.float()).norm() / plain.float().norm() for plain, ours in zip(*results)]).detach()
     device.end_step()

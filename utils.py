@@ -253,6 +253,9 @@ def _unknown_key(key, source, schema):
     return UserError(f"{source}: {key}: there is no such key{hint}")
 
 
+OTHER_NAMES = {"gpu": "cuda"}       # of values: what is meant by them
+
+
 def _convert(key, value, source, kind, rule):
     """Check one value against its type and rule and return it in that type."""
     def fail(text):
@@ -273,7 +276,7 @@ def _convert(key, value, source, kind, rule):
         fail("must be a finite number")
     value = kind(value)
     if "choices" in rule and value not in rule["choices"]:
-        near = ["cuda"] if value == "gpu" else difflib.get_close_matches(value, rule["choices"], 1)
+        near = difflib.get_close_matches(OTHER_NAMES.get(value, value), rule["choices"], 1)
         fail(f"must be one of {', '.join(rule['choices'])}" + (f"; did you mean {near[0]}?" if near else ""))
     for name, sign, holds in (("gt", ">", lambda a, b: a > b), ("ge", ">=", lambda a, b: a >= b),
                               ("lt", "<", lambda a, b: a < b), ("le", "<=", lambda a, b: a <= b)):

@@ -12,6 +12,16 @@ from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 _XLAC = torch_xla._XLAC
 
 
+def places(tensors):
+    """{what torch_xla knows a tensor by: its place among `tensors`}."""
+    return {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
+
+
+def changed_places(tensors):
+    """[place] of those that are still to be computed: what was in these places before is done with."""
+    return [place for place, pending in enumerate(_XLAC._check_tensor_need_materialization(tensors)) if pending]
+
+
 class XLAProgram:
     """function(batch), traced at its first call.
 
@@ -41,16 +51,15 @@ class XLAProgram:
         """Trace and compile; returns the program's arguments at this call."""
         given = self.state() + list(batch.values())
         torch_xla.sync(wait=True)           # what is pending would become part of the program
-        places = {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(given)}
+        known = places(given)
         with torch.enable_grad():
             self.function(batch)
         state = self.state()
-        pending = _XLAC._check_tensor_need_materialization(state)
-        self.changed = [place for place, is_pending in enumerate(pending) if is_pending]
+        self.changed = changed_places(state)
         outputs = [state[place] for place in self.changed]
         ids, arguments = _XLAC._get_tensors_xla_device_data_node(outputs)
         # an argument that is neither state nor batch is a number of the function's own, which torch_xla keeps on the device
-        self.arguments = [(places.get(tensor_id), None if tensor_id in places else value) for tensor_id, value in zip(ids, arguments)]
+        self.arguments = [(known.get(tensor_id), None if tensor_id in known else value) for tensor_id, value in zip(ids, arguments)]
         with alias_with_buffer_donor_config():     # a changed tensor's memory goes to its successor
             for (place, _), value in zip(self.arguments, arguments):
                 if place in self.changed:

@@ -31,7 +31,6 @@ from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements-tpu.txt"
-ASSUMED_TEST = "assumed: Sudoku-Extreme's"
 MONTH_HOURS = 30 * 24           # a TPU Research Cloud grant
 GIB = 2**30
 PR_SET_PDEATHSIG = 1            # of Linux's prctl
@@ -342,7 +341,9 @@ def full_text(report):
     say("evaluation, estimated", f"{r['evaluation_ms_per_step']:.2f} ms a step")
     say("host", f"{r['host_ms_per_step']:.1f} ms a step of one core ({r['host_ms_range'][0]:.1f} to {r['host_ms_range'][1]:.1f}), measured on this machine: "
         "batch, and start of the program that was traced at the first step")
-    say("puzzles", f"{r['num_puzzles']:,} to train on ({r['dataset']}), {r['split_sizes']['test']:,} to test on ({r['test_dataset'] or ASSUMED_TEST})")
+    assumed = "assumed: Sudoku-Extreme's"
+    say("puzzles", f"{r['num_puzzles']:,} to train on ({r['dataset']}), {r['split_sizes']['test']:,} to test on "
+        f"({r['test_dataset'] or assumed})")
     say("run", f"{r['total_steps']:,} steps, {r['training_hours']:.2f} h (bound by the {r['bound_by']}); {r['evaluations']} evaluations, "
         f"{r['evaluation_hours']:.2f} h, of which the final one {r['final_evaluation_hours']:.2f} h")
     say("altogether", f"{r['estimated_hours']:.2f} h, {r['chip_hours']:,.0f} chip-hours: {r['share_of_month']:.2%} of the {MONTH_HOURS * r['chips']:,} "

@@ -30,6 +30,7 @@ import trm_model
 import utils
 from device import Device, tree_map
 from utils import UserError
+from xla_program import changed_places, places
 
 SUDOKU_EXTREME_TEST_PUZZLES = 422_786
 WARMUP_STEPS, TIMED_STEPS, TIMED_EXAMPLES = 3, 15, 8
@@ -112,17 +113,12 @@ def become_placeholder(tensor):
     torch.utils.swap_tensors(tensor, new)       # the optimizer and the average know this very tensor
 
 
-def places(tensors):
-    """{what torch_xla knows a tensor by: its place}."""
-    return {torch_xla._XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
-
-
 def pending_program(tensors, places_before):
     """The program that computes what is pending of `tensors`: its HLO protobuf; the FLOPs of its products; and the arguments whose
     memory results may take: what was in the places that now have another tensor (as XLAProgram gives it away)."""
     xla = torch_xla._XLAC
-    changed = {place for place, pending in enumerate(xla._check_tensor_need_materialization(tensors)) if pending}
-    outputs = [tensors[place] for place in sorted(changed)]
+    changed = changed_places(tensors)
+    outputs = [tensors[place] for place in changed]
     arguments, _ = xla._get_tensors_xla_device_data_node(outputs)
     return {"hlo": xla._get_xla_tensors_hlo_proto(outputs), "flops": tpu_hlo.product_flops(xla._get_xla_tensors_hlo(outputs)),
             "donated": [k for k, tensor_id in enumerate(arguments) if places_before.get(tensor_id) in changed]}

@@ -254,7 +254,7 @@ class Mistakes(ConfigTest):
         for key, value, all_of_them, near in [
                 ("model.pos_encodings", "ropes", "none, learned, rope", "rope"), ("model.pos_encodings", "alibi", "none, learned, rope", None),
                 ("training.optimizer", "adam_atan", "adam_atan2, adamw", "adam_atan2"), ("device", "cdua", "auto, tpu, xla_cpu, cuda, cpu", "cuda"),
-                ("device", "gpu", "auto, tpu, xla_cpu, cuda, cpu", "cuda"),
+                ("device", "gpu", "auto, tpu, xla_cpu, cuda, cpu", "cuda"), ("evaluation.split", "gpu", "test, val", None),
                 ("model.forward_dtype", "float16", "bfloat16, float32", "bfloat16"), ("evaluation.split", "tests", "test, val", "test")]:
             with self.subTest(f"{key}={value}"):
                 message = self.user_error(lambda: self.load("", f"{key}={value}"), f"command line: {key} = {value!r}: must be one of {all_of_them}")

@@ -107,14 +107,19 @@ class OneWorker(PreemptionTest):
 
     def test_interrupted_twice(self):
         """The second time it does not wait for the step."""
-        process = self.begin("twice", {"train_step": 3600})
-        self.arrived(process, "train_step", 1)
+        hold = self.folder / "hold.17"
+        hold.touch()
+        process = self.begin("twice", {"train_step": str(hold.with_suffix(""))})
+        self.arrived(process, "train_step", 17)
         process.send_signal(signal.SIGINT)
         while "interrupted: it saves" not in (line := process.stdout.readline()):
             self.assertTrue(line, "it ended too soon")
+        time.sleep(0.5)     # no finger is so fast that the main thread has not noted the first
         process.send_signal(signal.SIGINT)
         self.assertIn("interrupted\n", self.ends(process, 130))
-        self.assertIsNone(self.newest("twice"))
+        self.assertEqual(self.newest("twice"), 14)
+        hold.unlink()
+        self.goes_on_as_unbroken("twice")
 
     def test_interrupted_with_nothing_to_save(self):
         """As before the training begins, or in an evaluation of its own. A background job, which is told to ignore Ctrl-C, does so."""

@@ -122,7 +122,7 @@ class CommandLineTest(ReportTest):
     def test_mistakes_end_with_status_2(self):
         path = write_config(self.folder / "a.yaml", SMALL)
         for args, says in ((("--accelerator", "v4-64"), "--config"), (("--config", path, "--accelerator", "v5e-8"), "v4-128"),
-                           (("--config", path, "--minutes", "0"), "must be > 0"), (("--config", path, "--json", self.folder), "--json"),
+                           (("--config", path, "--minutes", "0"), "must be > 0"), (("--config", path, "--json", self.folder), "(is a folder)"),
                            (("--config", path, "--json", "/proc/a.json"), "no file can be written there"),
                            (("--config", path, "--keep", path), "no file can be written there")):
             status, output = self.report(*args)
@@ -268,7 +268,6 @@ class TraceTest(XLATest):
         self.assertEqual(len(re.findall(r" all-reduce\(", trained)), 1)
         traced_device.end_step()
         # another run of theirs, replayed: what it gives away
-        device.world_size = 8
         again = train_tpu.Run(config, device, dataset)
         step = train_tpu.replayed_step(again, trm_model.act_step)
         step(device.put(train_tpu.host_batch(again, run.loader.batch(0))))
