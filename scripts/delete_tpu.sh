@@ -16,15 +16,17 @@ settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environme
 TEXT
 }
 
+# shellcheck source=scripts/arguments.sh
+. "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 CONFIG='' DRY_RUN='' yes='' OVERRIDES=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --config) CONFIG=$(realpath "${2:?--config needs a file}"); shift ;;
+        --config) need_value "$@"; one_config "$2"; shift ;;
         --yes) yes=yes ;;
         --dry_run) DRY_RUN=yes ;;
         --help|-h) usage; exit 0 ;;
         *=*) OVERRIDES+=("$1") ;;
-        *) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
+        *) mistake "unknown argument $1; see --help" ;;
     esac
     shift
 done
@@ -37,7 +39,9 @@ if [ -n "$DRY_RUN" ]; then
     delete_slice
     exit
 fi
-states="$(state_of queued-resources) $(state_of tpu-vm)"
+look_at_queue
+describe tpu-vm 'value(state)'
+states="$QUEUED $ANSWER"
 case "$states" in
     *NO_ANSWER*) fail 1 "gcloud gives no answer about $TPU_NAME: nothing is deleted" ;;
     "GONE GONE") say "$TPU_NAME is not there: nothing to delete"; exit ;;

@@ -18,15 +18,17 @@ settings: tpu.bucket in the configuration, or the environment variable TPU_BUCKE
 TEXT
 }
 
+# shellcheck source=scripts/arguments.sh
+. "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 CONFIG='' DRY_RUN='' to='' exclude='(.*/)?checkpoints/.*,(.*/)?run\.lock' runs=() OVERRIDES=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --checkpoints) exclude='(.*/)?run\.lock' ;;
-        --to) to=$(realpath --canonicalize-missing "${2:?--to needs a folder}"); shift ;;
-        --config) CONFIG=$(realpath "${2:?--config needs a file}"); shift ;;
+        --to) need_value "$@"; to=$(realpath --canonicalize-missing "$2"); shift ;;
+        --config) need_value "$@"; one_config "$2"; shift ;;
         --dry_run) DRY_RUN=yes ;;
         --help|-h) usage; exit 0 ;;
-        -*) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
+        -*) mistake "unknown argument $1; see --help" ;;
         *=*) OVERRIDES+=("$1") ;;
         *) runs+=("$1") ;;
     esac
@@ -40,13 +42,13 @@ need_gcloud
 case "$OUTPUT_DIR" in gs://*) ;; *) fail 2 "logging.output_dir = $OUTPUT_DIR: is not in a bucket: set it to gs://..., or to a relative path and tpu.bucket" ;; esac
 
 fetch() {     # URL FOLDER
-    if ! execute gcloud storage ls "$1/" >/dev/null 2>"$SCRATCH/ls"; then
-        if grep -q "matched no objects" "$SCRATCH/ls"; then fail 2 "$1: there is nothing in the bucket: see what is there by gcloud storage ls $OUTPUT_DIR/"; fi
+    if ! call_gcloud "$ANSWER_SECONDS" storage ls "$1/" >/dev/null 2>"$SCRATCH/ls"; then
+        if grep -qE "matched no objects|not found: 404" "$SCRATCH/ls"; then fail 2 "$1: there is nothing in the bucket: see what is there by gcloud storage ls $OUTPUT_DIR/"; fi
         cat "$SCRATCH/ls" >&2
         fail 1 "$1: gcloud storage does not say what is there"
     fi
     execute mkdir -p "$2"
-    execute gcloud storage rsync --recursive "--exclude=$exclude" "$1" "$2"
+    call_gcloud 0 storage rsync --recursive "--exclude=$exclude" "$1" "$2"
     say "$1: in $2"
 }
 if [ ${#runs[@]} = 0 ]; then fetch "$OUTPUT_DIR" "$to"; fi

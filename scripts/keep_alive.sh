@@ -7,55 +7,60 @@ usage() {
 usage: bash scripts/keep_alive.sh CONFIG [section.key=value ...] [options] [-- FLAGS]
 
 Makes the slice ready (scripts/setup_tpu.sh), starts the run (scripts/launch_experiment.sh) and watches it. Where the slice has been
-preempted, is gone, or is READY and its hosts do not answer three times in a row, it is deleted and asked for again, and the run
-goes on from its last checkpoint; a run that failed is started again, after a wait that doubles with each failure, from one
---poll to ten, and is short again once a run was up for ten looks. Not started again: one that ended by its user's mistake
-(status 2), or by `launch_experiment.sh stop`. The code is the commit that HEAD names now, whatever happens to it later. May be
-stopped (Ctrl-C) and started again at any time: the run does not notice. Best run in tmux, or on a small VM.
+preempted or is gone, it is asked for again, and the run goes on from its last checkpoint; a maintenance is waited for; a run that
+failed is started again, after a wait that doubles with each failure, from one --poll to ten, and is short again once a run was up for
+ten looks. Not started again: one that ended by its user's mistake (status 2), or by `launch_experiment.sh stop`. What waiting does
+not mend (quota, permission, login) ends this at once, and leaves the run alone. So does a slice that Google calls healthy and whose
+hosts do not answer ten looks in a row: it is not deleted. The code is the commit that HEAD names now, whatever happens to it later.
+May be stopped (Ctrl-C) and started again at any time: the run does not notice. Best run in tmux, or on a small VM.
 
   --run_name NAME     folder under logging.output_dir (default: the configuration's name)
-  --spot, --queued    as for scripts/setup_tpu.sh
+  --spot, --queued, --autocheckpoint, --internal_ips, --replace_silent
+                      as for scripts/setup_tpu.sh
+  --delete_when_done  delete the slice once the run is finished (default: say how)
   --max_hours H       give up after so long (default 720)
-  --max_attempts N    start it so many times (default 100); waiting for room does not count
+  --max_attempts N    start it so many times (default 100); waiting for room does not count, a queued resource that FAILED does
   --poll SECONDS      between two looks (default 60)
   --log_dir FOLDER    every attempt is written to FOLDER/RUN.log (default: runs/keep_alive)
   --dry_run           print the commands of one attempt, execute none
   -- FLAGS            more flags for train_tpu.py
 
-exit status: 0 the run is finished; 2 a mistake of the user; 1 hours or attempts are spent; 143 the run was stopped by its user
+exit status: 0 the run is finished; 2 a mistake that waiting does not mend; 1 hours or attempts are spent, or a healthy slice does not
+answer; 143 the run was stopped by its user
 
 settings: tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
-TPU_NAME, TPU_BUCKET
+TPU_NAME, TPU_BUCKET; others as for scripts/setup_tpu.sh
 TEXT
 }
 
-CONFIG='' RUN_NAME='' DRY_RUN='' max_hours=720 max_attempts=100 poll=60 log_dir='' slice_flags=() OVERRIDES=() flags=()
+# shellcheck source=scripts/arguments.sh
+. "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+CONFIG='' RUN_NAME='' DRY_RUN='' delete_when_done='' max_hours=720 max_attempts=100 poll=60 log_dir='' slice_flags=() OVERRIDES=() flags=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --run_name) RUN_NAME=${2:?--run_name needs a name}; shift ;;
-        --spot|--queued) slice_flags+=("$1") ;;
-        --max_hours) max_hours=${2:?--max_hours needs a number}; shift ;;
-        --max_attempts) max_attempts=${2:?--max_attempts needs a number}; shift ;;
-        --poll) poll=${2:?--poll needs seconds}; shift ;;
-        --log_dir) log_dir=$(realpath --canonicalize-missing "${2:?--log_dir needs a folder}"); shift ;;
+        --run_name) need_value "$@"; RUN_NAME=$2; shift ;;
+        --spot|--queued|--autocheckpoint|--internal_ips|--replace_silent) slice_flags+=("$1") ;;
+        --delete_when_done) delete_when_done=yes ;;
+        --max_hours) need_number "$@"; max_hours=$2; shift ;;
+        --max_attempts) need_number "$@"; max_attempts=$2; shift ;;
+        --poll) need_number "$@"; poll=$2; shift ;;
+        --log_dir) need_value "$@"; log_dir=$(realpath --canonicalize-missing "$2"); shift ;;
         --dry_run) DRY_RUN=--dry_run ;;
         --help|-h) usage; exit 0 ;;
         --) flags=("$@"); break ;;
-        -*) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
+        -*) mistake "unknown argument $1; see --help" ;;
         *=*) OVERRIDES+=("$1") ;;
-        *) if [ -n "$CONFIG" ]; then echo "error: $1: one configuration at a time, after $CONFIG" >&2; exit 2; fi
-           CONFIG=$1 ;;
+        *) one_config "$1" ;;
     esac
     shift
 done
-if [ -z "$CONFIG" ]; then echo "error: which configuration? see --help" >&2; exit 2; fi
-CONFIG=$(realpath "$CONFIG")
+if [ -z "$CONFIG" ]; then mistake "which configuration? see --help"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/tpu.sh
 CONFIG=$(in_repository "$CONFIG")
 : "${RUN_NAME:=$(basename "${CONFIG%.*}")}" "${log_dir:=runs/keep_alive}"
 choose_code
-case "$COMMIT" in *-dirty) fail 2 "there are uncommitted changes (git status): commit them, a run of days must have its code's name" ;; esac
+case "$COMMIT" in *-dirty) refuse_uncommitted "commit them, a run of days must have its code's name" ;; esac
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
 need_gcloud
 
@@ -74,6 +79,20 @@ end=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", now + 
 attempts=0 silent=0 before='' seen=''       # seen: it was up since this began: how it ended earlier is no answer
 failures=0 up=0 waited=''                   # failures: in a row; up: looks at which the present attempt ran; waited: after this attempt's failure
 
+fail() { local status=$1; shift; note "$*" >/dev/null; echo "error: $*" >&2; exit "$status"; }     # in the log, too
+
+# ended STATUS WHY: the end of this script, not always of the run; what is left behind is said
+ended() {
+    note "$2"
+    if [ -n "$delete_when_done" ] && [ "$1" = 0 ]; then
+        delete_slice
+        note "$TPU_NAME is deleted"
+    else
+        note "the slice $TPU_NAME, where it is there, uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"
+    fi
+    exit "$1"
+}
+
 # a run that crashes at once is not to be started again and again without a pause; one that was up for a while is no such run
 back_off() {
     local wait
@@ -84,35 +103,47 @@ back_off() {
     sleep "$wait"
 }
 
+# worth_an_attempt: whether setup_tpu.sh is to look after a slice whose hosts are silent; ends where only a person can tell
+worth_an_attempt() {
+    case "$SILENT" in
+        ''|UNHEALTHY_MAINTENANCE) return 1 ;;           # gcloud itself does not answer; the slice comes back by itself
+        TIMEOUT) [ "$silent" -ge 3 ]; return ;;         # setup_tpu.sh waits, and deletes it if it stays silent
+    esac
+    if [ "$silent" -lt 10 ]; then return 1; fi
+    case " ${slice_flags[*]} " in *" --replace_silent "*) return 0 ;; esac
+    note "look by: $(how_to_look)"
+    ended 1 "$TPU_NAME is READY and $SILENT, and its hosts have not answered ten times: nothing is deleted, and the run may be well. --replace_silent deletes such a slice and asks for another"
+}
+
 note "commit $COMMIT, slice $TPU_NAME, at most $max_attempts attempts and $max_hours hours"
 while :; do
     look_at_run
     if [ "$RUN_STATE $RUN_WHY" != "$before" ]; then note "$RUN_STATE ($RUN_WHY)"; fi
     before="$RUN_STATE $RUN_WHY"
-    case "$RUN_STATE $RUN_WHY" in *"do not answer"*) silent=$((silent + 1)) ;; *) silent=0 ;; esac
+    if [ -n "$SILENT" ] && [ "$RUN_STATE" = unknown ]; then silent=$((silent + 1)); else silent=0; fi
     case "$RUN_STATE $RUN_WHY" in
-        finished*) exit 0 ;;
+        finished*) ended 0 "finished" ;;
         running*) seen=yes up=$((up + 1)) ;;
-        "failed "*"status 2"*) if [ -n "$seen" ]; then note "a mistake that another attempt would not mend: see bash scripts/launch_experiment.sh logs $RUN_NAME"; exit 2; fi ;;
-        *"hosts: "*stopped*) if [ -n "$seen" ]; then note "stopped by its user: not started again"; exit 143; fi ;;
+        "failed "*"status 2"*)
+            if [ -n "$seen" ]; then ended 2 "a mistake that another attempt would not mend: see bash scripts/launch_experiment.sh logs $RUN_NAME"; fi ;;
+        stopped*) if [ -n "$seen" ]; then ended 143 "stopped by its user: not started again"; fi ;;
     esac
-    if [ "$(date +%s)" -ge "$end" ]; then note "the $max_hours hours are spent; run and slice are left as they are"; exit 1; fi
-    if [ "$RUN_STATE" = running ] || [ "$RUN_STATE" = unknown ] || { [ "$silent" -gt 0 ] && [ "$silent" -lt 3 ]; }; then
-        sleep "$poll"
-        continue
-    fi
-    if [ "$attempts" -ge "$max_attempts" ]; then note "the $max_attempts attempts are spent; the slice is left as it is"; exit 1; fi
+    if [ "$(date +%s)" -ge "$end" ]; then ended 1 "the $max_hours hours are spent; run and slice are left as they are"; fi
+    if [ "$RUN_STATE" = running ]; then sleep "$poll"; continue; fi
+    if [ "$RUN_STATE" = unknown ] && ! worth_an_attempt; then sleep "$poll"; continue; fi
+    if [ "$attempts" -ge "$max_attempts" ]; then ended 1 "the $max_attempts attempts are spent; the slice is left as it is"; fi
     if [ "$RUN_STATE" = failed ] && [ -n "$seen" ] && [ "$waited" != "$attempts" ]; then back_off; continue; fi
-    attempts=$((attempts + 1)) status=0
+    attempts=$((attempts + 1)) status=0 silent=0
     left=$(awk -v now="$(date +%s)" -v end="$end" 'BEGIN {printf "%.4f", (end - now) / 3600}')
     note "attempt $attempts"
-    setup "$left" || status=$?
-    if [ "$status" = 0 ]; then launch || status=$?; fi
+    setup "$left" 2>&1 | tee "$SCRATCH/attempt" || status=$?
+    if [ "$status" = 0 ]; then launch 2>&1 | tee "$SCRATCH/attempt" || status=$?; fi
+    why=$(grep '^error: ' "$SCRATCH/attempt" | tail -n 1 | cut -c8-) || true
     case "$status" in
         0) note "attempt $attempts: started"; seen=yes ;;
         2) look_at_run      # it may have been started from elsewhere meanwhile
-           if [ "$RUN_STATE" != running ]; then note "attempt $attempts: a mistake, not tried again"; exit 2; fi ;;
-        3) note "attempt $attempts: no room for the slice; it is asked for again"; attempts=$((attempts - 1)); sleep "$poll" ;;
-        *) note "attempt $attempts: did not start (status $status)"; back_off ;;
+           if [ "$RUN_STATE" != running ]; then ended 2 "attempt $attempts: not tried again: $why"; fi ;;
+        3) note "attempt $attempts: no room for the slice; it is asked for again ($why)"; attempts=$((attempts - 1)); sleep "$poll" ;;
+        *) note "attempt $attempts: did not start (status $status: $why)"; back_off ;;
     esac
 done

@@ -7,44 +7,56 @@ usage() {
 usage: bash scripts/setup_tpu.sh [CONFIG] [section.key=value ...] [options]
 
 Asks for the slice of the configuration (default: configs/base_sudoku_tpu.yaml), waits until it is there, installs the pinned
-environment on all of its hosts (5 minutes the first time), and checks that every host sees its chips and that an all-reduce over
-all of them is right. Does only what is missing. A slice that is dead (preempted, terminated, failed, or READY without an answer
-from its hosts) is deleted first, as it cannot be asked for again before.
+environment on all of its hosts, and checks that every host sees its chips and that an all-reduce over all of them is right. Does
+only what is missing. A slice that Google calls PREEMPTED or TERMINATED, one in health TIMEOUT for minutes whose hosts do not answer,
+and a queued resource that is FAILED or SUSPENDED are deleted first, as they cannot be asked for again before. Nothing else is ever
+deleted.
 
-  --spot            a spot slice: may be preempted at any time
-  --queued          ask by a queued resource: waits in Google's queue until there is room
-  --max_hours H     wait so long for the slice (default 24)
-  --poll SECONDS    between two looks at it (default 30)
-  --commit SHA      use the code of this commit (default: the working tree)
-  --dry_run         print the commands, as for a slice that is not there yet; execute none
+  --spot             a spot slice: may be preempted at any time
+  --queued           ask by a queued resource: waits in Google's queue until there is room
+  --autocheckpoint   have Google send SIGTERM before a maintenance, up to 5 minutes ahead (by gcloud alpha)
+  --internal_ips     hosts without external addresses, where an organisation forbids them; they need Cloud NAT to install packages
+  --replace_silent   delete a slice, too, that Google calls healthy and whose hosts do not answer over ssh for 5 minutes
+  --max_hours H      wait so long for the slice (default 24)
+  --poll SECONDS     between two looks at it (default 30)
+  --commit SHA       use the code of this commit (default: the working tree)
+  --diagnose         collect what tells about the slice into one file here: versions, devices, environment, an all-reduce, a training
+                     step; installs the environment first, and needs the slice to be READY
+  --dry_run          print the commands, as for a slice that is not there yet; execute none
 
-exit status: 0 the slice is ready; 2 a mistake in the settings; 3 no room for the slice now; 1 anything else
+exit status: 0 the slice is ready; 2 a mistake that waiting does not mend: settings, quota, permission, login; 3 no room for the slice
+now; 1 anything else
 
-settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME.
-PIP_INDEX_URL and PIP_EXTRA_INDEX_URL are handed to pip on the hosts: with PyTorch's own index of CPU wheels they install torch
-without 4 GB of CUDA libraries, which the wheel of the default index cannot be imported without.
-TRM_ANSWER_SECONDS: wait so long for a host (120).
+settings: tpu.project, tpu.zone, tpu.name, tpu.accelerator_type in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
+TPU_NAME. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp, as --internal-ip or --tunnel-through-iap.
+PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and UV_PYTHON_INSTALL_MIRROR are handed to the hosts: where packages and Python come from.
+TRM_ANSWER_SECONDS: wait so long for gcloud or a host (120); TRM_CONTACT_SECONDS: for the first contact, and before a slice in health
+TIMEOUT is given up (300); TRM_REASON_SECONDS: between two times that Google's reason for waiting is shown (1800).
 TEXT
 }
 
-CONFIG='' DRY_RUN='' queued='' commit='' max_hours=24 poll=30 spot=() OVERRIDES=()
+# shellcheck source=scripts/arguments.sh
+. "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
+CONFIG='' DRY_RUN='' queued='' commit='' diagnose='' replace_silent='' max_hours=24 poll=30 create_flags=() track=() OVERRIDES=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --spot) spot=(--spot) ;;
+        --spot) create_flags+=(--spot) ;;
         --queued) queued=yes ;;
-        --max_hours) max_hours=${2:?--max_hours needs a number}; shift ;;
-        --poll) poll=${2:?--poll needs seconds}; shift ;;
-        --commit) commit=${2:?--commit needs a commit}; shift ;;
+        --autocheckpoint) create_flags+=(--autocheckpoint-enabled) track=(alpha) ;;
+        --internal_ips) create_flags+=(--internal-ips) ;;
+        --replace_silent) replace_silent=yes ;;
+        --max_hours) need_number "$@"; max_hours=$2; shift ;;
+        --poll) need_number "$@"; poll=$2; shift ;;
+        --commit) need_value "$@"; commit=$2; shift ;;
+        --diagnose) diagnose=yes ;;
         --dry_run) DRY_RUN=yes ;;
         --help|-h) usage; exit 0 ;;
-        -*) echo "error: unknown argument $1; see --help" >&2; exit 2 ;;
+        -*) mistake "unknown argument $1; see --help" ;;
         *=*) OVERRIDES+=("$1") ;;
-        *) if [ -n "$CONFIG" ]; then echo "error: $1: one configuration at a time, after $CONFIG" >&2; exit 2; fi
-           CONFIG=$1 ;;
+        *) one_config "$1" ;;
     esac
     shift
 done
-[ -z "$CONFIG" ] || CONFIG=$(realpath "$CONFIG")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/tpu.sh
 CONFIG=$(in_repository "${CONFIG:-configs/base_sudoku_tpu.yaml}")
@@ -55,77 +67,111 @@ deadline=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", n
 
 ask_for_slice() {
     local status=0 ticks
-    say "asking for $TPU_NAME: $TPU_ACCELERATOR in $TPU_ZONE${spot[*]:+, spot}${queued:+, queued}"
+    say "asking for $TPU_NAME: $TPU_ACCELERATOR in $TPU_ZONE${create_flags[*]:+, ${create_flags[*]#--}}${queued:+, queued}"
     if [ -n "$queued" ]; then
-        execute gcloud compute tpus queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME" "${LOCATION[@]}" \
-            "--accelerator-type=$TPU_ACCELERATOR" "--runtime-version=$TPU_RUNTIME" "${spot[@]}" 2>&1 | tee "$SCRATCH/create" || status=1
+        call_gcloud 0 "${track[@]}" compute tpus queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME" "${LOCATION[@]}" \
+            "--accelerator-type=$TPU_ACCELERATOR" "--runtime-version=$TPU_RUNTIME" "${create_flags[@]}" >"$SCRATCH/create" 2>&1 || status=1
     else
         while sleep "$poll" >/dev/null 2>&1 3>&-; do say "$TPU_NAME: being made"; done & ticks=$!
-        execute gcloud compute tpus tpu-vm create "$TPU_NAME" "${LOCATION[@]}" \
-            "--accelerator-type=$TPU_ACCELERATOR" "--version=$TPU_RUNTIME" "${spot[@]}" 2>&1 | tee "$SCRATCH/create" || status=1
+        call_gcloud 0 "${track[@]}" compute tpus tpu-vm create "$TPU_NAME" "${LOCATION[@]}" \
+            "--accelerator-type=$TPU_ACCELERATOR" "--version=$TPU_RUNTIME" "${create_flags[@]}" >"$SCRATCH/create" 2>&1 || status=1
         kill "$ticks"
         wait "$ticks" 2>/dev/null || true
     fi
     if [ "$status" = 0 ]; then return; fi
-    if grep -qiE 'no more capacity|not enough resources|RESOURCE_EXHAUSTED|stockout' "$SCRATCH/create"; then
-        fail 3 "there is no room for $TPU_NAME now: try again later, or wait in the queue by --queued"
-    fi
+    if grep -q 'ALREADY_EXISTS' "$SCRATCH/create"; then say "$TPU_NAME: somebody has asked for it meanwhile"; return; fi
+    stop_if_final "$SCRATCH/create"
+    cat "$SCRATCH/create" >&2
+    if [ "$VERDICT" = room ]; then fail 3 "there is no room for $TPU_NAME now: $WHY. Try again later, or wait in the queue by --queued"; fi
     fail 1 "$TPU_NAME could not be made: gcloud's message is above"
 }
 
+# hosts_answer: whether they do within $CONTACT_SECONDS; Google brings a new ssh key to the hosts in the first contact
 hosts_answer() {
-    local try
-    for try in 1 2 3; do
-        if add_ssh_key && ask_hosts all true; then return; fi
-        say "$TPU_NAME: not all hosts answer (try $try of 3)"
+    local end=$((SECONDS + CONTACT_SECONDS))
+    say "$TPU_NAME is $NODE: reaching its $TPU_HOSTS host(s) over ssh, which may take minutes the first time"
+    while [ "$SECONDS" -lt "$end" ]; do
+        if ask_hosts "$((end - SECONDS))" all true; then return; fi
+        say "$TPU_NAME: not all hosts answer yet"
         sleep "$poll"
     done
     return 1
 }
 
-# ----- the slice -----
-asked=
-while :; do
-    if [ -n "$DRY_RUN" ]; then
-        state_of queued-resources >/dev/null
-        state_of tpu-vm >/dev/null
-        ask_for_slice
-        break
-    fi
-    states="$(state_of queued-resources) $(state_of tpu-vm)"
-    dead=
-    case "$states" in
-        *NO_ANSWER*) say "gcloud gives no answer about $TPU_NAME" ;;
-        "GONE GONE") if [ -n "$asked" ]; then fail 1 "$TPU_NAME went away while it was waited for"; fi
-                     ask_for_slice; asked=yes; continue ;;
-        *" READY") if hosts_answer; then break; fi
-                   if [ -n "$asked" ]; then fail 1 "$TPU_NAME is READY, and its hosts do not answer ssh: gcloud compute tpus tpu-vm ssh $TPU_NAME ${LOCATION[*]}"; fi
-                   dead="READY, but its hosts do not answer" ;;
-        FAILED*|SUSPENDED*|"ACTIVE GONE"|*" PREEMPTED"|*" TERMINATED"|*" STOPPED"|*" HIDDEN"|*" UNKNOWN") dead=$states ;;
-        *) say "$TPU_NAME: $states, waiting" ;;
-    esac
-    if [ -n "$dead" ]; then
-        if [ -n "$asked" ]; then fail 3 "$TPU_NAME is $dead before it could be used"; fi
-        say "$TPU_NAME is dead ($dead): deleting it"
-        delete_slice
-        continue
-    fi
-    [ "$(date +%s)" -lt "$deadline" ] || fail 3 "$TPU_NAME is not there after $max_hours hours ($states): it stays asked for; bash scripts/delete_tpu.sh takes that back"
+# wait_more WHY: until the next look, or to the end of the time
+wait_more() {
+    if [ "$1" != "$said" ]; then say "$TPU_NAME: $1, waiting"; said=$1; fi
+    if [ "$QUEUED" != GONE ] && [ "$SECONDS" -ge "$next_reason" ]; then say_reason; next_reason=$((SECONDS + REASON_SECONDS)); fi
+    [ "$(date +%s)" -lt "$deadline" ] || fail 3 "$TPU_NAME is not there after $max_hours hours ($1): it stays asked for; bash scripts/delete_tpu.sh $SLICE takes that back"
     sleep "$poll"
+}
+
+# replace WHAT: delete what cannot be used any more, so that it can be asked for again
+replace() {
+    case "$QUEUED" in FAILED|SUSPENDED) say_reason ;; esac
+    if [ -n "$asked" ]; then
+        # how a request ends that Google could not fill, or a slice that was taken away at once
+        case "$QUEUED" in FAILED) fail 1 "$TPU_NAME: the request FAILED, for the reason above; the same command deletes it and asks again" ;; esac
+        fail 3 "$TPU_NAME is $1 before it could be used"
+    fi
+    say "$TPU_NAME is $1: deleting it"
+    delete_slice
+    said=''
+}
+
+# ----- the slice -----
+asked='' said='' next_reason=$((SECONDS + REASON_SECONDS)) ghost=0
+while [ -z "$DRY_RUN" ]; do
+    look_at_queue
+    look_at_slice
+    case "$QUEUED $NODE" in "ACTIVE GONE") ghost=$((ghost + 1)) ;; *) ghost=0 ;; esac
+    case "$QUEUED $NODE" in
+        *NO_ANSWER*) wait_more "gcloud gives no answer" ;;
+        "GONE GONE")
+            if [ -n "$diagnose" ]; then fail 2 "$TPU_NAME is not there: bash scripts/setup_tpu.sh $CONFIG $SLICE makes it"; fi
+            if [ -n "$asked" ]; then fail 3 "$TPU_NAME went away before it could be used"; fi
+            ask_for_slice
+            asked=yes ;;
+        *" STOPPED"|*" HIDDEN"|*" UNKNOWN")
+            fail 1 "$TPU_NAME is $NODE, which no preemption leaves behind: nothing is deleted. bash scripts/delete_tpu.sh $SLICE deletes it; then the same command" ;;
+        *" READY")
+            case "$HEALTH" in UNHEALTHY_MAINTENANCE) wait_more "in maintenance, and goes on by itself"; continue ;; esac
+            if hosts_answer; then break; fi
+            look_at_slice
+            case "$NODE $HEALTH $replace_silent" in
+                "READY UNHEALTHY_MAINTENANCE "*) ;;
+                "READY TIMEOUT "*) replace "in health TIMEOUT, and its hosts have not answered for $CONTACT_SECONDS s" ;;
+                "READY "*yes) replace "silent: its hosts have not answered for $CONTACT_SECONDS s" ;;
+                "READY "*)
+                    say "look by: $(how_to_look)"
+                    fail 1 "$TPU_NAME is READY and ${HEALTH:-of unknown health}, and its hosts do not answer ssh within $CONTACT_SECONDS s: nothing is deleted. The firewall, the key or" \
+                        "the way to it may be wrong (TRM_GCLOUD_SSH_FLAGS); --replace_silent deletes such a slice and asks for another" ;;
+            esac ;;
+        FAILED*|SUSPENDED*|*" PREEMPTED"|*" TERMINATED") replace "$QUEUED $NODE" ;;
+        "ACTIVE GONE") if [ "$ghost" -ge 3 ]; then replace "ACTIVE in the queue, and there is no slice"; else wait_more "ACTIVE in the queue, and no slice yet"; fi ;;
+        *) wait_more "$([ "$QUEUED" = GONE ] && echo "$NODE" || echo "$QUEUED in the queue, slice $NODE")" ;;
+    esac
 done
-say "$TPU_NAME is READY, $TPU_HOSTS host(s)"
+if [ -n "$DRY_RUN" ]; then look_at_queue; look_at_slice; ask_for_slice; fi
 
 # ----- its hosts -----
-if [ -n "$DRY_RUN" ]; then add_ssh_key; fi
-pip_settings=()
-for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL; do
-    if [ -n "${!name:-}" ]; then pip_settings+=("$(printf '%s=%q' "$name" "${!name}")"); fi
+host_settings=()
+for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL UV_PYTHON_INSTALL_MIRROR; do
+    if [ -n "${!name:-}" ]; then host_settings+=("$(printf '%s=%q' "$name" "${!name}")"); fi
 done
+say "$TPU_NAME: code and environment"
 send_code
-on_hosts all "$(unpack_code) && ${pip_settings[*]:+${pip_settings[*]} }$(host_command setup)" ||
-    fail 1 "the environment of $TPU_NAME could not be installed: the host's message is above; the same command again goes on"
-if [ -n "$DRY_RUN" ] || ! ask_hosts all "$(host_command checked)" 2>/dev/null; then
-    on_hosts all "$(host_command check --config "$CONFIG" "${OVERRIDES[@]}")" ||
-        fail 1 "the check of $TPU_NAME failed: the message is above; bash scripts/delete_tpu.sh, then ask for another slice"
+on_hosts 0 all "$(unpack_code) && ${host_settings[*]:+${host_settings[*]} }$(host_command setup)" || {
+    how_to_delete
+    fail 1 "the environment of $TPU_NAME could not be installed: the host's message is above; the same command again goes on"; }
+if [ -z "$DRY_RUN" ]; then
+    ask_hosts "$ANSWER_SECONDS" all "$(host_command checked) && echo trm: checked || echo trm: unchecked" || fail 1 "the hosts of $TPU_NAME do not answer any more"
 fi
-say "$TPU_NAME is ready: bash scripts/launch_experiment.sh CONFIG"
+if [ -n "$DRY_RUN" ] || [[ $ANSWER == *unchecked* ]]; then
+    say "$TPU_NAME: checking its chips"
+    on_hosts 0 all "$(host_command check --config "$CONFIG" "${OVERRIDES[@]}")" || {
+        how_to_delete
+        fail 1 "the check of $TPU_NAME failed: the message is above; where a chip or a link is bad, delete the slice and ask for another"; }
+fi
+say "$TPU_NAME is ready: bash scripts/launch_experiment.sh $CONFIG"
+how_to_delete

@@ -1,16 +1,27 @@
 # shellcheck shell=bash disable=SC2034     # what is set here is for the scripts that source it
-# Sourced by the scripts that work on a TPU slice: settings, gcloud, the code that the hosts get, the state of a run.
+# Sourced by the scripts that work on a TPU slice: settings, gcloud, the slice, the code that the hosts get, the state of a run.
 # $DRY_RUN not empty: commands are printed, none is executed.
 . scripts/environment.sh
 
 SCRATCH=$(mktemp -d)
-# BASHPID: a process in the background that is killed just after its start would do this, too
-trap 'if [ "$BASHPID" = "$$" ]; then rm -rf "$SCRATCH"; [ -z "${OUR_AGENT:-}" ] || kill "$OUR_AGENT"; fi' EXIT
+APART=''                                        # the process group of the gcloud command that runs now
+OUR_AGENT=''                                    # the process of our ssh-agent
 ANSWER_SECONDS=${TRM_ANSWER_SECONDS:-120}       # for gcloud or a host to answer; gcloud by itself tries a dead host ten times
-exec 3>&1                                       # for what a dry run prints inside of $( )
+CONTACT_SECONDS=${TRM_CONTACT_SECONDS:-300}     # for the first contact: Google takes minutes to bring a new ssh key to the hosts
+REASON_SECONDS=${TRM_REASON_SECONDS:-1800}      # between two times that the reason for waiting is shown
+exec 3>&1                                       # for what a dry run prints while a function's output goes to a file
+
+clean_up() {
+    # BASHPID: a process in the background that is killed just after its start would do this, too
+    if [ "$BASHPID" != "$$" ]; then return; fi
+    if [ -n "$APART" ]; then kill -TERM -- "-$APART" 2>/dev/null || kill -TERM "$APART" 2>/dev/null || true; fi
+    if [ -n "$OUR_AGENT" ]; then kill "$OUR_AGENT" 2>/dev/null || true; fi
+    rm -rf "$SCRATCH"
+}
+trap clean_up EXIT
 
 say() { echo "$(date -u +%H:%M:%S) $*"; }
-fail() { local status=$1; shift; echo "error: $*" >&2; exit "$status"; }
+fail() { local status=$1; shift; echo "error: $*" >&2; exit "$status"; }        # the end, for the reason that is said
 
 # execute COMMAND...: run it, or print it under --dry_run
 execute() {
@@ -28,12 +39,7 @@ read_settings() {
     settings=$(cd "${CODE_HERE:-.}" && "$PYTHON_HERE" scripts/tpu_settings.py "$@") || exit
     eval "$settings"
     LOCATION=("--project=$TPU_PROJECT" "--zone=$TPU_ZONE" --quiet)
-}
-
-need_gcloud() {
-    if [ -n "$DRY_RUN" ]; then return; fi
-    command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
-    [ -n "$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' 2>/dev/null)" ] || fail 2 "gcloud has no active account: gcloud auth login"
+    SLICE="tpu.name=$TPU_NAME tpu.zone=$TPU_ZONE tpu.project=$TPU_PROJECT"      # what a command has to be told of it
 }
 
 # in_repository FILE: its path in the repository, where this runs
@@ -44,65 +50,188 @@ in_repository() {
     echo "$path"
 }
 
-# ----- the slice -----
-# state_of tpu-vm|queued-resources: READY, PREEMPTED, ... (queued: ACTIVE, WAITING_FOR_RESOURCES, ...); GONE; NO_ANSWER
-state_of() {
-    local format='value(state)' text
-    if [ "$1" = queued-resources ]; then format='value(state.state)'; fi
-    if text=$(execute timeout "$ANSWER_SECONDS" gcloud compute tpus "$1" describe "$TPU_NAME" "${LOCATION[@]}" "--format=$format" 2>"$SCRATCH/describe"); then
-        echo "${text:-GONE}"
-    elif grep -q NOT_FOUND "$SCRATCH/describe"; then
-        echo GONE
-    else
-        cat "$SCRATCH/describe" >&2
-        echo NO_ANSWER
+how_to_delete() { say "$TPU_NAME uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"; }
+
+# ----- gcloud -----
+# apart SECONDS COMMAND...: run it in a session of its own, so that a key typed in this terminal neither reaches it nor stops it, for
+# at most SECONDS (0: no limit). It ends when this script does; not inside $( ), whose end would leave it running.
+apart() {
+    local status=0
+    setsid timeout --kill-after=10 "$@" </dev/null &
+    APART=$!
+    wait "$APART" || status=$?
+    APART=''
+    return "$status"
+}
+
+# call_gcloud SECONDS ARGUMENTS...
+call_gcloud() {
+    if [ -n "$DRY_RUN" ]; then execute gcloud "${@:2}"; else apart "$1" gcloud "${@:2}"; fi
+}
+
+need_gcloud() {
+    if [ -n "$DRY_RUN" ]; then return; fi
+    command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
+    call_gcloud "$ANSWER_SECONDS" auth list --filter=status:ACTIVE '--format=value(account)' >"$SCRATCH/account" 2>/dev/null || true
+    [ -s "$SCRATCH/account" ] || fail 2 "gcloud has no active account: gcloud auth login"
+}
+
+# judge FILE: whether waiting mends what gcloud says there. VERDICT: gone (there is no such thing), room (none now), later (try again),
+# final (it does not; WHY says what does). Only gcloud's own errors are read: a host may print anything.
+judge() {
+    local text quota="Quota (limit )?'([^']+)' (has been exceeded|exhausted)\. +Limit:? ([0-9]+) in [a-z]* ?([a-z0-9-]+)"
+    text=$(sed -n '/^ERROR: /,$p' "$1" | tr -s '\n ' ' ')
+    VERDICT=later WHY=''
+    if [[ $text =~ $quota ]]; then
+        local name=${BASH_REMATCH[2]} limit=${BASH_REMATCH[4]} where=${BASH_REMATCH[5]}
+        if [ "$limit" = 0 ] || [ "$limit" -lt "${TPU_CHIPS:-0}" ]; then
+            final "$TPU_PROJECT has no quota for $TPU_ACCELERATOR in $where: the limit of $name is $limit. A grant holds for one kind of chip, one zone, and" \
+                "spot or on demand: compare its e-mail with tpu.accelerator_type, tpu.zone and --spot, and see gcloud's quota page of the project"
+        else
+            VERDICT=room WHY="the quota $name in $where, $limit, is in use: by another slice, or by a queued resource that is FAILED or SUSPENDED, which holds it until it is deleted"
+        fi
+    elif [[ $text =~ NOT_FOUND:\ Resource ]]; then VERDICT=gone
+    elif [[ $text =~ "no more capacity"|"not enough resources"|"Insufficient reserved capacity"|RESOURCE_EXHAUSTED|'"code": 8,' ]]; then
+        VERDICT=room WHY="Google has no $TPU_ACCELERATOR free in $TPU_ZONE"
+    elif [[ $text =~ SERVICE_DISABLED|"has not been used in project" ]]; then
+        final "the Cloud TPU API is off in $TPU_PROJECT: gcloud services enable tpu.googleapis.com --project=$TPU_PROJECT, and a minute later the same command"
+    elif [[ $text =~ "Location "[^\ ]+" is not found" ]]; then
+        final "tpu.zone = $TPU_ZONE: Google knows no such zone for TPUs, or $TPU_PROJECT may not use it: take the zone that the grant names (gcloud compute tpus locations list --project=$TPU_PROJECT)"
+    elif [[ $text =~ PERMISSION_DENIED ]]; then
+        final "the account may not do this in tpu.project = $TPU_PROJECT: check the project's id and 'gcloud auth list'; the account needs the roles TPU Admin and Compute Viewer there"
+    elif [[ $text =~ UNAUTHENTICATED|invalid_grant|invalid_rapt|[Rr]eauth|"do not currently have an active account" ]]; then
+        final "gcloud's login has expired: gcloud auth login, then the same command"
+    elif [[ $text =~ INVALID_ARGUMENT|FAILED_PRECONDITION|NOT_FOUND|'"code": '[359], ]]; then
+        final "Google refuses the request: its message is above; check tpu.accelerator_type = $TPU_ACCELERATOR, tpu.zone = $TPU_ZONE, tpu.runtime_version = $TPU_RUNTIME, and the project's network"
+    elif [[ $text =~ "unrecognized arguments"|"Invalid choice"|"expected one argument"|"Must be specified" ]]; then
+        final "this gcloud does not know the command: gcloud components update, or look at TRM_GCLOUD_SSH_FLAGS"
     fi
+}
+final() { VERDICT=final WHY="$*"; }
+
+# stop_if_final FILE: end where waiting does not mend what gcloud says there
+stop_if_final() {
+    judge "$1"
+    if [ "$VERDICT" = final ]; then cat "$1" >&2; fail 2 "$WHY"; fi
+}
+
+# ----- the slice -----
+# describe tpu-vm|queued-resources FORMAT: sets ANSWER to what gcloud answers, GONE, or NO_ANSWER; ends where no answer will come
+describe() {
+    local status=0
+    call_gcloud "$ANSWER_SECONDS" compute tpus "$1" describe "$TPU_NAME" "${LOCATION[@]}" "--format=$2" >"$SCRATCH/answer" 2>"$SCRATCH/problem" || status=$?
+    ANSWER=$(<"$SCRATCH/answer")
+    if [ -n "$DRY_RUN" ]; then ANSWER=GONE; return; fi
+    if [ "$status" = 0 ] && [ -n "$ANSWER" ]; then return; fi
+    stop_if_final "$SCRATCH/problem"
+    if [ "$VERDICT" = gone ]; then ANSWER=GONE; return; fi
+    cat "$SCRATCH/problem" >&2
+    ANSWER=NO_ANSWER
+}
+
+# look_at_slice: sets NODE (READY, PREEMPTED, ...; GONE; NO_ANSWER) and HEALTH of the slice. Ends where it is of another type.
+look_at_slice() {
+    local type
+    describe tpu-vm 'csv[no-heading](state,health,acceleratorType)'
+    IFS=, read -r NODE HEALTH type <<< "$ANSWER"
+    if [ -n "${type:-}" ] && [ "$type" != "$TPU_ACCELERATOR" ]; then
+        fail 2 "the slice $TPU_NAME is a $type, and tpu.accelerator_type asks for $TPU_ACCELERATOR: say tpu.accelerator_type=$type, or give the new slice another name (TPU_NAME, tpu.name=...)"
+    fi
+}
+
+# look_at_queue: sets QUEUED: ACTIVE, WAITING_FOR_RESOURCES, ...; GONE; NO_ANSWER
+look_at_queue() {
+    describe queued-resources 'value(state.state)'
+    QUEUED=$ANSWER
+}
+
+# say_reason: why the queued resource is in its state, as Google says it
+say_reason() {
+    describe queued-resources 'yaml(state)'
+    say "Google on the queued resource $TPU_NAME:"
+    echo "    ${ANSWER//$'\n'/$'\n'    }"
 }
 
 # delete_slice: the queued resource, if there is one, takes its slice with it
 delete_slice() {
-    if [ -n "$DRY_RUN" ] || [ "$(state_of queued-resources)" != GONE ]; then
-        execute gcloud compute tpus queued-resources delete "$TPU_NAME" "${LOCATION[@]}" --force
+    local failed="$TPU_NAME could not be deleted: gcloud's message is above; it uses up its quota until it is deleted: the same command again"
+    look_at_queue
+    if [ -n "$DRY_RUN" ] || [ "$QUEUED" != GONE ]; then
+        call_gcloud 0 compute tpus queued-resources delete "$TPU_NAME" "${LOCATION[@]}" --force || fail 1 "$failed"
     fi
-    if [ -n "$DRY_RUN" ] || [ "$(state_of tpu-vm)" != GONE ]; then
-        execute gcloud compute tpus tpu-vm delete "$TPU_NAME" "${LOCATION[@]}"
-    fi
+    describe tpu-vm 'value(state)'
+    case "$DRY_RUN$ANSWER" in GONE|DELETING) return ;; esac
+    call_gcloud 0 compute tpus tpu-vm delete "$TPU_NAME" "${LOCATION[@]}" || fail 1 "$failed"
 }
 
-LIMIT=()
-# on_hosts WORKER|all COMMAND: over ssh. gcloud runs a command again whose connection broke: it must bear that
+# ----- its hosts -----
+# use_ssh_key: an ssh-agent of this command's own that holds gcloud's key: gcloud reaches several hosts at once only with one, and the
+# agent that SSH_AUTH_SOCK names may be one of a login that has ended
+use_ssh_key() {
+    local key=~/.ssh/google_compute_engine
+    if [ "$TPU_HOSTS" = 1 ] || [ -n "$OUR_AGENT" ]; then return; fi
+    if [ -n "$DRY_RUN" ]; then execute ssh-add -q "$key"; return; fi
+    if [ ! -e "$key" ]; then    # as gcloud makes it
+        mkdir -p ~/.ssh
+        chmod 700 ~/.ssh
+        ssh-keygen -q -t rsa -b 3072 -N '' -f "$key" </dev/null || fail 2 "$key could not be made: see ssh-keygen's message above"
+    fi
+    eval "$(ssh-agent -s 3>&-)" >/dev/null
+    OUR_AGENT=$SSH_AGENT_PID
+    # in a session without a terminal: a question would wait for an answer for ever
+    apart 30 ssh-add -q "$key" || fail 2 "ssh-add $key failed: a key with a passphrase cannot be used unattended: move it away, and gcloud gets one without"
+}
+
+# on_hosts SECONDS WORKER|all COMMAND: over ssh, for at most SECONDS (0: no limit). gcloud runs a command again whose connection broke:
+# the command must bear that
 on_hosts() {
-    execute "${LIMIT[@]}" gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${LOCATION[@]}" "--worker=$1" "--command=$2"
+    use_ssh_key
+    reach "$1" ssh "$TPU_NAME" "${LOCATION[@]}" "--worker=$2" "--command=$3"
 }
 
-# ask_hosts WORKER|all COMMAND: what they print, within ANSWER_SECONDS; what gcloud says is shown if it fails
+# reach SECONDS ssh|scp ARGUMENTS...
+reach() {
+    local flags=() track=()
+    read -r -a flags <<< "${TRM_GCLOUD_SSH_FLAGS:-}"
+    case " ${flags[*]} " in *" --tunnel-through-iap "*) track=(alpha) ;; esac       # no other track has this flag
+    call_gcloud "$1" "${track[@]}" compute tpus tpu-vm "${@:2}" "${flags[@]}"
+}
+
+# ask_hosts SECONDS WORKER|all COMMAND: sets ANSWER to what they print; what gcloud says is shown if it fails
 ask_hosts() {
-    local LIMIT=(timeout --kill-after=10 "$ANSWER_SECONDS") status=0
-    on_hosts "$@" 2>"$SCRATCH/ask" || status=$?
-    if [ "$status" != 0 ]; then cat "$SCRATCH/ask" >&2; fi
+    local status=0
+    on_hosts "$@" >"$SCRATCH/answer" 2>"$SCRATCH/problem" || status=$?
+    ANSWER=$(<"$SCRATCH/answer")
+    if [ "$status" = 0 ]; then return; fi
+    stop_if_final "$SCRATCH/problem"
+    cat "$SCRATCH/problem" >&2
     return "$status"
 }
 
-# add_ssh_key: gcloud reaches several hosts at once with a key that ssh-agent holds, and makes it at its first ssh to one host
-add_ssh_key() {
-    local key=~/.ssh/google_compute_engine
-    if [ "$TPU_HOSTS" = 1 ]; then return; fi
-    if [ ! -e "$key" ]; then ask_hosts 0 true || return; fi
-    if [ -z "$DRY_RUN" ] && [ -z "${SSH_AUTH_SOCK:-}" ]; then
-        eval "$(ssh-agent -s 3>&-)" >/dev/null
-        OUR_AGENT=$SSH_AGENT_PID
-    fi
-    # not for a silent host: that would be a reason to delete the slice
-    execute ssh-add -q "$key" || fail 2 "ssh-add $key failed: gcloud reaches several hosts at once only with this key in ssh-agent"
-}
+how_to_look() { echo "gcloud compute tpus tpu-vm ssh $TPU_NAME ${LOCATION[*]}${TRM_GCLOUD_SSH_FLAGS:+ $TRM_GCLOUD_SSH_FLAGS}"; }
 
 # ----- the code -----
+# uncommitted: the changes that a run would have, or miss, against the commit; other files that git does not know are no code
+uncommitted() {
+    git status --porcelain --untracked-files=all | grep -vE '^\?\? ' || true
+    git status --porcelain --untracked-files=all | grep -E '^\?\? "?([^/]*|(scripts|analysis|configs)/.*)\.(py|sh|yaml|yml|txt)"?$' || true
+}
+
+# refuse_uncommitted WHAT: end with the list of them, if there are any, and with WHAT to do
+refuse_uncommitted() {
+    local changes
+    changes=$(uncommitted)
+    if [ -z "$changes" ]; then return; fi
+    head -n 10 <<< "$changes" >&2
+    fail 2 "there are uncommitted changes, $(wc -l <<< "$changes") in all, the first are above: $1"
+}
+
 # choose_code [COMMIT]: sets TREE, what to send; COMMIT, as `git describe --dirty` names it; CODE, its folder on a host
 choose_code() {
     git rev-parse --git-dir >/dev/null 2>&1 || fail 2 "$PWD is not a git repository, so that a run's code would have no name: git clone the kit, or git init, add and commit"
     COMMIT=$(git rev-parse --verify --quiet "${1:-HEAD}^{commit}") || fail 2 "${1:-HEAD}: there is no such commit here"
     TREE=$(git rev-parse "$COMMIT^{tree}")
-    if [ -z "${1:-}" ] && [ -n "$(git status --porcelain)" ]; then
+    if [ -z "${1:-}" ] && [ -n "$(uncommitted)" ]; then
         COMMIT=$COMMIT-dirty
         # an index of its own: the user's stays as it is
         TREE=$(export GIT_INDEX_FILE=$SCRATCH/index; git read-tree HEAD; git add --all; git write-tree)
@@ -115,8 +244,11 @@ choose_code() {
 
 # send_code: to all hosts, where unpack_code, the beginning of a command for them, finds it
 send_code() {
-    execute gcloud compute tpus tpu-vm scp "$SCRATCH/trm-code.tar" "$TPU_NAME:" "${LOCATION[@]}" --worker=all ||
-        fail 1 "the code could not be sent to all hosts of $TPU_NAME: gcloud's message is above"
+    use_ssh_key
+    if reach 0 scp "$SCRATCH/trm-code.tar" "$TPU_NAME:" "${LOCATION[@]}" --worker=all 2>"$SCRATCH/problem"; then return; fi
+    stop_if_final "$SCRATCH/problem"
+    cat "$SCRATCH/problem" >&2
+    fail 1 "the code could not be sent to all hosts of $TPU_NAME: gcloud's message is above"
 }
 unpack_code() { echo "mkdir -p $CODE && tar -xf trm-code.tar -C $CODE && ln -sfn ~/$CODE trm/current"; }
 
@@ -124,26 +256,30 @@ unpack_code() { echo "mkdir -p $CODE && tar -xf trm-code.tar -C $CODE && ln -sfn
 host_command() { echo "bash trm/current/scripts/tpu_host.sh$(printf ' %q' "$@")"; }
 
 # ----- the state of a run -----
-# look_at_run: sets RUN_STATE to running, finished, failed, preempted or absent, or to unknown where gcloud gives no answer; and RUN_WHY
+# look_at_run: sets RUN_STATE to running, finished, failed, preempted, stopped or absent, or to unknown where nobody answers; RUN_WHY;
+# and SILENT to the health that Google names while the hosts of a READY slice do not answer
 look_at_run() {
-    local slice answers
-    slice=$(state_of tpu-vm)
-    case "$slice" in
+    local answers
+    SILENT=''
+    look_at_slice
+    case "$NODE" in
         NO_ANSWER) RUN_STATE=unknown RUN_WHY="gcloud gives no answer about the slice $TPU_NAME"; return ;;
         READY) ;;
-        *) RUN_STATE=absent RUN_WHY="the slice $TPU_NAME is not READY"; look_into_folder; return ;;
+        *) RUN_STATE=absent RUN_WHY="the slice $TPU_NAME is $NODE"; look_into_folder; return ;;
     esac
-    if ! add_ssh_key || ! answers=$(ask_hosts all "[ ! -e trm/current ] && echo trm: nothing || $(host_command status "$RUN_NAME")"); then
-        RUN_STATE=preempted RUN_WHY="the hosts of $TPU_NAME do not answer"
+    if ! ask_hosts "$ANSWER_SECONDS" all "[ ! -e trm/current ] && echo trm: nothing || $(host_command status "$RUN_NAME")"; then
+        SILENT=${HEALTH:-HEALTH_UNSPECIFIED} RUN_STATE=absent RUN_WHY="the hosts of $TPU_NAME do not answer, and Google calls it READY and $SILENT"
         look_into_folder
+        if [ "$RUN_STATE" != finished ]; then RUN_STATE=unknown; fi
         return
     fi
-    answers=$(sed -n 's/^trm: //p' <<< "$answers" | sort | paste -sd, | sed 's/,/, /g')
+    answers=$(sed -n 's/^trm: //p' <<< "$ANSWER" | sort | paste -sd, | sed 's/,/, /g')
     RUN_WHY="hosts: $answers"
     case "$answers" in
         *up*) RUN_STATE=running ;;
         *"status 2"*) RUN_STATE=failed ;;
-        *stopped*|*"status 143"*|*lost*) RUN_STATE=preempted ;;
+        *stopped*) RUN_STATE=stopped ;;
+        *"status 143"*|*lost*) RUN_STATE=preempted ;;
         *"status "[1-9]*) RUN_STATE=failed ;;
         *nothing*) RUN_STATE=absent; look_into_folder ;;
         *) RUN_STATE=finished ;;
@@ -155,7 +291,7 @@ look_into_folder() {
     local folder=$SCRATCH/run
     mkdir -p "$folder"
     case "$RUN_URL" in
-        gs://*) gcloud storage rsync "$RUN_URL" "$folder" >/dev/null 2>&1 || true ;;    # without its folders
+        gs://*) call_gcloud "$ANSWER_SECONDS" storage rsync "$RUN_URL" "$folder" >/dev/null 2>&1 || true ;;    # without its folders
         *) folder=$RUN_URL ;;
     esac
     if [ ! -s "$folder/config.yaml" ]; then return; fi
@@ -163,5 +299,24 @@ look_into_folder() {
         RUN_STATE=finished RUN_WHY="$RUN_URL/eval.json"
     else
         RUN_STATE=preempted RUN_WHY="$RUN_WHY, and $RUN_URL is not at its end"
+    fi
+}
+
+# check_bucket: end where the bucket of $RUN_URL is not to be had; warn where it is far from the slice
+check_bucket() {
+    local bucket region=${TPU_ZONE%-*} location
+    case "$RUN_URL" in gs://*) ;; *) return ;; esac
+    bucket=$(cut -d/ -f1-3 <<< "$RUN_URL")
+    if ! call_gcloud "$ANSWER_SECONDS" storage buckets describe "$bucket" '--format=value(location)' >"$SCRATCH/answer" 2>"$SCRATCH/problem"; then
+        if grep -q 'not found: 404' "$SCRATCH/problem"; then
+            fail 2 "tpu.bucket: there is no bucket $bucket: gcloud storage buckets create $bucket --project=$TPU_PROJECT --location=$region"
+        fi
+        say "warning: gcloud does not say in which region $bucket is; it should be in $region"
+        return
+    fi
+    if [ -n "$DRY_RUN" ]; then return; fi
+    location=$(tr '[:upper:]' '[:lower:]' < "$SCRATCH/answer")
+    if [ -n "$location" ] && [[ $region != "$location"* ]]; then      # us: the multi-region around us-central2
+        say "warning: $bucket is in $location and the slice in $region: every checkpoint between them is slower, and costs money"
     fi
 }

@@ -11,7 +11,8 @@ usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
   check --config FILE ...       scripts/check_devices.py; to be run on all hosts at once
   start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
   status RUN                    one line: up, status N (how it ended), stopped N (after stop), lost (killed) or nothing
-  follow RUN                    the log of the run, until it ends
+  list                          a line for each run that was started here, as status gives it
+  follow RUN [all]              the log of the run since it was last started (all: since the first time), until it ends
   stop RUN [ID]                 SIGTERM to the run (if it was started with this ID); returns once it has ended
 TEXT
 }
@@ -58,6 +59,8 @@ start() {
     fi
     rm -f "$folder"/{status,stopped,pid}
     echo "$run" > "$lock"
+    touch "$folder/log"
+    echo "$(($(stat --format=%s "$folder/log") + 1))" > "$folder/began"      # where the log of this start begins, in bytes from 1
     echo "$id" > "$folder/id"
     # not in tmux: at a preemption every process gets SIGTERM, tmux too, which answers it by SIGHUP to what it runs: the training
     # would end without its checkpoint
@@ -83,12 +86,23 @@ status() {
 
 wait_for_pid() { until [ -e "$folder/pid" ] || ! up; do sleep 0.1; done; }
 
+list() {
+    for folder in "$trm"/runs/*/; do
+        if [ ! -d "$folder" ]; then continue; fi
+        run=$(basename "$folder")
+        folder=${folder%/}
+        status | sed "s|^trm:|trm: $run:|"
+    done
+}
+
 follow() {
+    local from=1
+    if [ "${1:-}" != all ] && [ -e "$folder/began" ]; then from=$(cat "$folder/began"); fi
     if up && wait_for_pid && [ -e "$folder/pid" ]; then
-        tail --lines=+1 --follow --sleep-interval=0.5 "--pid=$(cat "$folder/pid")" "$folder/log"
+        tail "--bytes=+$from" --follow --sleep-interval=0.5 "--pid=$(cat "$folder/pid")" "$folder/log"
         flock --shared --timeout 10 "$lock" true || true        # until it is written down how it ended
     elif [ -e "$folder/log" ]; then
-        cat "$folder/log"
+        tail "--bytes=+$from" "$folder/log"
     fi
 }
 
@@ -106,6 +120,7 @@ mkdir -p "$trm"
 case "$command" in
     setup) setup ;;
     checked) [ -e "$checked" ] ;;
+    list) list ;;
     check) check "$@" ;;
     start|supervise|status|follow|stop)
         run=${1:?the name of a run}

@@ -18,6 +18,7 @@ from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, CommandTest
 
 NAME = "my-tpu"
+DELETE = f"uses up its quota until it is deleted: bash scripts/delete_tpu.sh tpu.name={NAME} tpu.zone=us-central2-b tpu.project=my-project-1"
 # a host's Python: environments are made and filled in name alone, a training may pause, and each takes a line of the file `instead`
 # (if it is there) and does that; the check of the devices is left out unless there is a file real_check, and host `bad_host` gets wrong sums
 HOST_PYTHON = """#!/usr/bin/env bash
@@ -113,11 +114,11 @@ class SliceTest(GCSTest, CommandTest):
         self.cloud.mkdir()
         self.arrivals.touch()
         environment = {"TRM_TEST_CLOUD": str(self.cloud), "PATH": f"{self.shared}/bin:{os.environ['PATH']}", "HOME": str(self.folder / "home"),
-                       "TPU_PROJECT": "my-project-1", "TPU_NAME": NAME, "TPU_BUCKET": self.url, "TRM_VENV": str(self.shared / "venv"), "TRM_ANSWER_SECONDS": "30"}
+                       "TPU_PROJECT": "my-project-1", "TPU_NAME": NAME, "TPU_BUCKET": self.url, "TRM_VENV": str(self.shared / "venv"), "TRM_ANSWER_SECONDS": "30", "TRM_CONTACT_SECONDS": "30"}
         patch = mock.patch.dict(os.environ, environment)
         patch.start()
         self.addCleanup(patch.stop)
-        for name in ("SSH_AUTH_SOCK", "TPU_ZONE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "TRM_COMMIT"):
+        for name in ("SSH_AUTH_SOCK", "TPU_ZONE", "TRM_GCLOUD_SSH_FLAGS", "TRM_REASON_SECONDS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "TRM_COMMIT"):
             os.environ.pop(name, None)
         (self.folder / "home").mkdir()
         self.on_hosts = {"TRM_PYTHON": str(self.shared / "host" / "python3.11"), "TRM_TEST_CLOUD": str(self.cloud), "OMP_NUM_THREADS": "1",
@@ -143,6 +144,15 @@ class SliceTest(GCSTest, CommandTest):
         path = self.cloud / "instead"
         path.write_text("".join(f"{command}\n" for command in commands))
         return lambda count: self.wait_for(lambda: path.read_text().count("\n") == len(commands) - count)
+
+    def refuse(self, what, *errors):
+        """The next calls of gcloud that create, describe or ssh (`what`) end with these of tests/gcloud's ERRORS; "late_": after they were taken."""
+        (self.cloud / "refuse").mkdir(exist_ok=True)
+        (self.cloud / "refuse" / what).write_text("\n".join(errors))
+
+    def refused(self, what):
+        """Wait until all of these errors were given."""
+        self.wait_for(lambda: (self.cloud / "refuse" / what).read_text() == "")
 
     def kill(self, run):
         os.kill(int((self.host() / "trm" / "runs" / run / "pid").read_text()), signal.SIGKILL)
@@ -216,7 +226,7 @@ class SliceTest(GCSTest, CommandTest):
         self.wait_for(lambda: any("flock\0--timeout\x0090" in line for line in self.host_processes().values()))      # then it is sent
         self.release(held)
         output, _ = stopping.communicate(timeout=60)
-        self.assertEqual(stopping.returncode, 5, output)
+        self.assertEqual(stopping.returncode, 7, output)
         return output
 
     def starts(self, run):

@@ -5,7 +5,7 @@ import unittest
 
 from checkpoint_manager import load_checkpoint
 from metrics_logger import TIMING_KEYS
-from tests.slice import ENDLESS, NAME, SliceTest
+from tests.slice import DELETE, ENDLESS, NAME, SliceTest
 
 
 class KeepAlive(SliceTest):
@@ -26,7 +26,7 @@ class KeepAlive(SliceTest):
         return [int(number) for number in re.findall(r"attempt (\d+)$", log, re.MULTILINE)]
 
     def test_two_preemptions_to_the_end(self):
-        (self.cloud / "no_room").write_text("1")
+        self.refuse("create", "no_room")
         self.hold(17)
         process = self.begin_keeping("--spot", "--max_attempts", "3")
         self.arrived(17)
@@ -82,7 +82,7 @@ class KeepAlive(SliceTest):
         self.mistake("keep_alive", "configs/tiny.yaml", "training.lr=fast", says=["training.lr = 'fast'"])
         process = self.begin_keeping("--run_name", "tiny", "training.seed=1")
         begun(2)
-        self.script("launch_experiment", "stop", "tiny", status=5)
+        self.script("launch_experiment", "stop", "tiny", status=7)
         log = self.ends(process, 143)
         self.assertIn("stopped by its user: not started again", log)
 
@@ -104,25 +104,28 @@ class KeepAlive(SliceTest):
         return [call for call in self.calls() if "status tiny" in call["flags"].get("--command", "").replace("\\", "")]
 
     def test_crash_then_silence(self):
-        begun = self.stand_in(ENDLESS, ENDLESS, "exit 0")
+        begun = self.stand_in(ENDLESS, ENDLESS)
         process = self.begin_keeping()
         begun(1)
         self.kill("tiny")
         begun(2)                                                    # started again, on the same slice
         self.assertNotIn("tpu-vm delete", self.changes())
-        (self.cloud / "no_answer").write_text("2")
-        self.wait_for(lambda: (self.cloud / "no_answer").read_text() == "0")
+        self.refuse("describe", "offline", "unavailable")
+        self.refused("describe")
         (self.cloud / "silent").write_text("2")                     # not often enough
         self.wait_for(lambda: (self.cloud / "silent").read_text() == "0")
         self.wait_for(lambda: "running" in (self.folder / "log" / "tiny.log").read_text().splitlines()[-1])
         self.assertNotIn("tpu-vm delete", self.changes())
-        (self.cloud / "silent").write_text("6")
-        log = self.ends(process, 0)
-        self.assertEqual(self.attempts(log), [1, 2, 3])
-        for text in ("failed (hosts: status 137)", "failure 1 in a row: the next attempt is in 0.5 s", "unknown (gcloud gives no answer", f"the hosts of {NAME} do not answer"):
+        (self.cloud / "silent").write_text("99")
+        log = self.ends(process, 1)
+        self.assertEqual(self.attempts(log), [1, 2])
+        for text in ("failed (hosts: status 137)", "failure 1 in a row: the next attempt is in 0.5 s", "unknown (gcloud gives no answer",
+                     f"unknown (the hosts of {NAME} do not answer, and Google calls it READY and HEALTHY)",
+                     f"look by: gcloud compute tpus tpu-vm ssh {NAME} --project=my-project-1 --zone=us-central2-b --quiet",
+                     f"{NAME} is READY and HEALTHY, and its hosts have not answered ten times: nothing is deleted", DELETE):
             self.assertIn(text, log)
-        self.assertEqual([change for change in self.changes() if change != "tpu-vm scp" and not change.endswith("rsync")],
-                         ["tpu-vm create", "tpu-vm delete", "tpu-vm create"])
+        self.assertEqual(len(self.host_processes()) > 0, True)      # the run goes on
+        self.assertEqual([change for change in self.changes() if change != "tpu-vm scp" and not change.endswith("rsync")], ["tpu-vm create"])
 
 
 if __name__ == "__main__":

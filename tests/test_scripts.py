@@ -13,7 +13,7 @@ from unittest import mock
 
 from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT
-from tests.slice import ENDLESS, NAME, SliceTest, executable, installed_commands, load_gcloud
+from tests.slice import DELETE, ENDLESS, NAME, SliceTest, executable, installed_commands, load_gcloud
 
 SCRIPTS = ("setup_tpu", "launch_experiment", "keep_alive", "download_results", "delete_tpu")
 
@@ -85,7 +85,7 @@ class Settings(SliceTest):
         self.assertEqual([line for line in keep_alive if "tpu-vm create" in line or "follow" in line],
                          [f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 --version=tpu-ubuntu2204-base"])
         self.assertEqual([line.split()[2] for line in commands("download_results", "r")], ["ls", "p", "rsync"][:1] + ["runs/r"] + ["rsync"])
-        self.assertEqual([line.split()[3:5] for line in commands("delete_tpu")], [["queued-resources", "delete"], ["tpu-vm", "delete"]])
+        self.assertEqual([line.split()[3:5] for line in commands("delete_tpu") if "describe" not in line], [["queued-resources", "delete"], ["tpu-vm", "delete"]])
         self.assertEqual(self.calls(), [])
 
     def test_missing_and_wrong(self):
@@ -149,7 +149,8 @@ class Setup(SliceTest):
         with mock.patch.dict(os.environ, PIP_EXTRA_INDEX_URL="https://wheels.example.org/a b"):
             output = self.setup_tpu("tpu.accelerator_type=v4-16", status=1)
         self.assertIn("worker 1 got a wrong sum over the 2 workers in 1048576 of 1048576 elements, the first 2 instead of 3", output)
-        self.assertIn("bash scripts/delete_tpu.sh, then ask for another", output)
+        self.assertIn("the check of my-tpu failed: the message is above; where a chip or a link is bad, delete the slice and ask for another", output)
+        self.assertIn(DELETE, output)
         self.assertNotIn("is ready", output)
         flags = next(call["flags"] for call in self.calls() if call["command"].endswith("create"))
         self.assertEqual(flags, {"--project": "my-project-1", "--zone": "us-central2-b", "--quiet": True, "--accelerator-type": "v4-16", "--version": "tpu-ubuntu2204-base"})
@@ -179,7 +180,7 @@ class Setup(SliceTest):
         self.assertEqual(flags, {"--project": "my-project-1", "--zone": "us-central2-b", "--quiet": True, "--accelerator-type": "v4-8",
                                  "--runtime-version": "tpu-ubuntu2204-base", "--node-id": NAME, "--spot": True})
         self.assertEqual(self.changes(), ["queued-resources create", "tpu-vm scp"])
-        for text in ("WAITING_FOR_RESOURCES GONE, waiting", "PROVISIONING GONE, waiting", "is ready"):
+        for text in ("WAITING_FOR_RESOURCES in the queue, slice GONE, waiting", "PROVISIONING in the queue, slice GONE, waiting", "is ready", DELETE):
             self.assertIn(text, output)
         (self.cloud / "queued" / NAME / "state").write_text("SUSPENDED")
         self.preempt()
@@ -188,38 +189,42 @@ class Setup(SliceTest):
 
     def test_a_queue_that_does_not_move(self):
         output = self.setup_tpu("--queued", "--max_hours", "0.0001", status=3)
-        self.assertIn("it stays asked for; bash scripts/delete_tpu.sh takes that back", output)
+        self.assertIn("it stays asked for; bash scripts/delete_tpu.sh tpu.name=my-tpu tpu.zone=us-central2-b tpu.project=my-project-1 takes that back", output)
         self.setup_tpu("--max_hours", "0.0001", status=3)           # waits on, asks for nothing else
         self.assertEqual(self.changes(), ["queued-resources create"])
 
     def test_dead_slices_are_deleted_first(self):
-        for state in ("PREEMPTED", "TERMINATED", "READY"):
+        for state in ("PREEMPTED", "TERMINATED", "READY TIMEOUT"):
             with self.subTest(state=state):
                 self.gcloud.make_slice(NAME, "v4-8")
                 self.slice_state(state)
-                if state == "READY":
-                    (self.cloud / "silent").write_text("3")
-                output = self.setup_tpu("tpu.name=" + NAME)
-                self.assertIn(f"{NAME} is dead", output)
+                timeout = state.endswith("TIMEOUT")
+                (self.cloud / "silent").write_text("99" if timeout else "0")
+                deleted = len(self.changes())
+                with mock.patch.dict(os.environ, TRM_CONTACT_SECONDS="1" if timeout else "30"):
+                    process = self.begin("setup_tpu", "configs/tiny.yaml", "--poll", "0.1")
+                    self.wait_for(lambda: len(self.changes()) > deleted)    # the delete
+                (self.cloud / "silent").write_text("0")
+                output, _ = process.communicate(timeout=60)
+                self.assertEqual(process.returncode, 0, output)
+                self.assertRegex(output, f"{NAME} is (GONE {state}|in health TIMEOUT, and its hosts have not answered for 1 s): deleting it")
                 self.assertEqual(self.changes()[-3:], ["tpu-vm delete", "tpu-vm create", "tpu-vm scp"])
-                self.gcloud.delete("slices", NAME)
+                self.gcloud.delete("slices", NAME, "")
 
     def test_a_slice_that_is_being_made_is_waited_for(self):
         self.gcloud.make_slice(NAME, "v4-8")
         (self.cloud / "later").mkdir()
         (self.cloud / "later" / "slices").write_text("CREATING\nCREATING\nREADY")
-        (self.cloud / "no_answer").write_text("2")
+        self.refuse("describe", "offline", "unavailable")
         output = self.setup_tpu()
         self.assertIn("gcloud gives no answer", output)
-        self.assertIn("GONE CREATING, waiting", output)
+        self.assertIn("my-tpu: CREATING, waiting", output)
         self.assertEqual(self.changes(), ["tpu-vm scp"])
 
-    def test_no_room_and_silent_hosts_and_no_venv(self):
-        (self.cloud / "no_room").write_text("1")
+    def test_no_room_and_no_venv(self):
+        self.refuse("create", "no_room")
         self.assertIn("there is no room", self.setup_tpu(status=3))
-        (self.cloud / "silent").write_text("3")
-        self.assertIn("its hosts do not answer ssh", self.setup_tpu(status=1))        # a new one is not deleted: the way to it is what is wrong
-        self.assertNotIn("tpu-vm delete", self.changes())
+        self.assertIn("my-tpu is ready", self.setup_tpu())
         (self.cloud / "no_venv").touch()
         executable(self.folder / "tools" / "sudo", '#!/bin/sh\necho "$@" >> "$HOME/sudo.log"\n')
         with mock.patch.dict(os.environ, PATH=f"{self.folder}/tools:{os.environ['PATH']}"):
@@ -233,15 +238,16 @@ class Runs(SliceTest):
 
     def how(self, run, word):
         """Its status, that must be `word`, as text and as exit status."""
-        codes = {"finished": 0, "running": 3, "failed": 4, "preempted": 5, "absent": 6}
-        output = self.script("launch_experiment", "status", run, status=codes[word])
-        self.assertEqual(output.count("\n"), 1, output)
-        self.assertEqual([name for name in codes if name in output], [word], output)
-        return output
+        codes = {"finished": 0, "running": 3, "failed": 4, "preempted": 5, "absent": 6, "stopped": 7}
+        first, *rest = self.script("launch_experiment", "status", run, status=codes[word]).splitlines()
+        self.assertRegex(first, f"^{word}: {run} on {NAME}, ")
+        there = (self.cloud / "slices" / NAME / "state").exists()
+        self.assertEqual([DELETE in line for line in rest], [True] if there and word != "running" else [])
+        return first
 
     def test_from_start_to_results(self):
         self.mistake("launch_experiment", "configs/tiny.yaml", says=["the slice my-tpu is GONE, not READY: bash scripts/setup_tpu.sh configs/tiny.yaml"])
-        (self.cloud / "no_answer").write_text("1")
+        self.refuse("describe", "unavailable")
         self.assertIn("error: gcloud gives no answer about the slice my-tpu\n", self.launch(status=1))
         self.make_slice()
         self.how("tiny", "absent")
@@ -269,7 +275,7 @@ class Runs(SliceTest):
         self.script("download_results", "--checkpoints", "--to", str(results))
         self.assertEqual(load_checkpoint(results / "tiny" / "checkpoints" / "checkpoint_step_60.pt")["step"], 60)
         self.mistake("download_results", "nowhere", says=["runs/nowhere: there is nothing in the bucket"])
-        (self.cloud / "no_answer").write_text("1")
+        self.refuse("ls", "offline")
         self.assertIn("/runs/tiny: gcloud storage does not say what is there\n", self.script("download_results", "tiny", "--to", str(results), status=1))
 
         self.assertIn("nothing is deleted", self.script("delete_tpu", answer="n\n", status=2))
@@ -297,7 +303,7 @@ class Runs(SliceTest):
         followed = self.begin("launch_experiment", "logs", "one")
         self.assertIn("hosts: stopped 143", self.stop("one", 10))
         self.assertRegex(followed.communicate(timeout=60)[0], r"step 1\d of 60: stopped by SIGTERM")
-        self.how("one", "preempted")
+        self.how("one", "stopped")
         self.launch("--run_name", "one")
         self.assertEqual([start["step"] // 10 for start in self.starts("one")], [0, 1])
         self.how("one", "finished")
@@ -325,8 +331,9 @@ class Runs(SliceTest):
         self.gcloud.end_processes(self.gcloud.mark(NAME), 25, lambda: self.release(10))     # a preemption, and the slice still READY
         self.assertIn("hosts: status 143", self.how("warned", "preempted"))
         (self.cloud / "silent").write_text("1")
-        self.assertIn("do not answer", self.script("launch_experiment", "status", "lost", status=5).splitlines()[-1])
-        (self.cloud / "no_answer").write_text("1")
+        self.assertIn(f"unknown: lost on {NAME}, the hosts of {NAME} do not answer, and Google calls it READY and HEALTHY",
+                      self.script("launch_experiment", "status", "lost", status=1))
+        self.refuse("describe", "offline")
         self.assertIn("unknown: ", self.script("launch_experiment", "status", "lost", status=1))
 
     def test_uncommitted_changes(self):
