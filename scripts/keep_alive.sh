@@ -64,6 +64,7 @@ case "$COMMIT" in *-dirty) refuse_uncommitted "commit them, a run of days must h
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
 need_gcloud
 
+export TRM_KEPT_ALIVE=yes        # for these scripts: the slice is looked after
 setup() { bash scripts/setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
 launch() { bash scripts/launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
 note() { echo "$(date -u '+%Y-%m-%d %H:%M:%S UTC') $RUN_NAME: $*" | tee -a "$log"; }

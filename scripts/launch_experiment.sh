@@ -73,15 +73,16 @@ report() {      # say how the run is, and end with the status that stands for it
 }
 
 if [ -n "$command" ]; then
+    if [ -z "$RUN_NAME" ]; then command=list; fi
     read_settings "${CONFIG:-configs/base_sudoku_tpu.yaml}" --need project,name --run_name "${RUN_NAME:-any}" --on_slice "${OVERRIDES[@]}"
     need_gcloud
-    case "$command$RUN_NAME" in
-        status)
+    case "$command" in
+        list)
             ask_hosts "$ANSWER_SECONDS" 0 "$(host_command list)" || fail 1 "the hosts of $TPU_NAME do not answer"
             sed -n 's/^trm: //p' <<< "$ANSWER" ;;
-        status*) report ;;
-        logs*) on_hosts 0 all "$(host_command follow "$RUN_NAME" $all)" ;;
-        stop*) on_hosts 0 all "$(host_command stop "$RUN_NAME")"; [ -n "$DRY_RUN" ] || report ;;
+        status) report ;;
+        logs) on_hosts 0 all "$(host_command follow "$RUN_NAME" $all)" ;;
+        stop) on_hosts 0 all "$(host_command stop "$RUN_NAME")"; [ -n "$DRY_RUN" ] || report ;;
     esac
     exit
 fi
@@ -110,6 +111,7 @@ say "$RUN_NAME: commit $COMMIT on $TPU_NAME ($TPU_ACCELERATOR, $TPU_HOSTS host(s
 # ----- whether it can -----
 if [ -z "$DRY_RUN" ]; then
     look_at_run
+    check_type
     case "$NODE" in
         READY) ;;
         NO_ANSWER) fail 1 "gcloud gives no answer about the slice $TPU_NAME" ;;

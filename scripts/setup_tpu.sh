@@ -124,6 +124,7 @@ asked='' said='' next_reason=$((SECONDS + REASON_SECONDS)) ghost=0
 while [ -z "$DRY_RUN" ]; do
     look_at_queue
     look_at_slice
+    check_type
     case "$QUEUED $NODE" in "ACTIVE GONE") ghost=$((ghost + 1)) ;; *) ghost=0 ;; esac
     case "$QUEUED $NODE" in
         *NO_ANSWER*) wait_more "gcloud gives no answer" ;;

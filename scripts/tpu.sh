@@ -11,14 +11,13 @@ CONTACT_SECONDS=${TRM_CONTACT_SECONDS:-300}     # for the first contact: Google 
 REASON_SECONDS=${TRM_REASON_SECONDS:-1800}      # between two times that the reason for waiting is shown
 exec 3>&1                                       # for what a dry run prints while a function's output goes to a file
 
+# BASHPID: a process in the background that is killed just after its start would do this, too
+trap 'if [ "$BASHPID" = "$$" ]; then clean_up; fi' EXIT
 clean_up() {
-    # BASHPID: a process in the background that is killed just after its start would do this, too
-    if [ "$BASHPID" != "$$" ]; then return; fi
     if [ -n "$APART" ]; then kill -TERM -- "-$APART" 2>/dev/null || kill -TERM "$APART" 2>/dev/null || true; fi
     if [ -n "$OUR_AGENT" ]; then kill "$OUR_AGENT" 2>/dev/null || true; fi
     rm -rf "$SCRATCH"
 }
-trap clean_up EXIT
 
 say() { echo "$(date -u +%H:%M:%S) $*"; }
 fail() { local status=$1; shift; echo "error: $*" >&2; exit "$status"; }        # the end, for the reason that is said
@@ -50,7 +49,8 @@ in_repository() {
     echo "$path"
 }
 
-how_to_delete() { say "$TPU_NAME uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"; }
+# under scripts/keep_alive.sh, which says it at its own end, this is silent
+how_to_delete() { [ -n "${TRM_KEPT_ALIVE:-}" ] || say "$TPU_NAME uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"; }
 
 # ----- gcloud -----
 # apart SECONDS COMMAND...: run it in a session of its own, so that a key typed in this terminal neither reaches it nor stops it, for
@@ -129,13 +129,16 @@ describe() {
     ANSWER=NO_ANSWER
 }
 
-# look_at_slice: sets NODE (READY, PREEMPTED, ...; GONE; NO_ANSWER) and HEALTH of the slice. Ends where it is of another type.
+# look_at_slice: sets NODE (READY, PREEMPTED, ...; GONE; NO_ANSWER), and HEALTH and TYPE of the slice
 look_at_slice() {
-    local type
     describe tpu-vm 'csv[no-heading](state,health,acceleratorType)'
-    IFS=, read -r NODE HEALTH type <<< "$ANSWER"
-    if [ -n "${type:-}" ] && [ "$type" != "$TPU_ACCELERATOR" ]; then
-        fail 2 "the slice $TPU_NAME is a $type, and tpu.accelerator_type asks for $TPU_ACCELERATOR: say tpu.accelerator_type=$type, or give the new slice another name (TPU_NAME, tpu.name=...)"
+    IFS=, read -r NODE HEALTH TYPE <<< "$ANSWER"
+}
+
+# check_type: end where the slice of this name is of another type than the configuration's
+check_type() {
+    if [ -n "$TYPE" ] && [ "$TYPE" != "$TPU_ACCELERATOR" ]; then
+        fail 2 "the slice $TPU_NAME is a $TYPE, and tpu.accelerator_type asks for $TPU_ACCELERATOR: say tpu.accelerator_type=$TYPE, or give the new slice another name (TPU_NAME, tpu.name=...)"
     fi
 }
 
