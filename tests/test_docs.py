@@ -260,7 +260,8 @@ def shell_texts(source):
     """Every string that a shell script says, what it fills in as HOLE."""
     for pattern in (r"\$\([^()]*\)", r"\$\{[^{}]*\}", r"\$\w+"):
         source = re.sub(pattern, HOLE, source)
-    return set(re.findall(r'\b(?:fail|say|note|echo)\b[^"\n]*"([^"\n]*)"', source))
+    source = re.sub(r'"\s*\\\n\s*"', " ", source)       # one text on two lines
+    return set(re.findall(r'\b(?:fail|final|mistake|ended|refuse_uncommitted|say|note|echo)\b[^"\n]*"([^"\n]*)"', source))
 
 
 @functools.cache
@@ -293,7 +294,7 @@ class Messages(unittest.TestCase):
     def test_the_rule(self):
         """It finds what is printed, and nothing else."""
         self.assertTrue(is_printed("error: worker <rank> was killed by signal <signal>"))
-        self.assertTrue(is_printed("error: there is no room for <name> now: try ..."))
+        self.assertTrue(is_printed("error: there is no room for <name> now: <why>. Try ..."))
         for wrong in ("error: worker <rank> was ended by signal <signal>", "error: worker was killed by signal <signal>", "<a>: <b>", "error: there is no room for <name> now"):
             self.assertFalse(is_printed(wrong), wrong)
 
