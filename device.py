@@ -7,7 +7,6 @@ graph that not all replicas run alike would hang the slice.
 """
 import contextlib
 import datetime
-import glob
 import importlib.util
 import os
 import sys
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import tpu_types
 from utils import UserError, WorkerGone
 
-# dense bfloat16 FLOP/s of the data sheets; any other device is measured when the run starts
-PEAK_FLOPS = {"tpu v4": 275e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
+# dense bfloat16 FLOP/s of the data sheets; TPUs are in tpu_types.py, and any other device is measured when the run starts
+PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
 LOST_SECONDS = 300              # without a word from a fellow worker; more than any of them takes on its own
 
 
@@ -32,7 +32,7 @@ def resolve_device(name):
         raise UserError(f"device = {name!r}: torch_xla is not installed: pip install -r requirements.txt, or use device=cpu or cuda")
     if name != "auto":
         return name
-    on_tpu_vm = glob.glob("/dev/accel[0-9]*") and has_xla
+    on_tpu_vm = has_xla and tpu_types.chips_here()[0]
     return "tpu" if on_tpu_vm else "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -49,6 +49,7 @@ class Device:
     xla_cpu only. Joins the other workers of the run (see workers.py) and waits for them.
     Raises UserError where the device is not to be had, WorkerGone where a worker does not come.
     """
+    generation = None           # of a TPU: its tpu_types.Generation
 
     def __init__(self, name):
         self.name = name = resolve_device(name)
@@ -84,6 +85,11 @@ class Device:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"device = {self.name!r}: no such device here ({reason}): run on a TPU VM, or use device=cpu") from None
         self.rank, self.world_size = torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
+        if self.name == "tpu":
+            self.generation = tpu_types.chips_here()[1]
+            if self.generation is None:
+                raise UserError(f"device = 'tpu': the chips of this host are none of {', '.join(tpu_types.GENERATIONS)}: ask for a slice such as "
+                                f"{tpu_types.EXAMPLES}")
 
     def _join(self):
         if self.name == "tpu" and "MASTER_ADDR" not in os.environ:
@@ -250,8 +256,8 @@ class Device:
 
     def peak_flops(self, dtype):
         """(FLOP/s, where the number comes from): the data sheet's for bfloat16, or a matrix product in `dtype` measured now."""
-        if self.name == "tpu":
-            return PEAK_FLOPS["tpu v4"], "TPU v4 data sheet"
+        if self.generation:
+            return self.generation.peak_flops, f"TPU {self.generation.name} data sheet"
         model = torch.cuda.get_device_name() if self.name == "cuda" else ""
         for name, peak in PEAK_FLOPS.items():
             if model.startswith(name):

@@ -1,8 +1,8 @@
 """TPU kernels (Pallas): one SwiGLU with its residual and RMS norm, x -> rms_norm(x + swiglu(x)), without a trip to HBM between.
 
-On a TPU v4 the compiler writes gate, up and their product to memory, and that costs more than the products themselves (the figures:
-docs/tpu_step.md). Here they stay in a core's VMEM: a pass of the grid takes a few examples through the whole of it. The two cores of
-a chip share the passes.
+On a TPU the compiler writes gate, up and their product to memory, and that costs more than the products themselves (the figures:
+docs/tpu_step.md). Here they stay in a core's VMEM: a pass of the grid takes a few examples through the whole of it. The cores of a chip
+(two of v4 and v5p, one of v5e and v6e) share the passes. `chip` is its tpu_types.Generation.
 
 Weights have torch's layout, gate and up [W, d], down [d, W]. `gate` comes halved: silu(2h) = h * tanh(h) + h, without a division.
 jax is needed to trace a kernel, on any machine and for its CPU; it never sees the TPU.
@@ -24,8 +24,7 @@ import torch
 
 from trm_model import RMS_NORM_EPS, cast
 
-CORES = 2                           # of a v4 chip, which split a "parallel" dimension of the grid
-VMEM_BYTES = 16 * 2**20             # a core
+SMALL_VMEM_BYTES = 16 * 2**20       # what the compiler lets a kernel take of a core, if it is not told; on v4 all that there is
 EXAMPLES_A_PASS = 4                 # fewer, and the weights are pushed into the multiplier too often; more gain nothing
 WIDTH_A_TIME = 1536                 # of the channels' W, or float32 intermediates would not fit
 TOLERANCE = 0.02                    # relative, between two orders of bfloat16's roundings; about 0.004 is usual
@@ -115,37 +114,38 @@ def channel_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref, *kept_refs_and_ro
 # ---------------------------------------------------------------------------------------------------------
 # Their calls, functions of jax arrays
 # ---------------------------------------------------------------------------------------------------------
-def token_mixing(x, gate, up, down, interpret=False):
+def token_mixing(x, gate, up, down, chip, interpret=False):
     """rms_norm(x + swiglu(x)) along the positions. x [B, L, D]; gate (halved), up [W, L], down [L, W]."""
-    return _call(token_kernel, (x,), (gate, up, down), [x], interpret)
+    return _call(token_kernel, (x,), (gate, up, down), [x], chip, interpret)
 
 
-def token_mixing_gradient(x, out_grad, gate, up, down, interpret=False):
+def token_mixing_gradient(x, out_grad, gate, up, down, chip, interpret=False):
     """Gradients of x [B, L, D], and of gate (not of its half), up and down: float32 [1 or 2, ...], to be added up."""
-    return _call(token_gradient_kernel, (x, out_grad), (gate, up, down), [x], interpret, sums=(gate, up, down))
+    return _call(token_gradient_kernel, (x, out_grad), (gate, up, down), [x], chip, interpret, sums=(gate, up, down))
 
 
-def channel_mixing(x, gate, up, down, interpret=False):
+def channel_mixing(x, gate, up, down, chip, interpret=False):
     """rms_norm(x + swiglu(x)) along the channels. x [B, L, D]; gate (halved), up [W, D], down [D, W]."""
-    return _call(channel_kernel, (x,), (gate, up, down), [x], interpret)
+    return _call(channel_kernel, (x,), (gate, up, down), [x], chip, interpret)
 
 
-def channel_mixing_kept(x, gate, up, down, interpret=False):
+def channel_mixing_kept(x, gate, up, down, chip, interpret=False):
     """channel_mixing, and what its backward needs: gate, up [B, L, W] in x's dtype, 1 / rms [B, L, 1] float32."""
     inner = jax.ShapeDtypeStruct((*x.shape[:2], up.shape[0]), x.dtype)
     scale = jax.ShapeDtypeStruct((*x.shape[:2], 1), jnp.float32)
-    return _call(channel_kernel, (x,), (gate, up, down), [x, inner, inner, scale], interpret)
+    return _call(channel_kernel, (x,), (gate, up, down), [x, inner, inner, scale], chip, interpret)
 
 
-def _call(kernel, inputs, weights, outputs, interpret, sums=()):
+def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
     """inputs and outputs [B, ...] are cut along B into the passes of the grid; weights are whole in each; sums: float32, of each core."""
     batch, length, dim = inputs[0].shape
     fitting = [k for k in range(EXAMPLES_A_PASS, 0, -1)
-               if batch % k == 0 and (k == 1 or vmem_bytes(kernel, k, (*inputs, *outputs), weights) <= VMEM_BYTES)]
+               if batch % k == 0 and (k == 1 or vmem_bytes(kernel, k, (*inputs, *outputs), weights) <= vmem_limit(chip))]
     # as many examples as fit, but rather fewer than that one core has nothing to do
-    examples = next((k for k in fitting if batch // k % CORES == 0), fitting[0])
-    cores = CORES if batch // examples % CORES == 0 else 1
+    examples = next((k for k in fitting if batch // k % chip.cores == 0), fitting[0])
+    cores = chip.cores if batch // examples % chip.cores == 0 else 1
     passes = batch // examples // cores
+    needs = vmem_bytes(kernel, examples, (*inputs, *outputs), weights)
 
     def block(array):
         return pl.BlockSpec((examples, *array.shape[1:]), lambda core, step: (core * passes + step, 0, 0))
@@ -164,13 +164,18 @@ def _call(kernel, inputs, weights, outputs, interpret, sums=()):
         kernel, grid=(cores, passes), interpret=interpret, out_shape=out_shape, name=kernel.__name__,
         in_specs=[*map(block, inputs), *map(whole, weights)], out_specs=[*map(block, outputs), *map(own, sums)],
         scratch_shapes=[pltpu.VMEM((examples * padded(length, 8), dim), inputs[0].dtype)] if kernel is channel_kernel else [],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(chip) if needs > SMALL_VMEM_BYTES else None),
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=batch * mixed_with * weights[0].shape[0], bytes_accessed=moved),
     )(*inputs, *weights)
 
 
 def padded(size, tile):
     return -(-size // tile) * tile
+
+
+def vmem_limit(chip):
+    """Bytes of a core's VMEM that a kernel may take. Where there is more than a v4 has, the compiler keeps a part for what runs beside."""
+    return SMALL_VMEM_BYTES if chip.vmem_bytes == SMALL_VMEM_BYTES else chip.vmem_bytes * 3 // 4
 
 
 def vmem_bytes(kernel, examples, arrays, weights):
@@ -188,7 +193,7 @@ def vmem_bytes(kernel, examples, arrays, weights):
     return blocks + held + 4 * held + in_vmem(5 * width, dim, bytes_each=4)
 
 
-def fits(length, dim, width, axis):
+def fits(length, dim, width, axis, chip):
     """Whether one example of [length, dim] (mixed along `axis` of [B, length, dim] by a SwiGLU of this width) and the weights fit a core."""
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -196,7 +201,7 @@ def fits(length, dim, width, axis):
     weights = array(width, size), array(width, size), array(size, width)
     needs = (vmem_bytes(token_gradient_kernel, 1, (x, x, x), weights) if axis == 1 else
              vmem_bytes(channel_kernel, 1, (x, x, inner, inner, jax.ShapeDtypeStruct((1, length, 1), jnp.float32)), weights))
-    return dim % 128 == 0 and needs <= VMEM_BYTES
+    return dim % 128 == 0 and needs <= vmem_limit(chip)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -206,28 +211,29 @@ class TokenMixing(torch.autograd.Function):
     """rms_norm(x + swiglu(x)) along the positions of x [B, L, D], forward and backward each one kernel."""
 
     @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight):
+    def forward(ctx, x, gate_weight, up_weight, down_weight, chip):
         gate, up, down = (cast(weight, x.dtype) for weight in (gate_weight, up_weight, down_weight))
         arguments = x, 0.5 * gate, up, down
         ctx.save_for_backward(*arguments)
-        return call(token_mixing, *arguments)[0]
+        ctx.chip = chip
+        return call(token_mixing, chip, *arguments)[0]
 
     @staticmethod
     def backward(ctx, grad):
         x, *weights = ctx.saved_tensors
-        x_grad, *sums = call(token_mixing_gradient, x, grad, *weights)
-        return x_grad, *(of_cores.sum(0) for of_cores in sums)
+        x_grad, *sums = call(token_mixing_gradient, ctx.chip, x, grad, *weights)
+        return x_grad, *(of_cores.sum(0) for of_cores in sums), None
 
 
 class ChannelMixing(torch.autograd.Function):
     """rms_norm(x + swiglu(x)) along the channels of x [B, L, D]; the forward is one kernel. keep: for the backward."""
 
     @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight, keep):
+    def forward(ctx, x, gate_weight, up_weight, down_weight, chip, keep):
         weights = gate, up, down = [cast(weight, x.dtype) for weight in (gate_weight, up_weight, down_weight)]
         if not keep:
-            return call(channel_mixing, x, 0.5 * gate, up, down)[0]
-        out, *kept = call(channel_mixing_kept, x, 0.5 * gate, up, down)
+            return call(channel_mixing, chip, x, 0.5 * gate, up, down)[0]
+        out, *kept = call(channel_mixing_kept, chip, x, 0.5 * gate, up, down)
         ctx.save_for_backward(x, *weights, out, *kept)
         return out
 
@@ -238,22 +244,22 @@ class ChannelMixing(torch.autograd.Function):
         grad, out = grad.float(), out.float()
         mixed_grad = scale * (grad - out * (grad * out).mean(-1, keepdim=True))
         x_grad, *weight_grads = xla_mixing.swiglu_gradient(mixed_grad.to(x.dtype), x, weights, gate, up, 2)
-        return (x_grad + mixed_grad).to(x.dtype), *weight_grads, None
+        return (x_grad + mixed_grad).to(x.dtype), *weight_grads, None, None
 
 
-def call(function, *tensors):
+def call(function, chip, *tensors):
     """One of the above on tensors of a TPU: a custom call in the program that torch_xla traces. Returns a list."""
     import torch_xla
-    payload, shapes, dtypes = _traced(function, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+    payload, shapes, dtypes = _traced(function, chip, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
     return torch_xla._XLAC._xla_tpu_custom_call(list(tensors), payload, shapes, dtypes)
 
 
 @functools.cache
-def _traced(function, given):
+def _traced(function, chip, given):
     """(the kernel as torch_xla takes it, its results' shapes, their torch dtypes)."""
     arguments = [jax.ShapeDtypeStruct(shape, str(dtype).removeprefix("torch.")) for shape, dtype in given]
     # exported, for whatever TPU and compiler: what jax traces for itself, a libtpu of a few weeks before it does not read
-    exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
+    exported = jax.export.export(jax.jit(functools.partial(function, chip=chip)), platforms=["tpu"])(*arguments)
     text = re.search(r'@tpu_custom_call\(.*backend_config = "(.*?)"', exported.mlir_module())[1]
     payload = re.sub(r"\\([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), text)
     results = exported.out_avals
@@ -268,17 +274,17 @@ def swiglus(layer):
     return [(1, layer.mlp_t), (2, layer.mlp)] if layer.mixes_by_mlp else [(2, layer.mlp)]
 
 
-def in_kernel(model, axis, swiglu):
-    """Whether this SwiGLU of a trm_model.TinyRecursiveModel can be a kernel: it computes in bfloat16 and fits a core."""
+def in_kernel(model, axis, swiglu, chip):
+    """chip where this SwiGLU of a trm_model.TinyRecursiveModel can be a kernel on it: it computes in bfloat16 and fits a core. Else None."""
     width = swiglu.down_proj.weight.shape[1]
-    return model.forward_dtype == torch.bfloat16 and fits(model.length, model.config.hidden_size, width, axis)
+    return chip if model.forward_dtype == torch.bfloat16 and fits(model.length, model.config.hidden_size, width, axis, chip) else None
 
 
-def use(model):
-    """Let each SwiGLU of the model run as a kernel where it can."""
+def use(model, chip):
+    """Let each SwiGLU of the model run as a kernel of this chip where it can."""
     for layer in model.L_level.layers:
         for axis, swiglu in swiglus(layer):
-            swiglu.in_kernel = in_kernel(model, axis, swiglu)
+            swiglu.in_kernel = in_kernel(model, axis, swiglu, chip)
 
 
 def fault(model, device, training_batch, evaluation_batch):
@@ -289,10 +295,10 @@ def fault(model, device, training_batch, evaluation_batch):
     cases = dict.fromkeys([(training_batch, True), (training_batch, False), (evaluation_batch, False)] if training_batch else [(evaluation_batch, False)])
     generator, off = torch.Generator().manual_seed(0), {}
     for axis, swiglu in swiglus(layer):
-        for batch, backward in cases if in_kernel(model, axis, swiglu) else ():
+        for batch, backward in cases if in_kernel(model, axis, swiglu, device.generation) else ():
             x, *probe = (device.put(torch.randn(batch, model.length, model.config.hidden_size, generator=generator).bfloat16()) for _ in range(1 + backward))
             results = []
-            for swiglu.in_kernel in (False, True):
+            for swiglu.in_kernel in (None, device.generation):
                 with torch.set_grad_enabled(backward):
                     x = x.detach().requires_grad_(backward)
                     out = swiglu(x, swiglu.weights(), axis)

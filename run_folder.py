@@ -208,7 +208,7 @@ def _device_model(device):
     if device.name == "cuda":
         return torch.cuda.get_device_name()
     if device.name == "tpu":
-        return "TPU v4"
+        return f"TPU {device.generation.name}"
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

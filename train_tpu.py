@@ -111,7 +111,7 @@ def use_kernels(model, config, device, training=True):
     if device.world_size > 1:
         device.wait_for_vote(device.start_vote(failed))
     if not failed.item():
-        pallas_kernels.use(model)
+        pallas_kernels.use(model, device.generation)
     elif device.rank == 0:
         print(f"warning: the TPU kernels are not used, and a step takes longer: {reason or 'they do not work on another worker'} "
               "(training.pallas_kernels=false: no kernels, no warning)", file=sys.stderr)

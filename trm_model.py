@@ -82,7 +82,7 @@ class SwiGLU(nn.Module):
         width = -(-round(expansion * dim * 2 / 3) // 256) * 256
         self.gate_up_proj = Linear(dim, 2 * width, generator)
         self.down_proj = Linear(width, dim, generator)
-        self.in_kernel = False      # on a TPU: by pallas_kernels.py
+        self.in_kernel = None       # on a TPU, by pallas_kernels.py: the tpu_types.Generation of its chips
 
     def weights(self):
         """(gate, up, down) for `forward`, asked for once a step: the gradients of the halves are put together once, not at each use."""
@@ -92,6 +92,7 @@ class SwiGLU(nn.Module):
         """x [B, L, D] mixed along `axis`, added to x and normed along it: [B, L, D]."""
         if self.in_kernel:
             import pallas_kernels
+            weights = *weights, self.in_kernel
             return pallas_kernels.TokenMixing.apply(x, *weights) if axis == 1 else pallas_kernels.ChannelMixing.apply(x, *weights, torch.is_grad_enabled())
         return rms_norm(x + self.mixed(x, weights, axis).transpose(axis, 2), x.dtype, axis)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+import tpu_types
+
 
 class UserError(Exception):
     """A mistake that its user can mend: ends the program with one message and status 2."""
@@ -74,13 +76,13 @@ def _knob(default=dataclasses.MISSING, **rule):
 
 @dataclass(kw_only=True)
 class TPUConfig:
-    accelerator_type: str = "v4-8"              # slice to run on; v4-N has N/2 chips, one worker each
+    accelerator_type: str = "v4-8"              # slice to run on, of those in tpu_types.py; one worker a chip
     # for the scripts that work on a slice; TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before a file's values
     project: str | None = None                  # Google Cloud project
-    zone: str = "us-central2-b"                 # the one with v4
+    zone: str | None = None                     # null: the first in tpu_types.py of this kind of TPU
     name: str | None = None                     # of the slice
     bucket: str | None = None                   # gs://bucket or a folder in it, of the slice's region: datasets and runs
-    runtime_version: str = "tpu-ubuntu2204-base"  # image of the hosts
+    runtime_version: str | None = None          # image of the hosts; null: the one that Google names for this kind of TPU
 
 
 @dataclass(kw_only=True)
@@ -346,8 +348,13 @@ def _check_combinations(config, source):
     def fail(key, value, text):
         raise UserError(f"{source(key)}: {key} = {value!r}: {text}")
 
-    if not re.fullmatch(r"v4-\d+", config.tpu.accelerator_type) or planned_workers(config, "tpu") < 1:
-        fail("tpu.accelerator_type", config.tpu.accelerator_type, "must be a v4 slice named by its TensorCores: v4-8, v4-16, v4-32, ...")
+    try:
+        generation = tpu_types.slice_type(config.tpu.accelerator_type).generation
+    except ValueError as error:
+        fail("tpu.accelerator_type", config.tpu.accelerator_type, str(error))
+    if generation.name == "v6e" and config.tpu.runtime_version == tpu_types.GENERATIONS["v4"].image:
+        fail("tpu.runtime_version", config.tpu.runtime_version, "on a v6e its TPUs do not start (\"Failed to get global TPU topology\"): "
+             f"leave it null, which takes {generation.image}")
     if not model.mlp_t and model.hidden_size % model.num_heads:
         fail("model.hidden_size", model.hidden_size, f"must be divisible by model.num_heads = {model.num_heads}")
     if not model.mlp_t and model.pos_encodings == "rope" and model.hidden_size // model.num_heads % 2:
@@ -377,7 +384,7 @@ def planned_workers(config, device=None):
     """Workers the configuration is planned for: one a chip on a TPU slice, otherwise training.num_workers."""
     if (device or config.device) != "tpu":
         return config.training.num_workers or 1
-    return int(config.tpu.accelerator_type.split("-")[1]) // 2
+    return tpu_types.slice_type(config.tpu.accelerator_type).chips
 
 
 def total_steps(config, num_puzzles):

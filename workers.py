@@ -10,6 +10,7 @@ import threading
 import time
 
 import preemption
+import tpu_types
 import utils
 from device import resolve_device
 from utils import UserError
@@ -69,6 +70,10 @@ def start_alone(device):
 def check_workers(config, device):
     """Raises UserError where the workers that are there are not those of the configuration, or cannot share its batch."""
     batch, parts = config.training.global_batch_size, config.training.grad_accumulation_steps
+    generation = tpu_types.slice_type(config.tpu.accelerator_type).generation
+    if device.name == "tpu" and device.generation != generation:
+        raise UserError(f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: its chips are {generation.name}, and those of this host are "
+                        f"{device.generation.name}: name the slice that this is")
     if device.name == "tpu" and device.world_size != utils.planned_workers(config, "tpu"):
         raise UserError(f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: it has {utils.planned_workers(config, 'tpu')} chips, and {device.world_size} "
                         "are here: name this slice, and run the command on all of its hosts")

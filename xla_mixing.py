@@ -1,4 +1,4 @@
-"""SwiGLU on XLA, forward and backward, written for how a TPU v4 lays things out. The figures behind it: docs/tpu_step.md."""
+"""SwiGLU on XLA, forward and backward, written for how a TPU (first a v4) lays things out. The figures behind it: docs/tpu_step.md."""
 import torch
 import torch.nn.functional as F
 import torch_xla

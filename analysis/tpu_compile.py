@@ -1,4 +1,4 @@
-"""Compile traced programs with the real TPU compiler for a v4 slice that is not there.
+"""Compile traced programs with the real TPU compiler for a slice that is not there.
 
     python analysis/tpu_compile.py FOLDER v4-64
 
@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-# chips along the three axes of each slice's torus; hosts are blocks of 2 x 2 x 1
-TOPOLOGIES = {"v4-8": (2, 2, 1), "v4-16": (2, 2, 2), "v4-32": (2, 2, 4), "v4-64": (2, 4, 4), "v4-128": (4, 4, 4)}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tpu_types
 
 
 def main():
@@ -46,8 +46,9 @@ def tpu_environment(folder, accelerator):
 def slice_devices(accelerator):
     """The slice's chips, each one device (megacore: its two TensorCores work as one)."""
     from jax.experimental import topologies
-    shape = "x".join(map(str, TOPOLOGIES[accelerator]))
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"v4:{shape}", chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1)).devices
+    slice_ = tpu_types.slice_type(accelerator)
+    cores = {"chip_config_name": "megacore"} if slice_.generation.cores == 2 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology_name, chips_per_host_bounds=slice_.host_bounds, **cores).devices
 
 
 def mlir_text(hlo):

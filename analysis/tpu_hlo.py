@@ -19,13 +19,6 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-CLOCK_HZ = 1.05e9               # TPU v4: of the TensorCore
-PEAK_FLOPS = 275e12             # bfloat16, a chip
-HBM_BYTES = 32 * 2**30          # a chip
-USABLE_HBM_BYTES = 30.75 * 2**30    # of them, by the compiler's own word
-HBM_BYTES_PER_SECOND = 1.2e12
-LINK_BYTES_PER_SECOND = 6 * 50e9    # six links of a chip, each direction
-
 COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast"}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id", "replica-id"}
 FREE_CUSTOM_CALLS = {"ConcatBitcast", "AllocateBuffer"}     # a name for bytes that lie there already
@@ -65,6 +58,7 @@ class Instruction:
 
 @dataclass
 class Cost:
+    chip: object                                                    # a tpu_types.Generation
     cycles: int = 0
     counts: Counter = field(default_factory=Counter)                # executed instructions that carry an estimate, by opcode
     by_instruction: list = field(default_factory=list)              # (cycles, times, Instruction) of each of them
@@ -77,15 +71,15 @@ class Cost:
     @property
     def seconds(self):
         """Estimated device time of one execution, collectives left out."""
-        return self.cycles / CLOCK_HZ + sum(call["seconds"] for call in self.custom_calls.values()) + self.unestimated["seconds"]
+        return self.cycles / self.chip.clock_hz + sum(call["seconds"] for call in self.custom_calls.values()) + self.unestimated["seconds"]
 
 
-def read_cost(text, kernel_cycles={}):
+def read_cost(text, chip, kernel_cycles={}):
     """Cost of one execution of the module whose optimised HLO is `text`; raises ValueError where that has no entry.
 
-    kernel_cycles: {kernel_key: cycles of one execution}.
+    chip: the tpu_types.Generation that it was compiled for; kernel_cycles: {kernel_key: cycles of one execution}.
     """
-    cost = Cost()
+    cost = Cost(chip)
     for times, computation, instruction in executed(*parse(text)):
         opcode, base = instruction.opcode, instruction.opcode.removesuffix("-start")
         if opcode == "while":
@@ -107,7 +101,7 @@ def read_cost(text, kernel_cycles={}):
             moved = _moved(computation, instruction)
             cost.unestimated["count"] += times
             cost.unestimated["bytes"] += times * moved
-            cost.unestimated["seconds"] += times * moved / HBM_BYTES_PER_SECOND
+            cost.unestimated["seconds"] += times * moved / chip.hbm_bytes_per_second
     return cost
 
 
@@ -202,9 +196,9 @@ def _add_custom_call(cost, computation, instruction, times, kernel_cycles):
         return
     stated = _stated_cost(instruction)
     moved = max(_moved(computation, instruction), int(stated.get("bytes_accessed", 0)))
-    flops, cycles = int(stated.get("flops", 0)), kernel_cycles.get(kernel_key(instruction))
-    bound = max(flops / PEAK_FLOPS, moved / HBM_BYTES_PER_SECOND)
-    seconds = bound if cycles is None else max(bound, cycles / CLOCK_HZ + moved / HBM_BYTES_PER_SECOND)
+    flops, cycles, chip = int(stated.get("flops", 0)), kernel_cycles.get(kernel_key(instruction)), cost.chip
+    bound = max(flops / chip.peak_flops, moved / chip.hbm_bytes_per_second)
+    seconds = bound if cycles is None else max(bound, cycles / chip.clock_hz + moved / chip.hbm_bytes_per_second)
     call = cost.custom_calls.setdefault(target, {"count": 0, "bytes": 0, "flops": 0, "bound_seconds": 0.0, "seconds": 0.0})
     for key, value in (("count", 1), ("bytes", moved), ("flops", flops), ("bound_seconds", bound), ("seconds", seconds)):
         call[key] += times * value
@@ -222,9 +216,9 @@ def _stated_cost(instruction):
     return json.loads(stated[1]) if stated else {}
 
 
-def all_reduce_seconds(num_bytes, chips):
-    """The least time that an all-reduce of `num_bytes` takes on the chips' links."""
-    return 2 * num_bytes * (chips - 1) / chips / LINK_BYTES_PER_SECOND
+def all_reduce_seconds(num_bytes, chips, chip):
+    """The least time that an all-reduce of `num_bytes` over `chips` of a tpu_types.Generation takes on their links."""
+    return 2 * num_bytes * (chips - 1) / chips / chip.link_bytes_per_second
 
 
 def cycles_by_source(cost, folder):

@@ -17,10 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tpu_hlo
+import tpu_types
 from tpu_compile import compile_program, slice_devices, tpu_environment
-
-CORES = 2
 
 
 def main():
@@ -34,12 +34,12 @@ def main():
         with tempfile.TemporaryDirectory() as dump:
             tpu_environment(folder, accelerator)
             os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles"
-            device = slice_devices(accelerator)[:1]
-            calls = {key: cycles(computation, instruction, device, Path(dump)) for key, (computation, instruction) in calls.items()}
+            device, cores = slice_devices(accelerator)[:1], tpu_types.slice_type(accelerator).generation.cores
+            calls = {key: cycles(computation, instruction, device, cores, Path(dump)) for key, (computation, instruction) in calls.items()}
     (folder / "kernels.json").write_text(json.dumps(calls))
 
 
-def cycles(computation, instruction, device, dump):
+def cycles(computation, instruction, device, cores, dump):
     """Of one execution of a kernel on one chip."""
     for old in dump.iterdir():
         old.unlink()
@@ -59,7 +59,7 @@ def cycles(computation, instruction, device, dump):
     compile_program(module, device)
     said, = (text for path in dump.glob("*schedule-analysis_final_bundles.txt")          # TLP is the program around it
              if '"tpu_custom_call"' in (text := path.read_text()) and "-TLP-" not in path.name)
-    return int(re.search(r"total scheduled bundles:\s*(\d+)", said)[1]) * passes(config["body"])
+    return int(re.search(r"total scheduled bundles:\s*(\d+)", said)[1]) * passes(config["body"], cores)
 
 
 def tensors(shape):
@@ -69,7 +69,7 @@ def tensors(shape):
             [f"dense<[{', '.join(map(str, reversed(range(len(dims)))))}]> : tensor<{len(dims)}xindex>" for _, dims in arrays])
 
 
-def passes(body):
+def passes(body, cores):
     """Passes of a kernel's grid that one core does."""
     from jax._src.lib import tpu
     from jax._src.lib.mlir import ir
@@ -79,7 +79,7 @@ def passes(body):
         text = str(ir.Module.parse(base64.b64decode(body)))
     bounds = [int(bound) for bound in re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)[1].split(",")]
     parallel = [bound for bound, kind in zip(bounds, re.findall(r"dimension_semantics<(\w+)>", text)) if kind == "parallel"]
-    return math.prod(bounds) // (CORES if math.prod(parallel) % CORES == 0 else 1)
+    return math.prod(bounds) // (cores if math.prod(parallel) % cores == 0 else 1)
 
 
 if __name__ == "__main__":

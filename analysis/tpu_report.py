@@ -1,7 +1,7 @@
-"""What a TPU v4 slice would do with a configuration, on a machine that has none.
+"""What a TPU slice would do with a configuration, on a machine that has none.
 
     python analysis/tpu_report.py --config configs/e1_1.yaml --accelerator v4-64
-    python analysis/tpu_report.py --config configs/e1_1.yaml --accelerator v4-64 --json out.json model.hidden_size=1024
+    python analysis/tpu_report.py --config configs/e1_1.yaml --accelerator v6e-16 --json out.json model.hidden_size=1024
     python analysis/tpu_report.py --config configs/e*.yaml --accelerator v4-64      # the whole study, as one table
 
 Traces the training step and the evaluation step as one of the slice's workers, compiles both with the compiler of a TPU VM
@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tpu_hlo
+import tpu_types
 import utils
-from tpu_compile import TOPOLOGIES
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +38,8 @@ PR_SET_PDEATHSIG = 1            # of Linux's prctl
 
 def main():
     args = parse_args()
-    check_dependencies()
     configs = {path: utils.load_config(path, args.overrides) for path in args.config}
+    check_dependencies()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that no child outlives this process
     reports = []
     if len(configs) > 1:
@@ -61,7 +61,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, nargs="+", metavar="FILE", help="YAML configurations; several give a table")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configurations")
-    parser.add_argument("--accelerator", choices=TOPOLOGIES, default="v4-64", help="slice to compile for (default: v4-64)")
+    parser.add_argument("--accelerator", default="v4-64", metavar="TYPE", help=f"slice to compile for, as {tpu_types.EXAMPLES} (default: v4-64)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--keep", metavar="FOLDER", help="keep the programs there: as traced (protobuf) and as optimised (text)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="of one configuration, the N most expensive operations (default: 12)")
@@ -123,23 +123,29 @@ def examine(path, config, args):
                 compiled = json.loads((folder / "compile.json").read_text())
                 for name, result in compiled.items():
                     if result["error"]:
-                        report["error"] = f"{name} step: {compiler_error(result['error'], way_out(name, config))}"
+                        report["error"] = f"{name} step: {compiler_error(result['error'], way_out(name, config), chip_of(report))}"
                         return report
         report["compiles"] = True
         report |= program_figures(folder, compiled, report, args.top)
-    report["fits"] = report["hbm_bytes"]["needed"] <= tpu_hlo.USABLE_HBM_BYTES
+    chip = chip_of(report)
+    report["fits"] = report["hbm_bytes"]["needed"] <= chip.usable_hbm_bytes
     if not report["fits"]:
         larger = max(report["hbm_working_bytes"], key=report["hbm_working_bytes"].get)
         report["error"] = (f"does not fit: with the {larger} step at work {report['hbm_bytes']['needed'] / GIB:.2f} GiB of HBM are needed, "
-                           f"programs may use {tpu_hlo.USABLE_HBM_BYTES / GIB} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}: {way_out(larger, config)}")
+                           f"programs may use {chip.usable_hbm_bytes / GIB:.2f} GiB of a chip's {chip.hbm_bytes / GIB:.0f}: {way_out(larger, config)}")
     return report | run_figures(report, config)
+
+
+def chip_of(report):
+    return tpu_types.slice_type(report["accelerator"]).generation
 
 
 def program_figures(folder, compiled, report, top):
     """What the compiled programs say. A training step may be several programs: their figures are summed."""
+    chip = chip_of(report)
     texts = {name: (folder / f"{name}.optimised.txt").read_text() for name in compiled}
     kernel_cycles = json.loads((folder / "kernels.json").read_text())
-    costs = {name: tpu_hlo.read_cost(text, kernel_cycles) for name, text in texts.items()}
+    costs = {name: tpu_hlo.read_cost(text, chip, kernel_cycles) for name, text in texts.items()}
     training = [name for name in compiled if name != "evaluation"]
     ms = sum(1e3 * costs[name].seconds for name in training)
     all_reduce = {key: sum(costs[name].collectives["all-reduce"][key] for name in training) for key in ("count", "bytes")}
@@ -153,13 +159,13 @@ def program_figures(folder, compiled, report, top):
         "hbm_bytes": hbm, "hbm_bytes_by_program": by_program, "hbm_working_bytes": working,
         "flops_per_chip_step": sum(program["flops"] for program in report["programs_traced"] if program["name"] in training),
         "estimated_ms_per_step": ms, "estimated_cycles_per_step": sum(costs[name].cycles for name in training),
-        "estimated_mfu": report["model_flops_per_chip_step"] / (ms / 1e3 * tpu_hlo.PEAK_FLOPS),
+        "estimated_mfu": report["model_flops_per_chip_step"] / (ms / 1e3 * chip.peak_flops),
         "custom_calls": {name: costs[name].custom_calls for name in costs if costs[name].custom_calls},
         "unestimated": {name: costs[name].unestimated for name in costs},
         "loops_of_unknown_length": sum(cost.loops_of_unknown_length for cost in costs.values()),
         "prefetch_bytes_per_step": sum(costs[name].prefetch_bytes for name in training),
         "all_reduce_bytes": all_reduce["bytes"], "all_reduce_count": all_reduce["count"],
-        "all_reduce_ms_at_least": 1e3 * tpu_hlo.all_reduce_seconds(all_reduce["bytes"], report["chips"]),
+        "all_reduce_ms_at_least": 1e3 * tpu_hlo.all_reduce_seconds(all_reduce["bytes"], report["chips"], chip),
         "other_collectives": {kind: figures for name in costs for kind, figures in costs[name].collectives.items() if kind != "all-reduce"},
         "evaluation_ms_per_step": 1e3 * costs["evaluation"].seconds,
         "compile_seconds": {name: result["compile_seconds"] for name, result in compiled.items()},
@@ -252,14 +258,14 @@ def way_out(step, config):
     return ("" if config.model.activation_checkpointing else "set model.activation_checkpointing=true, or ") + "take a larger slice"
 
 
-def compiler_error(text, if_large):
+def compiler_error(text, if_large, chip):
     """The compiler's error in plain words, with what it says itself. if_large: what to do about a program that does not fit."""
     needs = (re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)G hbm", text)
              or re.search(r"total memory required for .*?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)G\)", text))
     if needs:
-        return f"does not fit: needs {needs[1]} {needs[2]}iB of HBM, a program may use {needs[3]} GiB of a chip's {tpu_hlo.HBM_BYTES / GIB:.0f}: {if_large}"
+        return f"does not fit: needs {needs[1]} {needs[2]}iB of HBM, a program may use {needs[3]} GiB of a chip's {chip.hbm_bytes / GIB:.0f}: {if_large}"
     if one := re.search(r"Allocation \(size=(\d+)\) would exceed memory .*space=hbm", text, re.DOTALL):
-        return f"does not fit: one tensor alone needs {int(one[1]) / GIB:.2f} GiB of HBM, a chip has {tpu_hlo.HBM_BYTES / GIB:.0f}: {if_large}"
+        return f"does not fit: one tensor alone needs {int(one[1]) / GIB:.2f} GiB of HBM, a chip has {chip.hbm_bytes / GIB:.0f}: {if_large}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"the compiler refuses it: {' '.join(lines[:3])[:600]}"
 
@@ -312,17 +318,23 @@ def full_text(report):
         if report["host_ms_per_step"]:
             say("host", f"{report['host_ms_per_step']:.1f} ms a step, on this machine")
         return "\n".join(lines)
-    r, hbm = report, report["hbm_bytes"]
+    r, hbm, chip = report, report["hbm_bytes"], chip_of(report)
     say("verdict", "compiles and fits" if r["fits"] else f"compiles, but NO: {r['error']}")
     say("programs", f"{r['programs']} ({', '.join(f'{name} {seconds:.0f} s' for name, seconds in r['compile_seconds'].items())} to compile here)")
     say("model", f"{r['parameters']:,} parameters, {r['per_chip_batch']} examples a chip of {r['sequence_length']} positions")
+    by_xla = [what for what, as_kernel in r["in_kernel"].items() if not as_kernel]
+    say("kernels", ", ".join(what for what, as_kernel in r["in_kernel"].items() if as_kernel) or "none")
+    if by_xla:
+        say("  in XLA's form", f"{', '.join(by_xla)}: not bfloat16, or more than a core's {chip.vmem_bytes / 2**20:.0f} MiB of VMEM, or "
+            "training.pallas_kernels=false")
     for name, sizes in r["hbm_bytes_by_program"].items():
         say(f"HBM, {name}", ", ".join(f"{kind.replace('_', ' ')} {size / 2**20:,.0f}" for kind, size in sizes.items()) + " MiB")
-    say("HBM needed", f"{hbm['needed'] / GIB:.2f} of {tpu_hlo.HBM_BYTES / GIB:.0f} GiB a chip (training state, the larger step, both programs)")
+    say("HBM needed", f"{hbm['needed'] / GIB:.2f} of {chip.hbm_bytes / GIB:.0f} GiB a chip (training state, the larger step, both programs)")
     say("FLOPs", f"{r['flops_per_chip_step']:.4g} a chip and step in matrix products; the model's own, which the share of peak counts: "
         f"{r['model_flops_per_chip_step']:.4g}")
-    say("device, estimated", f"{r['estimated_ms_per_step']:.2f} ms a step: {r['estimated_mfu']:.1%} of {tpu_hlo.PEAK_FLOPS / 1e12:.0f} TFLOP/s. "
-        f"The compiler's own estimate ({r['estimated_cycles_per_step']:,} cycles at {tpu_hlo.CLOCK_HZ / 1e9} GHz), not a measurement")
+    say("device, estimated", f"{r['estimated_ms_per_step']:.2f} ms a step: {r['estimated_mfu']:.1%} of {chip.peak_flops / 1e12:.0f} TFLOP/s. "
+        f"The compiler's own estimate ({r['estimated_cycles_per_step']:,} cycles at {chip.clock_hz / 1e9} GHz), not a measurement")
+    say("  its clock", chip.clock_known)
     rest = [figures for name, figures in r["unestimated"].items() if name != "evaluation"]
     say("  in it", f"{sum(u['count'] for u in rest)} small operations without an estimate, {1e3 * sum(u['seconds'] for u in rest):.2f} ms by their bytes")
     for program, calls in r["custom_calls"].items():
@@ -337,7 +349,7 @@ def full_text(report):
     for kind, figures in r["other_collectives"].items():
         say("  not in it", f"{figures['count']} {kind} of {figures['bytes'] / 1e6:.1f} MB")
     prefetch = r["prefetch_bytes_per_step"]
-    say("  not in it", f"prefetches beside the computation: {prefetch / 1e9:.2f} GB, {1e3 * prefetch / tpu_hlo.HBM_BYTES_PER_SECOND:.2f} ms of HBM's time")
+    say("  not in it", f"prefetches beside the computation: {prefetch / 1e9:.2f} GB, {1e3 * prefetch / chip.hbm_bytes_per_second:.2f} ms of HBM's time")
     say("evaluation, estimated", f"{r['evaluation_ms_per_step']:.2f} ms a step")
     say("host", f"{r['host_ms_per_step']:.1f} ms a step of one core ({r['host_ms_range'][0]:.1f} to {r['host_ms_range'][1]:.1f}), measured on this machine: "
         "batch, and start of the program that was traced at the first step")
@@ -349,7 +361,7 @@ def full_text(report):
     say("altogether", f"{r['estimated_hours']:.2f} h, {r['chip_hours']:,.0f} chip-hours: {r['share_of_month']:.2%} of the {MONTH_HOURS * r['chips']:,} "
         "of 30 days of this slice; checkpoints, compiles and waiting come on top")
     say("where the cycles go", "(training step; operations without a line are the backward pass's or the compiler's)")
-    lines += [f"  {cycles / r['estimated_cycles_per_step']:6.1%} {cycles / tpu_hlo.CLOCK_HZ * 1e3:7.3f} ms {count:5} x {operation:<14} {source:<24} {shape}"
+    lines += [f"  {cycles / r['estimated_cycles_per_step']:6.1%} {cycles / chip.clock_hz * 1e3:7.3f} ms {count:5} x {operation:<14} {source:<24} {shape}"
               for cycles, count, source, operation, shape in r["where"]]
     return "\n".join(lines)
 

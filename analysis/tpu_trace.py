@@ -25,6 +25,7 @@ import torch_xla
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
 import tpu_hlo
+import tpu_types
 import train_tpu
 import trm_model
 import utils
@@ -40,7 +41,7 @@ def main():
     folder = Path(sys.argv[1])
     config = utils.load_config(folder / "config.yaml")
     dataset, known = training_puzzles(config)
-    device = TracedDevice(utils.planned_workers(config, "tpu"))
+    device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type))
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
     device.follow(run)
@@ -63,7 +64,7 @@ def main():
         "evaluation_host_ms_per_step": statistics.median(per_evaluation_step),
         "parameters": trm_model.num_parameters(run.model), "per_chip_batch": per_chip, "sequence_length": run.model.length,
         "model_flops_per_chip_step": per_chip * trm_model.step_flops_per_example(run.model, train=True),
-        "num_puzzles": dataset.num_puzzles, "dataset": known, **split_sizes(config)}
+        "in_kernel": in_kernel(run.model), "num_puzzles": dataset.num_puzzles, "dataset": known, **split_sizes(config)}
     (folder / "trace.json").write_text(json.dumps(trace))
 
 
@@ -73,11 +74,11 @@ def train_step(run, batch):
 
 
 class TracedDevice(Device):
-    """The first of `world_size` workers. Where another device would compile and run what is pending, this one keeps the program."""
+    """The first worker of a tpu_types.Slice. Where another device would compile and run what is pending, this one keeps the program."""
 
-    def __init__(self, world_size):
+    def __init__(self, slice_):
         super().__init__("xla_cpu")
-        self.rank, self.world_size = 0, world_size
+        self.rank, self.world_size, self.generation = 0, slice_.chips, slice_.generation
         self.programs = []
 
     def follow(self, run):
@@ -100,10 +101,17 @@ def traced_run(config, device, dataset):
     if config.training.pallas_kernels:
         import pallas_kernels
         for model in (run.model, run.ema.module) if run.ema else (run.model,):
-            pallas_kernels.use(model)
+            pallas_kernels.use(model, device.generation)
     for tensor in run.tensors():
         become_placeholder(tensor)
     return run
+
+
+def in_kernel(model):
+    """{"token mixing", "channel mixing": whether it is a kernel}; of self-attention only the latter."""
+    layer = model.L_level.layers[0]
+    swiglus = [("token mixing", layer.mlp_t), ("channel mixing", layer.mlp)] if layer.mixes_by_mlp else [("channel mixing", layer.mlp)]
+    return {what: swiglu.in_kernel is not None for what, swiglu in swiglus}
 
 
 def become_placeholder(tensor):

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tpu_types
 import utils
 from metrics_logger import read_records
 from storage import GCS_URL, checked_name, is_remote, join
@@ -26,8 +27,9 @@ VARIABLES = {"project": "TPU_PROJECT", "zone": "TPU_ZONE", "name": "TPU_NAME", "
 RULES = {"project": (r"([a-z][a-z0-9.-]*:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", "must be the id of a Google Cloud project, as my-project-123"),
          "zone": (r"[a-z]+-[a-z]+\d+-[a-z]", "must be a zone, as us-central2-b"),
          "name": (r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "must be the name of a slice: small letters, digits and -, a letter first"),
-         "bucket": (GCS_URL.pattern, "must be gs://bucket or gs://bucket/folder"),
+         "bucket": (GCS_URL.pattern, "must be gs://bucket or gs://bucket/folder, and a bucket's name has 3 to 63 characters"),
          "runtime_version": (r"[a-z0-9._-]+", "must be an image, as tpu-ubuntu2204-base")}
+OF_ITS_KIND = {"zone": lambda generation: generation.zones[0], "runtime_version": lambda generation: generation.image}     # where nothing is given
 
 
 def main():
@@ -53,22 +55,22 @@ def main():
 def slice_settings(config, overrides, need):
     """{shell variable: text} of the slice; raises UserError where a needed one is not given, or one breaks its rule."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
-    settings = {"TPU_ACCELERATOR": config.tpu.accelerator_type, "TPU_RUNTIME": config.tpu.runtime_version,
-                # four chips a host, one worker a chip
-                "TPU_HOSTS": str(max(1, utils.planned_workers(config, "tpu") // 4))}
+    slice_ = tpu_types.slice_type(config.tpu.accelerator_type)
+    settings = {"TPU_ACCELERATOR": slice_.type, "TPU_GENERATION": slice_.generation.name, "TPU_CHIPS": str(slice_.chips), "TPU_HOSTS": str(slice_.hosts)}
     for key, (pattern, rule) in RULES.items():
         value, said = getattr(config.tpu, key), f"tpu.{key}"
         variable = VARIABLES.get(key)
         if variable and f"tpu.{key}" not in overridden and os.environ.get(variable):
             value, said = os.environ[variable], variable
+        if value is None and key in OF_ITS_KIND:
+            value = OF_ITS_KIND[key](slice_.generation)
         if value is None:
             if key in need:
                 raise UserError(f"tpu.{key} is not given: export {variable}=..., or write it into `tpu:` of the configuration "
                                 f"(or tpu.{key}=... on the command line)")
         elif not re.fullmatch(pattern, value):
             raise UserError(f"{said} = {value!r}: {rule}")
-        if variable:
-            settings[variable] = (value or "").rstrip("/")
+        settings[variable or "TPU_RUNTIME"] = (value or "").rstrip("/")
     return settings
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+import tpu_types
 import train_tpu
 import trm_model
 from device import Device
@@ -20,18 +21,19 @@ from trm_model import SwiGLU
 
 HAS_JAX = importlib.util.find_spec("jax") is not None
 BATCH, LENGTH, DIM = 6, 19, 32
+V4, V6E = tpu_types.GENERATIONS["v4"], tpu_types.GENERATIONS["v6e"]      # of two cores a chip, and of one
 
 
 @functools.cache
-def compiled(function):
+def compiled(function, chip):
     import jax
-    return jax.jit(functools.partial(function, interpret=True))
+    return jax.jit(functools.partial(function, chip=chip, interpret=True))
 
 
-def interpreted(function, *tensors):
+def interpreted(function, chip, *tensors):
     """pallas_kernels.call without a TPU: jax interprets the kernel."""
     import jax.numpy as jnp
-    results = compiled(function)(*(jnp.asarray(tensor.detach().cpu().float().numpy(), str(tensor.dtype).removeprefix("torch.")) for tensor in tensors))
+    results = compiled(function, chip)(*(jnp.asarray(tensor.detach().cpu().float().numpy(), str(tensor.dtype).removeprefix("torch.")) for tensor in tensors))
     return [torch.tensor(result.astype(jnp.float32).tolist()).to(tensors[0].device, getattr(torch, str(result.dtype))) for result in results]
 
 
@@ -57,8 +59,8 @@ class Kernels(unittest.TestCase):
     def test_token_mixing_and_its_gradient(self):
         import pallas_kernels
         swiglu, weights, x, out, grad = self.mixing(1)
-        self.close(interpreted(pallas_kernels.token_mixing, x, *weights)[0], out)
-        x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, x, grad, *weights)
+        self.close(interpreted(pallas_kernels.token_mixing, V4, x, *weights)[0], out)
+        x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, V4, x, grad, *weights)
         plain, gate_up, down = torch.autograd.grad(out, (x, *swiglu.parameters()), grad)
         self.close(x_grad, plain)
         for ours, plain in zip(sums, (*gate_up.chunk(2), down)):
@@ -68,8 +70,8 @@ class Kernels(unittest.TestCase):
     def test_channel_mixing_and_what_it_keeps(self):
         import pallas_kernels
         swiglu, weights, x, out, _ = self.mixing(2)
-        self.close(interpreted(pallas_kernels.channel_mixing, x, *weights)[0], out)
-        ours, gate, up, scale = interpreted(pallas_kernels.channel_mixing_kept, x, *weights)
+        self.close(interpreted(pallas_kernels.channel_mixing, V4, x, *weights)[0], out)
+        ours, gate, up, scale = interpreted(pallas_kernels.channel_mixing_kept, V4, x, *weights)
         self.close(ours, out)
         self.close(gate, 2 * x @ weights[0].T)
         self.close(up, x @ weights[1].T)
@@ -80,17 +82,17 @@ class Kernels(unittest.TestCase):
         _, weights, x, out, _ = self.mixing(2)
         with mock.patch.object(pallas_kernels, "WIDTH_A_TIME", 100):
             in_parts = functools.partial(pallas_kernels.channel_mixing)         # another function, or an earlier trace would be used
-            self.close(interpreted(in_parts, x, *weights)[0], out)
+            self.close(interpreted(in_parts, V4, x, *weights)[0], out)
 
     def test_any_number_of_examples(self):
         import pallas_kernels
         swiglu, weights, *_ = self.mixing(1)
-        for count, cores in ((1, 1), (3, 1), (6, 2), (12, 2), (20, 2)):
-            with self.subTest(count=count):
+        for count, cores, chip in ((1, 1, V4), (3, 1, V4), (6, 2, V4), (12, 2, V4), (20, 2, V4), (12, 1, V6E)):
+            with self.subTest(count=count, chip=chip.name):
                 x = random_input(3, count=count).requires_grad_()
                 out, grad = swiglu(x, swiglu.weights(), 1), random_input(4, count=count)
-                self.close(interpreted(pallas_kernels.token_mixing, x, *weights)[0], out)
-                x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, x, grad, *weights)
+                self.close(interpreted(pallas_kernels.token_mixing, chip, x, *weights)[0], out)
+                x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, chip, x, grad, *weights)
                 plain, gate_up, _ = torch.autograd.grad(out, (x, *swiglu.parameters()), grad)
                 self.assertEqual(len(sums[0]), cores)
                 self.close(x_grad, plain)
@@ -98,10 +100,11 @@ class Kernels(unittest.TestCase):
 
     def test_examples_a_pass_are_as_many_as_fit(self):
         from pallas_kernels import fits
-        for length, dim, width, axis, fit in ((97, 512, 1536, 2, True), (97, 768, 2048, 2, True), (97, 1024, 2816, 2, False), (97, 1024, 512, 1, True),
-                                              (97, 2048, 512, 1, False), (916, 512, 2560, 1, False), (97, 96, 256, 2, False)):
+        for length, dim, width, axis, on_v4, on_v6e in (
+                (97, 512, 1536, 2, True, True), (97, 768, 2048, 2, True, True), (97, 1024, 2816, 2, False, True), (97, 1024, 512, 1, True, True),
+                (97, 2048, 512, 1, False, True), (916, 512, 2560, 1, False, False), (97, 4096, 11008, 2, False, False), (97, 96, 256, 2, False, False)):
             with self.subTest(length=length, dim=dim, axis=axis):
-                self.assertIs(fits(length, dim, width, axis), fit)
+                self.assertEqual((fits(length, dim, width, axis, V4), fits(length, dim, width, axis, V6E)), (on_v4, on_v6e))
 
 
 @unittest.skipUnless(HAS_JAX and importlib.util.find_spec("torch_xla"), "jax or torch_xla is not installed here")
@@ -126,14 +129,14 @@ class Training(unittest.TestCase):
         carry = admitted(model)
         plain, calls = self.gradients(model, carry), []
 
-        def call(function, *tensors):
+        def call(function, chip, *tensors):
             calls.append(function.__name__)
-            return interpreted(function, *tensors)
+            return interpreted(function, chip, *tensors)
         with mock.patch.object(pallas_kernels, "fits", lambda *_: True), mock.patch.object(pallas_kernels, "call", call):
-            pallas_kernels.use(model)
+            pallas_kernels.use(model, V6E)
             self.assertFalse(any(module.in_kernel for module in model.modules() if isinstance(module, SwiGLU)))      # this model is float32
             for module in model.modules():
-                module.in_kernel = True
+                module.in_kernel = V6E
             for ours, theirs in zip(self.gradients(model, carry), plain, strict=True):
                 self.assertLess(((ours - theirs).norm() / theirs.norm()).item(), 2e-5)
         return [calls.count(f"{name}") for name in ("token_mixing", "token_mixing_gradient", "channel_mixing", "channel_mixing_kept")]
@@ -149,23 +152,23 @@ class Training(unittest.TestCase):
         """What train_tpu.use_kernels makes of a TPU on which `call` is what a kernel does: (each SwiGLU in a kernel?, what it says)."""
         import pallas_kernels
         device = device or Device("cpu")
-        device.name = "tpu"
+        device.name, device.generation = "tpu", V4
         model = small_model(forward_dtype="bfloat16")
         config = SimpleNamespace(training=SimpleNamespace(pallas_kernels=True, global_batch_size=8, grad_accumulation_steps=2),
                                  evaluation=SimpleNamespace(batch_size=6))
         with mock.patch.object(pallas_kernels, "fits", lambda *_: True), mock.patch.object(pallas_kernels, "call", call), \
                 contextlib.redirect_stderr(io.StringIO()) as said:
             train_tpu.use_kernels(model, config, device, training)
-        used = {module.in_kernel for module in model.modules() if isinstance(module, SwiGLU)}
+        used = {module.in_kernel == V4 for module in model.modules() if isinstance(module, SwiGLU)}
         self.assertEqual(len(used), 1)
         return used.pop(), said.getvalue()
 
     def test_a_run_on_a_tpu_uses_kernels_that_compute_the_same_there(self):
         called = set()
 
-        def call(function, x, *rest):
+        def call(function, chip, x, *rest):
             called.add((function.__name__, len(x)))
-            return interpreted(function, x, *rest)
+            return interpreted(function, chip, x, *rest)
         self.assertEqual(self.used(call), (True, ""))
         forward = {(name, size) for name in ("token_mixing", "channel_mixing") for size in (4, 6)}      # a training batch in two parts, an evaluation's
         self.assertEqual(called, forward | {("token_mixing_gradient", 4), ("channel_mixing_kept", 4)})
@@ -176,14 +179,14 @@ class Training(unittest.TestCase):
     def test_and_no_others(self):
         for broken, size in (("token_mixing", 4), ("token_mixing", 6), ("token_mixing_gradient", 4), ("channel_mixing", 4), ("channel_mixing", 6),
                              ("channel_mixing_kept", 4)):
-            def slightly_wrong(function, x, *rest):
+            def slightly_wrong(function, chip, x, *rest):
                 factor = 1.05 if (function.__name__, len(x)) == (broken, size) else 1
-                return [factor * result for result in interpreted(function, x, *rest)]
+                return [factor * result for result in interpreted(function, chip, x, *rest)]
 
-            def refused(function, x, *rest):
+            def refused(function, chip, x, *rest):
                 if (function.__name__, len(x)) == (broken, size):
                     raise TypeError("INTERNAL: Mosaic failed\nto compile")
-                return interpreted(function, x, *rest)
+                return interpreted(function, chip, x, *rest)
             with self.subTest(broken=broken, size=size):
                 used, said = self.used(slightly_wrong)
                 self.assertFalse(used)
@@ -228,7 +231,7 @@ class Traced(XLATest):
         import tpu_hlo
         swiglu = SwiGLU(LENGTH, 4, torch.Generator().manual_seed(0)).to(self.device)
         x = random_input(0, torch.bfloat16).to(self.device).requires_grad_()
-        out = pallas_kernels.TokenMixing.apply(x, *swiglu.weights())
+        out = pallas_kernels.TokenMixing.apply(x, *swiglu.weights(), V4)
         grad, = torch.autograd.grad(out.float().sum(), x)
         text = torch_xla._XLAC._get_xla_tensors_hlo([out, grad])
         self.assertEqual(text.count('custom_call_target="tpu_custom_call"'), 2)
@@ -237,10 +240,11 @@ class Traced(XLATest):
     def test_the_check_of_a_run_is_one_program(self):
         import pallas_kernels
 
-        def zeros(function, *tensors):
-            _, shapes, dtypes = pallas_kernels._traced(function, tuple((tuple(t.shape), t.dtype) for t in tensors))
+        def zeros(function, chip, *tensors):
+            _, shapes, dtypes = pallas_kernels._traced(function, chip, tuple((tuple(t.shape), t.dtype) for t in tensors))
             return [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in zip(shapes, dtypes)]
         device, model = Device("xla_cpu"), small_model(forward_dtype="bfloat16")
+        device.generation = V4
         with mock.patch.object(pallas_kernels, "fits", lambda *_: True), mock.patch.object(pallas_kernels, "call", zeros):
             self.assertIn("backward, 4 examples: 1 (relative) off", pallas_kernels.fault(model, device, 4, 6))
         counters = device.counters()

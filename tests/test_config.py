@@ -63,6 +63,7 @@ class Reading(ConfigTest):
         self.assertEqual(utils.planned_workers(config), 1)
         self.assertEqual(utils.planned_workers(config, "tpu"), 32)
         self.assertEqual(utils.planned_workers(self.load("device: tpu\n")), 4)
+        self.assertEqual(utils.planned_workers(self.load("device: tpu\ntpu: {accelerator_type: v5litepod-4}\n")), 4)
 
     def test_every_shipped_configuration(self):
         paths = sorted((ROOT / "configs").glob("**/*.yaml"))
@@ -276,8 +277,11 @@ class Mistakes(ConfigTest):
                 ("model: {mlp_t: true, pos_encodings: rope}\n", "model.pos_encodings = 'rope'", ["model.mlp_t=false", "none or learned"]),
                 ("model: {hidden_size: 64, puzzle_emb_len: 7, puzzle_emb_ndim: 512}\n", "model.puzzle_emb_len = 7",
                  ["model.hidden_size = 64", "model.puzzle_emb_ndim = 512", "0 takes as many"]),
-                ("tpu: {accelerator_type: v5-8}\n", "tpu.accelerator_type = 'v5-8'", ["v4-8, v4-16"]),
-                ("tpu: {accelerator_type: v4-0}\n", "tpu.accelerator_type = 'v4-0'", ["v4-8, v4-16"])]:
+                ("tpu: {accelerator_type: v5-8}\n", "tpu.accelerator_type = 'v5-8'", ["such as v4-32, v5litepod-16"]),
+                ("tpu: {accelerator_type: v4-9}\n", "tpu.accelerator_type = 'v4-9'", ["N TensorCores, 2 a chip", "take v4-8 or v4-16"]),
+                ("device: tpu\ntpu: {accelerator_type: v6e-8}\ntraining: {num_workers: 4}\n", "training.num_workers = 4", ["v6e-8 has 8 chips"]),
+                ("tpu: {accelerator_type: v6e-8, runtime_version: tpu-ubuntu2204-base}\n", "tpu.runtime_version = 'tpu-ubuntu2204-base'",
+                 ["Failed to get global TPU topology", "v2-alpha-tpuv6e"])]:
             with self.subTest(key):
                 self.refused(DATA + text, f": {key}: ", *says)
 

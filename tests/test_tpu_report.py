@@ -18,6 +18,9 @@ from utils import UserError, load_config
 sys.path.insert(0, str(ROOT / "analysis"))
 import tpu_hlo
 import tpu_report
+import tpu_types
+
+V4, V6E = tpu_types.GENERATIONS["v4"], tpu_types.GENERATIONS["v6e"]
 
 SMALL = """\
 device: tpu
@@ -42,25 +45,30 @@ def try_dependencies():
 NOT_INSTALLED = try_dependencies()
 
 
+def read_cost(text, kernel_cycles={}, chip=V4):
+    return tpu_hlo.read_cost(text, chip, kernel_cycles)
+
+
 class CostTest(unittest.TestCase):
     def test_a_loop_counts_its_passes_and_a_fusion_what_it_says_itself(self):
-        cost = tpu_hlo.read_cost(LOOP)
+        cost = read_cost(LOOP)
         # 100 outside; 7 passes of (30 + 5 of the condition); what the fused computations hold is inside the fusions' own estimates
         self.assertEqual(cost.cycles, 100 + 7 * (30 + 5))
         self.assertEqual(dict(cost.counts), {"fusion": 1 + 7 + 7})
         self.assertEqual(cost.loops_of_unknown_length, 0)
-        self.assertAlmostEqual(cost.seconds, cost.cycles / tpu_hlo.CLOCK_HZ)
+        self.assertAlmostEqual(cost.seconds, cost.cycles / 1.05e9)
+        self.assertAlmostEqual(read_cost(LOOP, chip=V6E).seconds, cost.cycles / 1.75e9)
 
     def test_a_loop_of_unknown_length_is_told(self):
-        cost = tpu_hlo.read_cost(LOOP.replace(', backend_config={"known_trip_count":{"n":"7"}}', ""))
+        cost = read_cost(LOOP.replace(', backend_config={"known_trip_count":{"n":"7"}}', ""))
         self.assertEqual((cost.cycles, cost.loops_of_unknown_length), (100 + 35, 1))
 
     def test_a_loop_that_counts_up_to_a_constant(self):
         """As the TPU compiler writes torch_xla's scan: a counter of 64 bits in two halves, the condition in logic, no number of passes."""
-        self.assertEqual(tpu_hlo.read_cost(COUNTED).cycles, 6 * 40)
-        self.assertEqual(tpu_hlo.read_cost(COUNTED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} constant(2)")).cycles, 4 * 40)
+        self.assertEqual(read_cost(COUNTED).cycles, 6 * 40)
+        self.assertEqual(read_cost(COUNTED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} constant(2)")).cycles, 4 * 40)
         for change in (("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} parameter(1)"), ("constant(6)", "parameter(1)"), ("direction=LT", "direction=GT")):
-            cost = tpu_hlo.read_cost(COUNTED.replace(*change))
+            cost = read_cost(COUNTED.replace(*change))
             self.assertEqual((cost.cycles, cost.loops_of_unknown_length), (40, 1), change)
 
     def test_flops_of_products_in_a_traced_program(self):
@@ -68,36 +76,40 @@ class CostTest(unittest.TestCase):
         self.assertEqual(tpu_hlo.product_flops(TRACED), 5 * 2 * 4 * 16 * 8 + 1000)
 
     def test_called_computations_and_every_branch_count(self):
-        self.assertEqual(tpu_hlo.read_cost(CALLS).cycles, 11 + 13 + 17 + 19)
+        self.assertEqual(read_cost(CALLS).cycles, 11 + 13 + 17 + 19)
 
     def test_nothing_without_an_estimate_counts_as_zero(self):
-        cost = tpu_hlo.read_cost(REST)
+        cost = read_cost(REST)
         self.assertEqual(cost.cycles, 0)
         kernel, unstated = cost.custom_calls["tpu_custom_call"], cost.custom_calls["Other"]
         # the kernel states its cost: 2.75e9 FLOPs take 10 us at the peak, its bytes less; the other has its bytes only
         self.assertEqual(kernel, {"count": 1, "bytes": 3 * 4 * 1024 * 256, "flops": 2750000000, "bound_seconds": 1e-5, "seconds": 1e-5})
         self.assertEqual((unstated["bytes"], unstated["flops"]), (2 * 4 * 1024 * 256, 0))
-        self.assertAlmostEqual(unstated["seconds"], 2 * 4 * 1024 * 256 / tpu_hlo.HBM_BYTES_PER_SECOND)
+        self.assertAlmostEqual(unstated["seconds"], 2 * 4 * 1024 * 256 / 1.2e12)
         self.assertNotIn("ConcatBitcast", cost.custom_calls)
         self.assertEqual(cost.unestimated["count"], 1)                  # the concatenation
         self.assertEqual(cost.unestimated["bytes"], 4 * 4 * 1024 * 256)
         self.assertEqual(cost.collectives["all-reduce"], {"count": 1, "bytes": 4 * 1024 * 256})
         self.assertEqual(cost.prefetch_bytes, 4 * 1024 * 256 + 4 * 128 * 256)
         self.assertAlmostEqual(cost.seconds, kernel["seconds"] + unstated["seconds"] + cost.unestimated["seconds"])
-        self.assertAlmostEqual(tpu_hlo.all_reduce_seconds(300e9, 4), 1.5)
+        self.assertAlmostEqual(tpu_hlo.all_reduce_seconds(300e9, 4, V4), 1.5)
+        self.assertAlmostEqual(tpu_hlo.all_reduce_seconds(400e9, 4, V6E), 1.5)
+        faster = read_cost(REST, chip=V6E).custom_calls
+        self.assertAlmostEqual(faster["tpu_custom_call"]["seconds"], 2750000000 / 918e12)
+        self.assertAlmostEqual(faster["Other"]["seconds"], 2 * 4 * 1024 * 256 / 1638e9)
 
     def test_a_kernel_takes_its_schedule_and_its_bytes_one_after_the_other(self):
         kernel = next(i for _, _, i in tpu_hlo.executed(*tpu_hlo.parse(REST)) if '"body"' in i.rest)
         size = 3 * 4 * 1024 * 256
-        for cycles, seconds in ((21_000, 20e-6 + size / tpu_hlo.HBM_BYTES_PER_SECOND), (1, 10e-6)):       # never less than its bound
-            call = tpu_hlo.read_cost(REST, {tpu_hlo.kernel_key(kernel): cycles}).custom_calls["tpu_custom_call"]
+        for cycles, seconds in ((21_000, 20e-6 + size / 1.2e12), (1, 10e-6)):       # never less than its bound
+            call = read_cost(REST, {tpu_hlo.kernel_key(kernel): cycles}).custom_calls["tpu_custom_call"]
             self.assertAlmostEqual(call["seconds"], seconds)
             self.assertEqual(call["bound_seconds"], 1e-5)
         other = next(i for _, _, i in tpu_hlo.executed(*tpu_hlo.parse(REST.replace('"body":"x"', '"body":"y"'))) if '"body"' in i.rest)
         self.assertNotEqual(tpu_hlo.kernel_key(other), tpu_hlo.kernel_key(kernel))
 
     def test_cycles_by_line_of_code(self):
-        cost = tpu_hlo.read_cost(LOOP)
+        cost = read_cost(LOOP)
         self.assertEqual(tpu_hlo.cycles_by_source(cost, "/kit"),
                          [(210, 7, "trm_model.py:62", "aten__mm", "f32[8]"), (100, 1, "", "aten__mul", "f32[8]"), (35, 7, "", "fusion", "pred[]")])
 
@@ -107,7 +119,7 @@ class CostTest(unittest.TestCase):
 
     def test_other_text_is_refused(self):
         with self.assertRaises(ValueError):
-            tpu_hlo.read_cost("no HLO")
+            read_cost("no HLO")
 
 
 class ReportTest(FolderTest):
@@ -121,7 +133,8 @@ class ReportTest(FolderTest):
 class CommandLineTest(ReportTest):
     def test_mistakes_end_with_status_2(self):
         path = write_config(self.folder / "a.yaml", SMALL)
-        for args, says in ((("--accelerator", "v4-64"), "--config"), (("--config", path, "--accelerator", "v5e-8"), "v4-128"),
+        for args, says in ((("--accelerator", "v4-64"), "--config"), (("--config", path, "--accelerator", "v5e-8"), "v5e slices are called v5litepod-N"),
+                           (("--config", path, "--accelerator", "v4-9"), "take v4-8 or v4-16"),
                            (("--config", path, "--minutes", "0"), "must be > 0"), (("--config", path, "--json", self.folder), "(is a folder)"),
                            (("--config", path, "--json", "/proc/a.json"), "no file can be written there"),
                            (("--config", path, "--keep", path), "no file can be written there")):
@@ -201,10 +214,10 @@ class ChildTest(FolderTest):
     def test_compiler_errors_in_plain_words(self):
         for text in ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 54.30G of 30.75G hbm. Exceeded by",
                      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.30G) exceeds available HBM (30.75G)."):
-            self.assertEqual(tpu_report.compiler_error(text, "wait"), "does not fit: needs 54.30 GiB of HBM, a program may use 30.75 GiB of a chip's 32: wait")
+            self.assertEqual(tpu_report.compiler_error(text, "wait", V4), "does not fit: needs 54.30 GiB of HBM, a program may use 30.75 GiB of a chip's 32: wait")
         one = "RESOURCE_EXHAUSTED: Allocation (size=44023414784) would exceed memory (size=34359738368) :: #allocation7 [shape = 'f32[262144,82,512]', space=hbm]"
-        self.assertEqual(tpu_report.compiler_error(one, "wait"), "does not fit: one tensor alone needs 41.00 GiB of HBM, a chip has 32: wait")
-        self.assertIn("the compiler refuses it: UNIMPLEMENTED: no such thing", tpu_report.compiler_error("UNIMPLEMENTED: no\nsuch thing", "wait"))
+        self.assertEqual(tpu_report.compiler_error(one, "wait", V4), "does not fit: one tensor alone needs 41.00 GiB of HBM, a chip has 32: wait")
+        self.assertIn("the compiler refuses it: UNIMPLEMENTED: no such thing", tpu_report.compiler_error("UNIMPLEMENTED: no\nsuch thing", "wait", V4))
 
     def test_ways_out_of_too_little_memory(self):
         path = write_config(self.folder / "a.yaml", SMALL)
@@ -260,7 +273,7 @@ class TraceTest(XLATest):
         train_tpu.train_step(run, device.put(train_tpu.host_batch(run, run.loader.batch(0))), trm_model.act_step)
         trained = pending(run)
         device.end_step()
-        traced_device = tpu_trace.TracedDevice(8)
+        traced_device = tpu_trace.TracedDevice(tpu_types.slice_type("v4-16"))
         traced = tpu_trace.traced_run(config, traced_device, dataset)
         traced_device.follow(traced)
         train_tpu.train_step(traced, traced_device.put(train_tpu.host_batch(traced, run.loader.batch(0))), trm_model.act_step)
@@ -313,6 +326,26 @@ class CompileTest(ReportTest):
         self.assertGreater(report["host_ms_per_step"], 0)
         self.assertGreater(report["estimated_hours"], 0)
         self.assertTrue(any(re.fullmatch(r"trm_model\.py:\d+", source) for _, _, source, _, _ in report["where"]), report["where"])
+
+    def test_other_kinds_of_tpu(self):
+        """One core a chip; of attention the channel mixing alone is a kernel."""
+        path = write_config(self.folder / "small.yaml", SMALL)
+        for accelerator, chips, peak, memory, overrides, as_kernels in (
+                ("v6e-16", 16, 918e12, "32 GiB", ["model.mlp_t=false", "model.pos_encodings=rope"], "channel mixing"),
+                ("v5litepod-8", 8, 197e12, "16 GiB", [], "token mixing, channel mixing")):
+            with self.subTest(accelerator):
+                status, output = self.report("--config", path, "--accelerator", accelerator, "--json", self.folder / "out.json", *overrides)
+                self.assertEqual(status, 0, output)
+                report = json.loads((self.folder / "out.json").read_text())
+                self.assertEqual((report["accelerator"], report["chips"], report["per_chip_batch"], report["all_reduce_count"]), (accelerator, chips, 32 // chips, 1))
+                self.assertAlmostEqual(report["estimated_mfu"], report["model_flops_per_chip_step"] / (1e-3 * report["estimated_ms_per_step"] * peak))
+                kernels = report["custom_calls"]["train"]["tpu_custom_call"]
+                self.assertEqual(kernels["count"], {"v6e-16": 4, "v5litepod-8": 10}[accelerator])
+                self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"])
+                self.assertRegex(output, rf"HBM needed +[\d.]+ of {memory} a chip")
+                self.assertRegex(output, rf"kernels +{as_kernels}\n")
+        without = tpu_report.full_text({**report, "in_kernel": {"token mixing": False, "channel mixing": False}})
+        self.assertRegex(without, r"kernels +none\n +in XLA's form +token mixing, channel mixing: .*128 MiB of VMEM")
 
     def test_activation_checkpointing_takes_less_memory(self):
         """All temporaries of the training step together are less than what a backward without it keeps of the channel mixing alone."""
