@@ -57,7 +57,8 @@ def main():
         problems.append(f"packaging does not import ({reason})")
     print(flush=True)
     if problems:
-        print(f"error: {sys.prefix}: {'; '.join(problems)}: delete this folder, then the same command again", file=sys.stderr, flush=True)
+        folders = [folder for folder in (sys.prefix, f"{sys.prefix}-uv") if os.path.exists(folder)]
+        print(f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the same command again", file=sys.stderr)
     sys.exit(1 if problems else 0)
 
 

@@ -8,13 +8,13 @@ UV_VERSION=0.13.9       # that of requirements-test.txt
 # read_python_range FILE...: sets `least` and `most`, minor versions of Python 3, by the line `# Python 3.A to 3.B` of each file, and
 # `needing`, the file with the highest A
 read_python_range() {
-    local file range
+    local file
     least=0 most=99 needing=$1
     for file in "$@"; do
-        range=$(sed -n 's/^# Python 3\.\([0-9]*\) to 3\.\([0-9]*\).*/\1 \2/p' "$file")
-        [ -n "$range" ] || { echo "error: $file: it must say which Python it takes, in a line # Python 3.A to 3.B" >&2; return 2; }
-        if [ "${range% *}" -gt "$least" ]; then least=${range% *} needing=$file; fi
-        if [ "${range#* }" -lt "$most" ]; then most=${range#* }; fi
+        [[ "$(< "$file")" =~ "# Python 3."([0-9]+)" to 3."([0-9]+) ]] ||
+            { echo "error: $file: it must say which Python it takes, in a line # Python 3.A to 3.B" >&2; return 2; }
+        if [ "${BASH_REMATCH[1]}" -gt "$least" ]; then least=${BASH_REMATCH[1]} needing=$file; fi
+        if [ "${BASH_REMATCH[2]}" -lt "$most" ]; then most=${BASH_REMATCH[2]}; fi
     done
 }
 
