@@ -88,7 +88,7 @@ install_with_pip() {
     base=$(find_python "$@") || return
     "$base" -c 'import ensurepip' 2>/dev/null ||
         { echo "error: $base has no venv module: install it (Debian, Ubuntu: $(basename "$base")-venv), or name another Python by TRM_PYTHON" >&2; return 2; }
-    echo "environment: installing $* into $venv with $base: 4 GB to download, 7 GB on disk, about 5 minutes where the network gives 50 MB/s"
+    echo "environment: installing $* into $venv with $base: 4 GB to download, 7 GB on disk: 2 to 5 minutes where the network gives 50 MB/s"
     "$base" -m venv "$venv" || { echo "error: TRM_VENV = $venv: no virtual environment can be made there: the message is above" >&2; return 2; }
     "$venv/bin/python" -m pip install --disable-pip-version-check "${@/#/--requirement=}" ||
         { echo "error: $venv: pip could not install $*: its message is above; the same command again goes on" >&2; return 1; }
@@ -97,7 +97,8 @@ install_with_pip() {
 # A TPU VM's Python is 3.10 without a venv module, and its apt is busy after the start. uv needs neither: it comes by pip, and brings
 # a Python of its own. All of it lies in one folder beside the environment, on the same disk: uv links files instead of copying them.
 install_with_uv() {
-    local uv="$venv-uv/bin/uv" python="3.$least" source=(--torch-backend=cpu) size='0.6 GB to download, 2 GB on disk (estimates)'
+    local uv="$venv-uv/bin/uv" python="3.$least" source=(--torch-backend=cpu)
+    local size='0.6 GB to download, 2 GB on disk: a minute or two (estimates, for a network of 50 MB/s)'
     local -x UV_CACHE_DIR="$venv-uv/cache" UV_PYTHON_INSTALL_DIR="$venv-uv/python" UV_MANAGED_PYTHON=1
     if [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
         echo "error: TRM_VENV = $venv: it is not empty, and no virtual environment: name another folder" >&2
@@ -112,9 +113,9 @@ install_with_uv() {
         local -x UV_INDEX_STRATEGY=unsafe-best-match
         if [ -n "${PIP_INDEX_URL:-}" ]; then local -x UV_DEFAULT_INDEX=$PIP_INDEX_URL; fi
         if [ -n "${PIP_EXTRA_INDEX_URL:-}" ]; then local -x UV_INDEX=$PIP_EXTRA_INDEX_URL; fi
-        source=() size='from the indexes of PIP_INDEX_URL and PIP_EXTRA_INDEX_URL; with the CUDA build of torch 4 GB to download, 7 GB on disk, else 0.6 and 2'
+        source=() size="from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL, $size; if their torch is the CUDA build 4 GB, 7 GB and 5 minutes"
     fi
-    echo "environment: installing $* into $venv with uv and Python ${python#python}: $size; a minute where the network gives 50 MB/s and torch is the CPU build"
+    echo "environment: installing $* into $venv with uv and Python $python: $size"
     if [[ "$("$uv" --version 2>/dev/null)" != "uv $UV_VERSION"* ]]; then
         python3 -m pip --version >/dev/null 2>&1 ||
             { echo "error: $(hostname): python3 has no pip, by which uv comes: sudo apt-get install python3-pip there, or put uv $UV_VERSION at $uv" >&2; return 2; }

@@ -81,10 +81,10 @@ def installed_wheel(name):
 
 class Network:
     """files: {name: bytes}, each at the path /files/NAME of all hosts; indexes: {path: names of the wheels that it lists}; asked: the
-    (host, path) of all requests. A file of `stuck` comes by half, and the rest once `going` is set. ca: the certificate to trust; url: the proxy's."""
+    (host, path) of all requests; sent: the names of what the other side did not have. A file of `stuck` comes by half, and the rest once `going` is set. ca: the certificate to trust; url: the proxy's."""
 
     def __init__(self, test, folder):
-        self.files, self.indexes, self.asked, self.stuck, self.folder = {}, {}, [], set(), folder
+        self.files, self.indexes, self.asked, self.sent, self.stuck, self.folder = {}, {}, [], [], set(), folder
         self.going, self.contexts, self.lock = threading.Event(), {}, threading.Lock()
         (folder / "openssl.cnf").write_text("[req]\ndistinguished_name = name\n[name]\n")
         self.ca = self.certificate("ca", "basicConstraints=critical,CA:TRUE")
@@ -104,7 +104,15 @@ class Network:
             def do_GET(self):
                 network.asked.append((self.host, self.path))
                 body = network.answer(self.path)
+                tag = f'"{hashlib.sha256(body or b"").hexdigest()}"'
+                if body is not None and self.headers["If-None-Match"] == tag:
+                    self.send_response(304)
+                    self.send_header("ETag", tag)
+                    self.end_headers()
+                    return
+                network.sent.append(self.path.rpartition("/")[2])
                 self.send_response(404 if body is None else 200)
+                self.send_header("ETag", tag)
                 self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/octet-stream")
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()

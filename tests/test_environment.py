@@ -1,4 +1,5 @@
 """The environment: on a TPU host by the real uv, from a network of this machine; on a laptop; and what the stand-ins of tests/slice.py know."""
+import fcntl
 import importlib.metadata
 import os
 import re
@@ -59,6 +60,46 @@ class Requirements(unittest.TestCase):
             for flag, takes_value in flags.items():
                 with self.subTest(command=command, flag=flag):
                     self.assertRegex(known, rf"(?m)^\s+(-\w, )?{flag}{' <' if takes_value else '(?! <)'}")
+
+
+class Check(FolderTest):
+    def check(self, text):
+        """scripts/check_environment.py on these requirements, in the environment of the tests."""
+        (self.folder / "requirements.txt").write_text(text)
+        return subprocess.run([sys.executable, "scripts/check_environment.py", self.folder / "requirements.txt"], cwd=ROOT, capture_output=True, text=True)
+
+    def test_versions_and_markers(self):
+        have = importlib.metadata.version("tqdm")
+        self.assertEqual(self.check(f"# nonesuch==1\ntqdm=={have}\nnonesuch==1; python_version < '3'\nshellcheck-py==0.11.0.1\n").returncode, 0)
+        done = self.check("nonesuch==2.0\ntqdm==1.0\n")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr, f"error: {sys.prefix}: nonesuch==2.0 is not installed; tqdm==1.0 has version {have}: rm -r {sys.prefix}, then the same command again\n")
+
+    def test_what_is_imported(self):
+        modules = {name: check_environment.modules_of(importlib.metadata.distribution(name)) for name in ("google-cloud-storage", "torch_xla", "PyYAML", "Markdown")}
+        self.assertEqual(modules, {"google-cloud-storage": ["google.cloud.storage"], "torch_xla": ["torch_xla"], "PyYAML": ["_yaml", "yaml"], "Markdown": ["markdown"]})
+
+    def test_the_chips_stay_free(self):
+        """libtpu is not loaded, though the environment names the TPU."""
+        code = ("import sys; sys.path.insert(0, 'scripts'); import check_environment as check\n"
+                "for requirement in check.pinned('requirements.txt') + check.pinned('requirements-tpu.txt'): assert check.problem(requirement) is None, requirement\n"
+                "assert 'torch' in sys.modules and 'jax' in sys.modules\n"
+                "print('libtpu.so' in open('/proc/self/maps').read())")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PJRT_DEVICE": "TPU", "JAX_PLATFORMS": "tpu"}, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (0, "False\n"), done.stderr)
+
+
+class Running(FolderTest):
+    def test_a_run_keeps_its_environment(self):
+        (self.folder / "trm").mkdir()
+        with open(self.folder / "trm" / "lock", "w") as lock:
+            lock.write("tiny\n")
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = subprocess.run(["bash", "scripts/tpu_host.sh", "setup"], cwd=ROOT, env={"HOME": str(self.folder), "PATH": os.environ["PATH"]}, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("the run tiny is up in the environment that this would replace: wait for it, or stop it", done.stderr)
+        self.assertFalse((self.folder / "trm" / "venv").exists())
 
 
 class NetworkTest(FolderTest):
@@ -129,8 +170,8 @@ class NetworkTest(FolderTest):
     def markers(self):
         return sorted(self.venv.glob("installed-*"))
 
-    def wheels_asked(self):
-        return [path.rpartition("/")[2] for _, path in self.network.asked if path.endswith((".whl", ".tar.gz"))]
+    def sent(self):
+        return [name for name in self.network.sent if name.endswith((".whl", ".tar.gz"))]
 
     def wait_for(self, what):
         give_up = time.monotonic() + 60
@@ -178,7 +219,7 @@ class Host(NetworkTest):
             with self.subTest(settings):
                 shutil.rmtree(self.home / "trm", ignore_errors=True)
                 self.network.asked.clear()
-                self.assertIn("from the indexes of PIP_INDEX_URL", self.setup(TRM_PYTHON=str(self.new), **settings))
+                self.assertIn("from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL", self.setup(TRM_PYTHON=str(self.new), **settings))
                 self.assertEqual({host for host, _ in self.network.asked}, hosts)
                 self.assertEqual(self.versions()["torch"], version)
                 self.assertEqual("nvidia-cudnn-cu12" in self.versions(), version == "2.9.0")
@@ -188,21 +229,22 @@ class Host(NetworkTest):
         self.network.stuck.add(stuck)
         process = self.begin()
         others, cache = len(self.wheels) - 2, self.venv.parent / "venv-uv" / "cache"         # without libtpu, and nvidia's
-        self.wait_for(lambda: stuck in self.wheels_asked() and len(list(cache.glob("wheels-*/**/*.http"))) == others)
+        kept = lambda: [len(list(cache.glob(f"wheels-*/**/*-any{end}"))) for end in ("", ".http")]
+        self.wait_for(lambda: stuck in self.sent() and kept() == [others] * 2)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         self.assertEqual(self.markers(), [])
-        self.network.asked.clear()
+        self.network.sent.clear()
         self.network.going.set()
         self.setup()
-        self.assertEqual(self.wheels_asked(), [stuck])
+        self.assertEqual(self.sent(), [stuck])
         self.assertEqual(len(self.markers()), 2)
 
     def test_two_at_once(self):
         stuck, _ = self.wheels["libtpu"]
         self.network.stuck.add(stuck)
         first = self.begin()
-        self.wait_for(lambda: stuck in self.wheels_asked())
+        self.wait_for(lambda: stuck in self.sent())
         second = self.begin()
         self.assertIn("another installation into ", second.stdout.readline())
         self.network.going.set()
@@ -210,7 +252,7 @@ class Host(NetworkTest):
             output, _ = process.communicate(timeout=120)
             self.assertEqual(process.returncode, 0, output)
         self.assertEqual(output, "")        # the second had nothing to do
-        self.assertEqual(self.wheels_asked().count(stuck), 1)
+        self.assertEqual(self.sent().count(stuck), 1)
 
     def test_packages_that_do_not_import(self):
         for code, says in (("raise ImportError('libfoo.so.1: cannot open\\nshared object file')", "error: {venv}: libtpu==0.0.21 does not import (ImportError: "
@@ -232,6 +274,50 @@ class Host(NetworkTest):
                 errors = [line for line in self.setup(status=1, **missing).splitlines() if re.match("error: .*message is above", line)]
                 self.assertEqual(len(errors), 1)
                 self.assertIn(says, errors[0])
+
+
+class Laptop(NetworkTest):
+    def set_up(self, *files, status=0, newer=True, **more):
+        """What set_up_environment FILES prints, where Python 3.10 is on the PATH without venv, and (newer) one that uv would download."""
+        tools = self.folder / "tools"
+        if newer and not tools.exists():
+            tools.mkdir()
+            (tools / self.new.name).symlink_to(self.new)
+        environment = {**self.environment, "TRM_VENV": str(self.folder / "my venv"), "PATH": f"{tools}:{self.environment['PATH']}" if newer else self.environment["PATH"], **more}
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", '. scripts/environment.sh; set_up_environment "$@"; echo "PYTHON=$PYTHON"', "bash", *files], cwd=ROOT, text=True,
+                              env=environment, timeout=120, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, status, done.stdout)
+        return done.stdout
+
+    def test_with_pip(self):
+        output = self.set_up(*ON_HOSTS)
+        for text in (f"with {self.folder}/tools/{self.new.name}: 4 GB to download", "Downloading ", "each package imports: torch torch_xla "):
+            self.assertIn(text, output)
+        last = f"PYTHON={self.folder}/my venv/bin/python\n"
+        self.assertTrue(output.endswith(last), output)
+        self.venv = self.folder / "my venv"
+        self.assertEqual(self.versions()["torch"], "2.9.0")
+        self.network.asked.clear()
+        self.assertEqual(self.set_up("requirements.txt"), f"environment: {self.venv} (its requirements have not changed)\n{last}")
+        self.assertEqual(self.network.asked, [])
+        self.markers()[0].unlink()          # as an installation that was broken leaves it
+        self.assertIn("each package imports", self.set_up(*ON_HOSTS))
+
+    def test_mistakes(self):
+        old = self.folder / "old venv"
+        subprocess.run([self.old, "-m", "venv", "--without-pip", old], check=True)
+        for files, how, says in ((ON_HOSTS, {"newer": False}, "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: install one, or name it by TRM_PYTHON="),
+                                 (["requirements.txt"], {"newer": False}, "bin/python3 has no venv module: install it (Debian, Ubuntu: python3-venv)"),
+                                 ([], {"TRM_PYTHON": "nonesuch"}, "error: TRM_PYTHON = nonesuch: requirements.txt needs Python 3.10 to 3.12, and this is none"),
+                                 (ON_HOSTS, {"TRM_VENV": str(old)}, f"error: {old}: requirements-tpu.txt needs Python 3.11 to 3.12, and this has Python 3.10."),
+                                 ([], {"TRM_VENV": "/proc/x"}, "error: TRM_VENV = /proc/x: no folder can be made there"),
+                                 ([".gitignore"], {}, "error: .gitignore: it must say which Python it takes")):
+            with self.subTest(says):
+                output = self.set_up(*files, status=2, **how)
+                errors = [line for line in output.splitlines() if line.startswith("error: ")]
+                self.assertEqual(len(errors), 1, output)
+                self.assertIn(says, errors[0])
+        self.assertEqual(self.network.asked, [])
 
 
 if __name__ == "__main__":
