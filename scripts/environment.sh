@@ -91,7 +91,7 @@ install_with_pip() {
     echo "environment: installing $* into $venv with $base: 4 GB to download, 7 GB on disk: 2 to 5 minutes where the network gives 50 MB/s"
     "$base" -m venv "$venv" || { echo "error: TRM_VENV = $venv: no virtual environment can be made there: the message is above" >&2; return 2; }
     "$venv/bin/python" -m pip install --disable-pip-version-check "${@/#/--requirement=}" ||
-        { echo "error: $venv: pip could not install $*: its message is above; the same command again goes on" >&2; return 1; }
+        { echo "error: $venv: pip could not install ${*}: its message is above; the same command again goes on" >&2; return 1; }
 }
 
 # A TPU VM's Python is 3.10 without a venv module, and its apt is busy after the start. uv needs neither: it comes by pip, and brings
@@ -129,6 +129,6 @@ install_with_uv() {
         { echo "error: $(hostname): uv could not make an environment with Python $python: its message is above; where the download of Python is" \
                "out of reach name a mirror by UV_PYTHON_INSTALL_MIRROR, or a Python of the host by TRM_PYTHON" >&2; return 1; }
     "$uv" pip install --python "$venv/bin/python" "${source[@]}" "${@/#/--requirements=}" ||
-        { echo "error: $(hostname): uv could not install $*: its message is above; the same command again goes on. Where PyTorch's own index is" \
+        { echo "error: $(hostname): uv could not install ${*}: its message is above; the same command again goes on. Where PyTorch's own index is" \
                "out of reach name another by PIP_INDEX_URL: torch then comes from there" >&2; return 1; }
 }

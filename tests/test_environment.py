@@ -302,6 +302,10 @@ class Laptop(NetworkTest):
         self.assertEqual(self.network.asked, [])
         self.markers()[0].unlink()          # as an installation that was broken leaves it
         self.assertIn("each package imports", self.set_up(*ON_HOSTS))
+        self.markers()[0].unlink()
+        subprocess.run([self.venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "libtpu"], check=True)
+        self.assertIn("pip could not install requirements.txt requirements-tpu.txt", self.set_up(*ON_HOSTS, status=1, PIP_NO_INDEX="1"))
+        self.assertEqual(self.markers(), [])        # it is not whole for any of its files
 
     def test_mistakes(self):
         old = self.folder / "old venv"
