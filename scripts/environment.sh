@@ -88,7 +88,7 @@ install_with_pip() {
     base=$(find_python "$@") || return
     "$base" -c 'import ensurepip' 2>/dev/null ||
         { echo "error: $base has no venv module: install it (Debian, Ubuntu: $(basename "$base")-venv), or name another Python by TRM_PYTHON" >&2; return 2; }
-    echo "environment: installing $* into $venv with $base: 4 GB to download, 7 GB on disk: 2 to 5 minutes where the network gives 50 MB/s"
+    echo "environment: installing $* into $venv with $base: 4 GB to download, 8 GB on disk: 2 to 5 minutes where the network gives 50 MB/s"
     "$base" -m venv "$venv" || { echo "error: TRM_VENV = $venv: no virtual environment can be made there: the message is above" >&2; return 2; }
     "$venv/bin/python" -m pip install --disable-pip-version-check "${@/#/--requirement=}" ||
         { echo "error: $venv: pip could not install ${*}: its message is above; the same command again goes on" >&2; return 1; }
@@ -100,7 +100,7 @@ install_with_uv() {
     local uv="$venv-uv/bin/uv" python="3.$least" source=(--torch-backend=cpu)
     local size='0.6 GB to download, 2 GB on disk: a minute or two (estimates, for a network of 50 MB/s)'
     local -x UV_CACHE_DIR="$venv-uv/cache" UV_PYTHON_INSTALL_DIR="$venv-uv/python" UV_MANAGED_PYTHON=1
-    if [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+    if [ -n "$(ls -A "$venv")" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ ! -e "$venv-uv" ]; then      # its content will be deleted
         echo "error: TRM_VENV = $venv: it is not empty, and no virtual environment: name another folder" >&2
         return 2
     fi
@@ -113,7 +113,7 @@ install_with_uv() {
         local -x UV_INDEX_STRATEGY=unsafe-best-match
         if [ -n "${PIP_INDEX_URL:-}" ]; then local -x UV_DEFAULT_INDEX=$PIP_INDEX_URL; fi
         if [ -n "${PIP_EXTRA_INDEX_URL:-}" ]; then local -x UV_INDEX=$PIP_EXTRA_INDEX_URL; fi
-        source=() size="from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL, $size; if their torch is the CUDA build 4 GB, 7 GB and 5 minutes"
+        source=() size="from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL, $size; if their torch is the CUDA build 4 GB, 8 GB and 5 minutes"
     fi
     echo "environment: installing $* into $venv with uv and Python $python: $size"
     if [[ "$("$uv" --version 2>/dev/null)" != "uv $UV_VERSION"* ]]; then

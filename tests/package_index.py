@@ -118,7 +118,7 @@ class Network:
                 self.end_headers()
                 if self.path.rpartition("/")[2] in network.stuck:
                     self.wfile.write(body[:len(body) // 2])
-                    network.going.wait(60)
+                    network.going.wait(300)
                     body = body[len(body) // 2:]
                 self.wfile.write(body or b"")
 
@@ -174,7 +174,7 @@ class Network:
         self.indexes.setdefault(index, set()).update(name for name, _ in wheels)
 
     def add_python(self, python, packed, url):
-        """List this interpreter for uv, `packed`, at that host's URL; returns the path of the list."""
+        """List this interpreter for uv, `packed`, at that host's URL, and a newer one that is not there; returns the path of the list."""
         version = subprocess.run([python, "-c", "import platform; print(platform.python_version())"], check=True, capture_output=True, text=True).stdout.strip()
         major, minor, patch = (int(part) for part in version.split("."))
         self.files["python.tar.gz"] = packed
@@ -182,7 +182,8 @@ class Network:
                   "patch": patch, "prerelease": "", "url": f"{url}/files/python.tar.gz", "sha256": hashlib.sha256(packed).hexdigest(),
                   "variant": None, "build": None}
         path = self.folder / "pythons.json"
-        path.write_text(json.dumps({f"cpython-{version}-linux-{os.uname().machine}-gnu": listed}))
+        newer = {**listed, "minor": minor + 3, "url": f"{url}/files/newer.tar.gz"}
+        path.write_text(json.dumps({f"cpython-{each['major']}.{each['minor']}.{patch}-linux-{os.uname().machine}-gnu": each for each in (listed, newer)}))
         return path
 
 

@@ -98,11 +98,15 @@ class SliceTest(GCSTest, CommandTest):
         cls.git("commit", "--quiet", "--message=kit")
         # the laptop's environment, complete as far as scripts/environment.sh can tell
         executable(cls.shared / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        digest = hashlib.sha256((cls.kit / "requirements.txt").read_bytes()).hexdigest()[:16]
-        (cls.shared / "venv" / f"installed-{digest}").touch()
+        (cls.shared / "venv" / cls.marker("requirements.txt")).touch()
         executable(cls.shared / "bin" / "gcloud", f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n')
         executable(cls.shared / "host" / "python", HOST_PYTHON.format(root=ROOT, python=sys.executable, wrong_sum=WRONG_SUM))
         make_programs(cls.shared / "host" / "bin", cls.shared / "host" / "python")
+
+    @classmethod
+    def marker(cls, name):
+        """The file by which scripts/environment.sh knows that a requirements file is installed."""
+        return f"installed-{hashlib.sha256((cls.kit / name).read_bytes()).hexdigest()[:16]}"
 
     @classmethod
     def git(cls, *words):
@@ -228,7 +232,10 @@ class SliceTest(GCSTest, CommandTest):
         """A slice as scripts/setup_tpu.sh leaves it."""
         self.gcloud.make_slice(NAME, accelerator)
         for host in range(2 if accelerator == "v4-16" else 1):
-            executable(self.host(host) / "trm" / "venv" / "bin" / "python", (self.shared / "host" / "python").read_text())
+            venv = self.host(host) / "trm" / "venv"
+            executable(venv / "bin" / "python", (self.shared / "host" / "python").read_text())
+            for name in ("requirements.txt", "requirements-tpu.txt"):
+                (venv / self.marker(name)).touch()
 
     def host(self, number=0):
         return self.cloud / "slices" / NAME / str(number)
