@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
 
-  setup                         install the pinned environment into ~/trm/venv (or where TRM_VENV says)
+  setup                         install the pinned environment into ~/trm/venv (or where TRM_VENV says), with a Python of its own
   checked                       status 0 if the devices have been checked since this host started
   check --config FILE ...       scripts/check_devices.py; to be run on all hosts at once
   start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
@@ -29,14 +29,12 @@ free() { flock --shared --nonblock "$lock" true; }
 up() { [ "$(cat "$lock" 2>/dev/null)" = "$run" ] && ! free; }
 
 setup() {
-    local base
-    base=$(find_python)
-    if ! "$base" -c 'import ensurepip' 2>/dev/null; then
-        # a fresh host updates itself, and has apt's lock meanwhile
-        sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
-        sudo apt-get -o DPkg::Lock::Timeout=600 -qq install --yes "$(basename "$(readlink -f "$base")")-venv"
+    local files=(requirements.txt requirements-tpu.txt)
+    if ! free && ! environment_is_complete "${files[@]}"; then
+        echo "error: $(hostname): the run $(cat "$lock") is up in the environment that this would replace: wait for it, or stop it" >&2
+        return 2
     fi
-    set_up_environment requirements.txt requirements-tpu.txt
+    INSTALL_WITH=uv set_up_environment "${files[@]}"
 }
 
 check() {

@@ -16,16 +16,16 @@ from unittest import mock
 
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, CommandTest
+from tests.host_tools import make_programs
 
 NAME = "my-tpu"
 DELETE = f"uses up its quota until it is deleted: bash scripts/delete_tpu.sh tpu.name={NAME} tpu.zone=us-central2-b tpu.project=my-project-1"
-# a host's Python: environments are made and filled in name alone, a training may pause, and each takes a line of the file `instead`
-# (if it is there) and does that; the check of the devices is left out unless there is a file real_check, and host `bad_host` gets wrong sums
+# the Python of a host's environment, which is filled in name alone (tests/host_tools.py): a training may pause, and each takes a line of the
+# file `instead` (if it is there) and does that; the check of the devices is left out unless there is a file real_check, and host `bad_host`
+# gets wrong sums
 HOST_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-    "-c import ensurepip") [ ! -e "$TRM_TEST_CLOUD/no_venv" ] ;;
-    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-    "-m pip "*) echo "PIP_EXTRA_INDEX_URL=${{PIP_EXTRA_INDEX_URL:-}} pip ${{*:3}}" >> "$HOME/pip.log" ;;
+    scripts/check_environment.py*) [ "$(printf '%s\n' "${{@:2}}")" = "$(cat "$(dirname "$0")/../files")" ] ;;
     train_tpu.py*) if [ -s "$TRM_TEST_CLOUD/instead" ]; then read -r instead < "$TRM_TEST_CLOUD/instead"; sed -i 1d "$TRM_TEST_CLOUD/instead"; eval "$instead"; fi
         if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then shift; set -- {root}/tests/slow_train.py "$@"; fi; PYTHONPATH=. exec {python} "$@" ;;
     scripts/check_devices.py*) if [ ! -e "$TRM_TEST_CLOUD/real_check" ]; then exit; fi      # it takes seconds to import PyTorch
@@ -99,10 +99,15 @@ class SliceTest(GCSTest, CommandTest):
         cls.git("commit", "--quiet", "--message=kit")
         # the laptop's environment, complete as far as scripts/environment.sh can tell
         executable(cls.shared / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        digest = hashlib.sha256((cls.kit / "requirements.txt").read_bytes()).hexdigest()[:16]
-        (cls.shared / "venv" / f"installed-{digest}").touch()
+        (cls.shared / "venv" / cls.marker("requirements.txt")).touch()
         executable(cls.shared / "bin" / "gcloud", f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n')
-        executable(cls.shared / "host" / "python3.11", HOST_PYTHON.format(root=ROOT, python=sys.executable, wrong_sum=WRONG_SUM))
+        executable(cls.shared / "host" / "python", HOST_PYTHON.format(root=ROOT, python=sys.executable, wrong_sum=WRONG_SUM))
+        make_programs(cls.shared / "host" / "bin", cls.shared / "host" / "python")
+
+    @classmethod
+    def marker(cls, name):
+        """The file by which scripts/environment.sh knows that a requirements file is installed."""
+        return f"installed-{hashlib.sha256((cls.kit / name).read_bytes()).hexdigest()[:16]}"
 
     @classmethod
     def git(cls, *words):
@@ -121,7 +126,7 @@ class SliceTest(GCSTest, CommandTest):
         for name in ("SSH_AUTH_SOCK", "TPU_ZONE", "TRM_GCLOUD_SSH_FLAGS", "TRM_REASON_SECONDS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "TRM_COMMIT"):
             os.environ.pop(name, None)
         (self.folder / "home").mkdir()
-        self.on_hosts = {"TRM_PYTHON": str(self.shared / "host" / "python3.11"), "TRM_TEST_CLOUD": str(self.cloud), "OMP_NUM_THREADS": "1",
+        self.on_hosts = {"PATH": str(self.shared / "host" / "bin"), "TRM_TEST_CLOUD": str(self.cloud), "OMP_NUM_THREADS": "1",
                          "STORAGE_EMULATOR_HOST": os.environ["STORAGE_EMULATOR_HOST"], "MASTER_PORT": str(free_port()), "TRM_TEST_ARRIVALS": str(self.arrivals)}
         self.write_host_environment()
         self.gcloud = load_gcloud()
@@ -237,7 +242,10 @@ class SliceTest(GCSTest, CommandTest):
         """A slice as scripts/setup_tpu.sh leaves it."""
         self.gcloud.make_slice(NAME, accelerator)
         for host in range(2 if accelerator == "v4-16" else 1):
-            executable(self.host(host) / "trm" / "venv" / "bin" / "python", (self.shared / "host" / "python3.11").read_text())
+            venv = self.host(host) / "trm" / "venv"
+            executable(venv / "bin" / "python", (self.shared / "host" / "python").read_text())
+            for name in ("requirements.txt", "requirements-tpu.txt"):
+                (venv / self.marker(name)).touch()
 
     def host(self, number=0):
         return self.cloud / "slices" / NAME / str(number)

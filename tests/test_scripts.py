@@ -140,6 +140,10 @@ class Settings(SliceTest):
 
 
 class Setup(SliceTest):
+    def installed(self, rank):
+        """What a host's pip and uv were asked to install."""
+        return [json.loads(line) for line in (self.host(rank) / "installed.jsonl").read_text().splitlines()]
+
     def setup_tpu(self, *words, **how):
         return self.script("setup_tpu", "configs/tiny.yaml", "--poll", "0.1", *words, **how)
 
@@ -155,8 +159,9 @@ class Setup(SliceTest):
         flags = next(call["flags"] for call in self.calls() if call["command"].endswith("create"))
         self.assertEqual(flags, {"--project": "my-project-1", "--zone": "us-central2-b", "--quiet": True, "--accelerator-type": "v4-16", "--version": "tpu-ubuntu2204-base"})
         for rank in range(2):
-            self.assertEqual((self.host(rank) / "pip.log").read_text(), "PIP_EXTRA_INDEX_URL=https://wheels.example.org/a b pip install --quiet "
-                             "--disable-pip-version-check --requirement=requirements.txt --requirement=requirements-tpu.txt\n")
+            self.assertEqual([(done["program"], done["settings"]["PIP_EXTRA_INDEX_URL"]) for done in self.installed(rank)],
+                             [(program, "https://wheels.example.org/a b") for program in ("pip", "uv", "uv")])
+            self.assertEqual(self.installed(rank)[-1]["settings"]["UV_INDEX"], "https://wheels.example.org/a b")
         (self.cloud / "bad_host").unlink()
         output = self.setup_tpu("tpu.accelerator_type=v4-16")           # not taken for checked
         for rank in range(2):
@@ -169,7 +174,7 @@ class Setup(SliceTest):
         shutil.rmtree(self.host(1) / "trm")        # this host is new
         (self.cloud / "real_check").unlink()
         self.setup_tpu("tpu.accelerator_type=v4-16")
-        self.assertEqual([len((self.host(rank) / "pip.log").read_text().splitlines()) for rank in range(2)], [1, 2])
+        self.assertEqual([len(self.installed(rank)) for rank in range(2)], [3, 6])
         self.assertIn("tpu_host.sh check", self.calls()[-1]["flags"]["--command"])
 
     def test_queued_and_spot(self):
@@ -221,15 +226,16 @@ class Setup(SliceTest):
         self.assertIn("my-tpu: CREATING, waiting", output)
         self.assertEqual(self.changes(), ["tpu-vm scp"])
 
-    def test_no_room_and_no_venv(self):
+    def test_no_room_and_no_pip(self):
         self.refuse("create", "no_room")
         self.assertIn("there is no room", self.setup_tpu(status=3))
+        (self.cloud / "no_pip").touch()
+        output = self.setup_tpu(status=1)
+        self.assertIn("python3 has no pip, by which uv comes", output)
+        self.assertIn("the environment of my-tpu could not be installed", output)
+        self.assertIn(DELETE, output)
+        (self.cloud / "no_pip").unlink()
         self.assertIn("my-tpu is ready", self.setup_tpu())
-        (self.cloud / "no_venv").touch()
-        executable(self.folder / "tools" / "sudo", '#!/bin/sh\necho "$@" >> "$HOME/sudo.log"\n')
-        with mock.patch.dict(os.environ, PATH=f"{self.folder}/tools:{os.environ['PATH']}"):
-            self.setup_tpu()
-        self.assertIn("install --yes python3.11-venv", (self.host() / "sudo.log").read_text())
 
 
 class Runs(SliceTest):
