@@ -9,6 +9,7 @@ usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
   setup                         install the pinned environment into ~/trm/venv (or where TRM_VENV says)
   checked                       status 0 if the devices have been checked since this host started
   check --config FILE ...       scripts/check_devices.py; to be run on all hosts at once
+  diagnose --config FILE ...    scripts/diagnose.py; to be run on all hosts at once
   start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
   status RUN                    one line: up, status N (how it ended), stopped N (after stop), lost (killed) or nothing
   follow RUN                    the log of the run, until it ends
@@ -38,12 +39,23 @@ setup() {
     set_up_environment requirements.txt requirements-tpu.txt
 }
 
-check() {
+# take_chips WHAT: for this process and what it starts, or status 2
+take_chips() {
     exec 9>>"$lock"
     flock --timeout 2 9 || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
-    echo "(a check of the devices)" > "$lock"
+    echo "$1" > "$lock"
+}
+
+check() {
+    take_chips "(a check of the devices)"
     "$TRM_VENV/bin/python" scripts/check_devices.py "$@"
     touch "$checked"
+}
+
+# by the host's own Python: the environment may be what is wrong
+diagnose() {
+    take_chips "(a diagnosis)"
+    python3 scripts/diagnose.py "$@"
 }
 
 start() {
@@ -106,7 +118,7 @@ mkdir -p "$trm"
 case "$command" in
     setup) setup ;;
     checked) [ -e "$checked" ] ;;
-    check) check "$@" ;;
+    check|diagnose) "$command" "$@" ;;
     start|supervise|status|follow|stop)
         run=${1:?the name of a run}
         folder=$trm/runs/$run
