@@ -118,7 +118,8 @@ mkdir -p "$trm"
 case "$command" in
     setup) setup ;;
     checked) [ -e "$checked" ] ;;
-    check|diagnose) "$command" "$@" ;;
+    check) check "$@" ;;
+    diagnose) diagnose "$@" ;;
     start|supervise|status|follow|stop)
         run=${1:?the name of a run}
         folder=$trm/runs/$run
