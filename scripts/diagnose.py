@@ -43,7 +43,7 @@ _PATTERNS = (
     # the beginnings of keys of Google, Hugging Face, GitHub, GitLab, Amazon, Slack, and of JSON web tokens
     (r"\b(?:ya29\.|1//|AIza|GOOG1|GOCSPX-|hf_|gh[oprsu]_|github_pat_|glpat-|AKIA|xox[bp]-|sk-|eyJ)[\w.-]{12,}", "(redacted)"),
     # long, of small and capital letters and digits: not a path, a commit, a checksum or a mangled name of C++
-    (r"(?<![\w./+=-])(?!_Z)(?=[\w+=/-]*[a-z])(?=[\w+=/-]*[A-Z])(?=[\w+=/-]*\d)[\w+=-][\w+=/-]{39,}(?![\w./+=-])", "(redacted)"))
+    (r"(?<![\w./+-])(?!_Z)(?=[\w+-]*[a-z])(?=[\w+-]*[A-Z])(?=[\w+-]*\d)[\w+-]{40,}={0,2}(?![\w./+-])", "(redacted)"))
 SECRETS = [(re.compile(pattern, re.DOTALL), instead) for pattern, instead in _PATTERNS]
 
 

@@ -60,7 +60,7 @@ HARMLESS = [
     "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "KeyError: 'TPU_PROCESS_BOUNDS'", "the TPU kernels: 2 apart, by 3%", "TPU_PROCESS_ADDRESSES=10.0.0.2:8476,10.0.0.3:8476",
     "_ZN9torch_xla7runtime21PjRtComputationClient20ExecuteReplicatedEv+0x1f",
-    "https://storage.googleapis.com/my-bucket/trm", "ACCELERATOR_TYPE: 'v4-16'", "key of a run", "tokens are words"]
+    "https://storage.googleapis.com/my-bucket/trm", "TRM_VENV=/home/me/tmpAb3xyz/a/long/way/to/trm/venv/bin/python3.11", "ACCELERATOR_TYPE: 'v4-16'", "key of a run", "tokens are words"]
 
 
 class Secrets(unittest.TestCase):
