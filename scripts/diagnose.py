@@ -5,12 +5,12 @@
     python3 scripts/diagnose.py --config configs/quickstart.yaml              # this machine
     ... | python3 scripts/diagnose.py --collect trm_diagnose.txt --hosts 8    # what all hosts print, into one file
 
-Each host works through the same sections (scripts/diagnose_sections.py). A section runs in a process of its own with a time limit,
-as the TPU runtime may hang or end its process; the next one comes anyway. It ends with PASS, with FAIL and the reason, or with SKIP
-where it does not apply. The exit status is 0 if nothing failed, otherwise 1.
+Each host works through the same sections (scripts/diagnose_sections.py). A section runs in a process of its own with a
+time limit, as the TPU runtime may hang or end its process; the next one comes anyway. It ends with PASS, with FAIL and
+the reason, or with SKIP where it does not apply. The exit status is 0 if nothing failed, otherwise 1.
 
-It needs the standard library alone: it reports from a host whose environment is missing, and collects on a machine without PyTorch.
-What looks like a token, a key or a password is taken out of every line before it is printed.
+It needs the standard library alone: it reports from a host whose environment is missing, and collects on a machine
+without PyTorch. What looks like a token, a key or a password is taken out of every line before it is printed.
 """
 import argparse
 import contextlib
@@ -33,15 +33,18 @@ RESULT = re.compile(r"\[(PASS|FAIL|SKIP)\] ([\w-]+): (.*)")
 # ---------------------------------------------------------------------------------------------------------
 # Secrets
 # ---------------------------------------------------------------------------------------------------------
-_NAME = r"[\w.-]*(?:token|secret|passwo?r?d|credential|api_?key|authorization|cookie|signature)[\w.-]*|[\w.-]*[_.-]key|key"
+_NAME = (r"[\w.-]*(?:token|secret|passwo?r?d|credential|api_?key|authorization|cookie|signature)[\w.-]*"
+         r"|[\w.-]*[_.-]key|key")
 _PATTERNS = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "(redacted)"),
     # a name that says so, and its value
-    (rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)", r"\1\2(redacted)"),
+    (rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
+     r"\1\2(redacted)"),
     (r"(?i)\b(bearer|basic) +[\w.~+/=-]{8,}", r"\1 (redacted)"),
     (r"(\w://)[^/\s@]+@", r"\1(redacted)@"),
     # the beginnings of keys of Google, Hugging Face, GitHub, GitLab, Amazon, Slack, and of JSON web tokens
-    (r"\b(?:ya29\.|1//|AIza|GOOG1|GOCSPX-|hf_|gh[oprsu]_|github_pat_|glpat-|AKIA|xox[bp]-|sk-|eyJ)[\w.-]{12,}", "(redacted)"),
+    (r"\b(?:ya29\.|1//|AIza|GOOG1|GOCSPX-|hf_|gh[oprsu]_|github_pat_|glpat-|AKIA|xox[bp]-|sk-|eyJ)[\w.-]{12,}",
+     "(redacted)"),
     # long, of small and capital letters and digits: not a path, a commit, a checksum or a mangled name of C++
     (r"(?<![\w./+-])(?!_Z)(?=[\w+-]*[a-z])(?=[\w+-]*[A-Z])(?=[\w+-]*\d)[\w+-]{40,}={0,2}(?![\w./+-])", "(redacted)"))
 SECRETS = [(re.compile(pattern, re.DOTALL), instead) for pattern, instead in _PATTERNS]
@@ -58,7 +61,7 @@ def redact(text):
 # The report of a host
 # ---------------------------------------------------------------------------------------------------------
 class Report:
-    """Prints each line with its host, number and length: `collect` can sort and check what several hosts print at once."""
+    """Prints each line with its host, number and length: `collect` sorts and checks by them what several hosts print."""
 
     def __init__(self):
         self.lines, self.failed = 0, False
@@ -95,13 +98,14 @@ class Report:
 
 
 def run_section(name, words):
-    """(what a section prints, its exit status). It is a process of its own, which is ended with all that it has started."""
+    """(what a section prints, its exit status) of a process of its own, which is ended with all that it has started."""
     section = SECTIONS[name]
     python = str(VENV_PYTHON if section.environment else sys.executable)
     if not os.access(python, os.X_OK):
         return f"error: {python} is not there: scripts/setup_tpu.sh installs the environment", 2
-    process = subprocess.Popen([python, str(ROOT / "scripts" / "diagnose_sections.py"), name, *words], cwd=ROOT, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
+    process = subprocess.Popen(
+        [python, str(ROOT / "scripts" / "diagnose_sections.py"), name, *words], cwd=ROOT, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
 
     def end():
         with contextlib.suppress(ProcessLookupError):
@@ -124,7 +128,8 @@ def reason(output, status):
     for line in lines:
         if line.startswith("Timeout ("):        # faulthandler's
             return f"no end within {line[9:].rstrip(')!')} (hours:minutes:seconds); where it was is above"
-    last = re.sub(r"^([\w.]+\.)?(UserError|RunFailure|StorageError): ", "", lines[-1]) if lines else "nothing was printed"
+    last = lines[-1] if lines else "nothing was printed"
+    last = re.sub(r"^([\w.]+\.)?(UserError|RunFailure|StorageError): ", "", last)
     return f"signal {-status} ended it; before that: {last}" if status < 0 else last
 
 
@@ -144,12 +149,12 @@ def diagnose(words):
 # All hosts' reports in one file
 # ---------------------------------------------------------------------------------------------------------
 def collect(path, hosts, stream):
-    """Sort the lines of `hosts` hosts, as they come in from `stream`, into the file `path`; what passed and failed is printed at
-    once. Returns the exit status."""
+    """Sort the lines of `hosts` hosts, as they come in from `stream`, into the file `path`; what passed and failed is
+    printed at once. Returns the exit status."""
     try:
         file = open(path, "w")
     except OSError as error:
-        print(f"error: --collect {path}: no file can be written there ({error.strerror}): name another", file=sys.stderr)
+        print(f"error: --collect {path}: no file can be written there ({error.strerror})", file=sys.stderr)
         return 2
     parts, others = {}, []
     with file:
@@ -158,20 +163,23 @@ def collect(path, hosts, stream):
                 sort_in(redact(line.rstrip("\r\n")), parts, others)
         except KeyboardInterrupt:
             others.append("(interrupted)")
-        names = sorted(parts, key=lambda name: [(len(piece), piece) if piece.isdigit() else (0, piece) for piece in re.split(r"(\d+)", name)])
+        # w-2 before w-10
+        names = sorted(parts, key=lambda name: [(len(piece) * piece.isdigit(), piece) for piece in re.split(r"(\d+)", name)])
         failures = [f"{name}: {'; '.join(failed)}" for name in names if (failed := failures_in(parts[name]))]
         failures += ["a host has sent nothing"] * (hosts - len(names))
-        summary = [f"{len(names)} of {hosts} host(s); {f'{len(failures)} with a failure:' if failures else 'nothing failed'}", *failures]
+        what = f"{len(failures)} with a failure:" if failures else "nothing failed"
+        summary = [f"{len(names)} of {hosts} host(s); {what}", *failures]
         reports = [line for name in names for line in ("", *in_order(parts[name]))]
         file.write("".join(f"{line}\n" for line in (*summary, *reports, "", "===== what else was said", *others)))
     print("\n".join(summary))
-    print(f"written: {path}" + (": read it (it names your project, bucket and hosts), and send it to us" if failures else ""))
+    advice = ": read it (it names your project, bucket and hosts), and send it to us" if failures else ""
+    print(f"written: {path}{advice}")
     return 1 if failures else 0
 
 
 def sort_in(line, parts, others):
-    """Add one line of the stream to `parts`, {host: {line number: text}}, or to `others`. Hosts may break each other's lines: then
-    one line holds several marks, or a part of what a mark belongs to."""
+    """Add one line of the stream to `parts`, {host: {line number: text}}, or to `others`. Hosts may break each other's
+    lines: then one line holds several marks, or a part of what a mark belongs to."""
     first, *pieces = MARKED.split(line)
     if first:
         others.append(first)
@@ -203,7 +211,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML configuration whose first steps are tried")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    parser.add_argument("--collect", metavar="FILE", help="sort what the hosts print, from the standard input, into this file")
+    parser.add_argument("--collect", metavar="FILE", help="sort what hosts print, from the standard input, into this file")
     parser.add_argument("--hosts", type=int, default=1, metavar="N", help="of so many hosts (default: 1)")
     args = parser.parse_intermixed_args()
     if args.collect:

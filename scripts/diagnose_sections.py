@@ -1,14 +1,15 @@
-"""The sections of scripts/diagnose.py, each of which runs in a process of its own: python3 scripts/diagnose_sections.py NAME --config FILE ...
+"""The sections of scripts/diagnose.py, each in a process of its own:
 
-A section prints what it finds, and last its result, `[PASS] name: ...` or `[SKIP] name: ...`; where it fails it raises. Nothing but
-the standard library is imported outside of the functions that need the kit's environment.
+    python3 scripts/diagnose_sections.py NAME --config configs/e1_1.yaml
+
+A section prints what it finds, and last its result, `[PASS] name: ...` or `[SKIP] name: ...`; where it fails it raises.
+Nothing but the standard library is imported outside of the functions that need the kit's environment.
 """
 import argparse
 import contextlib
 import email.utils
 import faulthandler
 import glob
-import json
 import os
 import platform
 import re
@@ -28,10 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV_PYTHON = Path(os.environ["TRM_VENV"], "bin", "python") if os.environ.get("TRM_VENV") else Path(sys.executable)
 # unique in a slice; RANK is set where the hosts are processes of one machine
 HOST = socket.gethostname() + (f".rank{os.environ['RANK']}" if "RANK" in os.environ else "")
-METADATA_HOST = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")     # the variable of Google's own libraries
+METADATA_HOST = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")     # as Google's own libraries have it
 METADATA = ("attributes/accelerator-type", "attributes/agent-worker-number", "attributes/worker-network-endpoints",
-            "attributes/tpu-env", "zone", "machine-type", "image", "scheduling/preemptible", "preempted", "maintenance-event",
-            "service-accounts/default/scopes")      # never a token
+            "attributes/tpu-env", "zone", "machine-type", "image", "scheduling/preemptible", "preempted",
+            "maintenance-event", "service-accounts/default/scopes")      # never a token
 WRITES = ("/cloud-platform", "/devstorage.read_write", "/devstorage.full_control")      # ends of scopes
 VARIABLES = re.compile(
     r"(TPU|PJRT|XLA|PT_XLA|LIBTPU|CLOUD_TPU|JAX|TF_CPP|GLOO|NCCL|GCE|TRM|PIP|UV|OMP|STORAGE)_.*|MASTER_(ADDR|PORT)|"
@@ -64,7 +65,8 @@ def check_host(args):
         print(re.search(r'PRETTY_NAME="?([^"\n]*)', Path("/etc/os-release").read_text())[1])
     memory = {name: 1024 * int(count) for name, count in
               re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)}
-    print(f"kernel {platform.release()}, {platform.machine()}, up {time.clock_gettime(time.CLOCK_BOOTTIME) / 3600:.1f} h")
+    up = time.clock_gettime(time.CLOCK_BOOTTIME)
+    print(f"kernel {platform.release()}, {platform.machine()}, up {up / 3600:.1f} h")
     print(f"Python of the host: {platform.python_version()}, {sys.executable}; of the environment: {VENV_PYTHON}")
     print(f"code: {ROOT}")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -73,8 +75,8 @@ def check_host(args):
         disk = shutil.disk_usage(path)
         print(f"disk of {path}: {gib(disk.total)}, free {gib(disk.free)}")
     for path in chip_files():
-        usable = os.access(path, os.R_OK | os.W_OK)
-        print(f"{path}: mode {os.stat(path).st_mode & 0o777:o}, this user {'may' if usable else 'MAY NOT'} read and write it")
+        may = "may" if os.access(path, os.R_OK | os.W_OK) else "MAY NOT"
+        print(f"{path}: mode {os.stat(path).st_mode & 0o777:o}, this user {may} read and write it")
     print(f"{len(chip_files())} device files of chips (/dev/accel*, /dev/vfio/*)")
     free = shutil.disk_usage(Path.home()).free
     if free < FREE_BYTES:
@@ -93,7 +95,7 @@ def check_variables(args):
 
 
 def ask_metadata(path):
-    """The text of an entry of Google's metadata server, None where it has none. Raises OSError where no server answers."""
+    """The text of an entry of Google's metadata server, or None. Raises OSError where no server answers."""
     url = f"http://{METADATA_HOST}/computeMetadata/v1/instance/{path}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:        # by no proxy, which would ask a server of its own
@@ -119,7 +121,8 @@ def check_metadata(args):
         print(f"{path}: {lines[0] if len(lines) == 1 else ''}")
         for line in lines if len(lines) > 1 else ():
             print(f"  {line}")
-    keys = ("ACCELERATOR_TYPE", "WORKER_ID", "TPU_PROCESS_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS")      # torch_xla needs them
+    # what torch_xla reads there
+    keys = ("ACCELERATOR_TYPE", "WORKER_ID", "TPU_PROCESS_BOUNDS", "TPU_CHIPS_PER_PROCESS_BOUNDS")
     missing = [key for key in keys if not re.search(rf"^{key}\s*:", found["attributes/tpu-env"] or "", re.MULTILINE)]
     if chip_files() and missing:
         raise Fault(f"tpu-env has no {', '.join(missing)}: is the image the right one for this kind of chip?")
@@ -205,7 +208,7 @@ def check_packages(args):
     from run_folder import code_version
     commit, dirty = code_version()
     print(f"commit {commit}{', with uncommitted changes' if dirty else ''}; Python {platform.python_version()}")
-    files = ("requirements.txt", "requirements-tpu.txt") if resolve_device(config.device) == "tpu" else ("requirements.txt",)
+    files = ["requirements.txt"] + ["requirements-tpu.txt"] * (resolve_device(config.device) == "tpu")
     wrong = []
     for line in [line for file in files for line in (ROOT / file).read_text().splitlines() if re.match(r"\w", line)]:
         wanted, found = Requirement(line.partition(" #")[0]), "none"
@@ -240,22 +243,22 @@ def check_chips(args):
     from torch_xla._internal import tpu
     for process, command in holders().items():
         print(f"process {process} has a chip open: {command}")
-    if os.path.exists("/tmp/libtpu_lockfile"):
-        print(f"/tmp/libtpu_lockfile is there, of user {os.stat('/tmp/libtpu_lockfile').st_uid}; this is user {os.getuid()}")
+    with contextlib.suppress(FileNotFoundError):        # libtpu's; one of another user stops it
+        print(f"/tmp/libtpu_lockfile is of user {os.stat('/tmp/libtpu_lockfile').st_uid}; this is user {os.getuid()}")
     chips = tpu.num_available_chips()
     print(f"chips on PCI: {chips}")
     if not chips and resolve_device(config.device) != "tpu":
         raise NotHere(f"there is no chip here, and device = {config.device!r} asks for none")
     if not chips:
         raise Fault("there is no chip here: this is no host of a TPU slice, or its image is not the one for its chips")
-    print(f"{tpu.get_tpu_type()}, generation {tpu.version()}; host {tpu.worker_id()} of {', '.join(tpu.get_worker_ips())}")
-    print(f"processes of this host: {tpu.num_local_processes()}; "
-          + json.dumps({key: value for key, value in tpu.get_tpu_env().items() if key.startswith(("TPU_", "ACCELERATOR", "WORKER"))}))
+    print(f"{tpu.get_tpu_type()}, generation {tpu.version()}")
+    print(f"host {tpu.worker_id()} of {', '.join(tpu.get_worker_ips())}; processes here: {tpu.num_local_processes()}")
     if holders():
-        raise Fault(f"process {', '.join(holders())} has the chips, and one at a time can: stop it (its command is above)")
+        raise Fault(f"process {', '.join(holders())} has the chips, and one at a time can: its command is above, stop it")
     here, planned = tpu.num_local_processes() * tpu.num_tpu_workers(), utils.planned_workers(config, "tpu")
     if here != planned:
-        raise Fault(f"tpu.accelerator_type = {config.tpu.accelerator_type!r} has {planned} chips, and {here} are here: name this slice")
+        raise Fault(f"tpu.accelerator_type = {config.tpu.accelerator_type!r} has {planned} chips, and {here} are here: "
+                    "name this slice")
     return f"{chips} here, {here} in the slice"
 
 
@@ -283,7 +286,7 @@ def check_bucket(args):
 
 
 def check_workers(args):
-    """All workers of the slice at once: the all-reduce, and a few steps of training without the TPU kernels and with them."""
+    """All workers of the slice at once: the all-reduce, and a few steps of training without the TPU kernels and with."""
     limit = SECTIONS["workers"].seconds - 60        # of which the imports take a part
     words = ["--config", args.config, *args.overrides, "--steps", "--limit", str(limit)]
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), "scripts/check_devices.py", *words])
@@ -302,15 +305,17 @@ SECTIONS = {
     "variables": Section(check_variables, 30, False, {"variables": "the environment variables could not be read"}),
     "metadata": Section(check_metadata, 60, False, {
         "metadata": "torch_xla and the login to the bucket ask the same server: they would fail, too"}),
-    "clock": Section(check_clock, 30, False, {"clock": "Google may refuse requests, and the times in records are wrong"}),
+    "clock": Section(check_clock, 30, False, {
+        "clock": "Google may refuse requests, and the times in records are wrong"}),
     "network": Section(check_network, 30, False, {"network": "the hosts of a slice may not find each other"}),
-    "packages": Section(check_packages, 120, True, {"packages": "the environment is not the one that the kit was tested with"}),
+    "packages": Section(check_packages, 120, True, {
+        "packages": "the environment is not the one that the kit was tested with"}),
     "chips": Section(check_chips, 180, True, {"chips": "torch_xla does not see what the slice should have"}),
     "bucket": Section(check_bucket, 180, True, {"bucket": "a run could not write its checkpoints"}),
     "workers": Section(check_workers, 900, True, {
-        "all-reduce": "the workers do not work together; where another host failed first its part of the report says why",
+        "all-reduce": "the workers do not work together; a host that failed first says why in its part of the report",
         "step": "training does not work on these chips, with or without the TPU kernels",
-        "kernels": "training works, but not with the TPU kernels: training.pallas_kernels=false does without them, and is slower"}),
+        "kernels": "training works, but not with the TPU kernels: training.pallas_kernels=false is slower, without them"}),
 }
 
 
