@@ -61,7 +61,7 @@ def redact(text):
 # The report of a host
 # ---------------------------------------------------------------------------------------------------------
 class Report:
-    """Prints each line with its host, number and length: `collect` sorts and checks by them what several hosts print."""
+    """Prints each line with its host, number and length, by which `collect` sorts and checks what hosts print."""
 
     def __init__(self):
         self.lines, self.failed = 0, False
@@ -164,7 +164,7 @@ def collect(path, hosts, stream):
         except KeyboardInterrupt:
             others.append("(interrupted)")
         # w-2 before w-10
-        names = sorted(parts, key=lambda name: [(len(piece) * piece.isdigit(), piece) for piece in re.split(r"(\d+)", name)])
+        names = sorted(parts, key=lambda name: [(len(s) * s.isdigit(), s) for s in re.split(r"(\d+)", name)])
         failures = [f"{name}: {'; '.join(failed)}" for name in names if (failed := failures_in(parts[name]))]
         failures += ["a host has sent nothing"] * (hosts - len(names))
         what = f"{len(failures)} with a failure:" if failures else "nothing failed"
@@ -211,7 +211,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML configuration whose first steps are tried")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    parser.add_argument("--collect", metavar="FILE", help="sort what hosts print, from the standard input, into this file")
+    parser.add_argument("--collect", metavar="FILE", help="sort what hosts print, from standard input, into this file")
     parser.add_argument("--hosts", type=int, default=1, metavar="N", help="of so many hosts (default: 1)")
     args = parser.parse_intermixed_args()
     if args.collect:

@@ -254,7 +254,7 @@ def check_chips(args):
     print(f"{tpu.get_tpu_type()}, generation {tpu.version()}")
     print(f"host {tpu.worker_id()} of {', '.join(tpu.get_worker_ips())}; processes here: {tpu.num_local_processes()}")
     if holders():
-        raise Fault(f"process {', '.join(holders())} has the chips, and one at a time can: its command is above, stop it")
+        raise Fault(f"process {', '.join(holders())} has the chips: stop it (its command is above)")
     here, planned = tpu.num_local_processes() * tpu.num_tpu_workers(), utils.planned_workers(config, "tpu")
     if here != planned:
         raise Fault(f"tpu.accelerator_type = {config.tpu.accelerator_type!r} has {planned} chips, and {here} are here: "
@@ -286,7 +286,7 @@ def check_bucket(args):
 
 
 def check_workers(args):
-    """All workers of the slice at once: the all-reduce, and a few steps of training without the TPU kernels and with."""
+    """All workers of the slice at once: all-reduce, and a few steps of training, without the TPU kernels and with."""
     limit = SECTIONS["workers"].seconds - 60        # of which the imports take a part
     words = ["--config", args.config, *args.overrides, "--steps", "--limit", str(limit)]
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), "scripts/check_devices.py", *words])
@@ -315,7 +315,7 @@ SECTIONS = {
     "workers": Section(check_workers, 900, True, {
         "all-reduce": "the workers do not work together; a host that failed first says why in its part of the report",
         "step": "training does not work on these chips, with or without the TPU kernels",
-        "kernels": "training works, but not with the TPU kernels: training.pallas_kernels=false is slower, without them"}),
+        "kernels": "training works, not with the TPU kernels: training.pallas_kernels=false does without, slower"}),
 }
 
 
