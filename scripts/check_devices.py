@@ -145,7 +145,7 @@ def train_steps(config, device, dataset, kernels):
     print(heard.getvalue(), end="", file=sys.stderr, flush=True)
     lines = [line for line in heard.getvalue().splitlines() if line.startswith("warning: the TPU kernels are not used")]
     measured = SimpleNamespace(losses=[], norms=[], seconds=[], compiles=[], executions=[], warning="".join(lines),
-                               kernels=sum(getattr(module, "in_kernel", False) for module in run.model.modules()))
+                               kernels=sum(bool(getattr(module, "in_kernel", None)) for module in run.model.modules()))
     step = train_tpu.replayed_step(run, device.compiled(trm_model.act_step, config.training.compile))
     batch_size, counted = config.training.global_batch_size, device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
