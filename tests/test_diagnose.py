@@ -27,19 +27,6 @@ import diagnose_sections
 import utils
 from device import Device
 
-# what scripts/setup_tpu.sh --diagnose does on a slice that is there
-ON_ALL_HOSTS = """
-set -euo pipefail
-DRY_RUN=
-. scripts/tpu.sh
-file=$1
-shift
-read_settings configs/tiny.yaml --need project,name "$@"
-add_ssh_key
-command=$(host_command diagnose --config configs/tiny.yaml ${TPU_BUCKET:+"tpu.bucket=$TPU_BUCKET"} "$@")
-on_hosts all "$command" </dev/null 2>&1 |
-    "$PYTHON_HERE" scripts/diagnose.py --collect "$file" --hosts "$TPU_HOSTS"
-"""
 PARTS = ["host", "variables", "metadata", "clock", "network", "packages", "chips", "bucket", "all-reduce", "step",
          "kernels"]
 SECRETS = {     # where none of them is a real one
@@ -405,11 +392,12 @@ class Hosts(SliceTest):
 
     def diagnose(self, *words, status=0):
         """(the file's text, what is printed on the laptop)."""
-        path = self.folder / "trm_diagnose.txt"
-        done = subprocess.run(["bash", "-c", ON_ALL_HOSTS, "setup_tpu.sh", str(path), *words], cwd=self.kit, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
-        self.assertEqual(done.returncode, status, done.stdout)
-        return path.read_text(), done.stdout
+        printed = self.script("setup_tpu", "configs/tiny.yaml", "--diagnose", "--poll", "0.1", *words, status=status)
+        path, = self.kit.glob("trm_diagnose_my-tpu_*.txt")
+        self.assertIn(f"written: {path}", printed)
+        text = path.read_text()
+        path.unlink()
+        return text, printed
 
     def results(self, text):
         """{host: [(PASS, part), ...]}."""
