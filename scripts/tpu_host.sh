@@ -9,6 +9,7 @@ usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
   setup                         install the pinned environment into ~/trm/venv (or where TRM_VENV says), with a Python of its own
   checked                       status 0 if the devices have been checked since this host started
   check --config FILE ...       scripts/check_devices.py; to be run on all hosts at once
+  diagnose --config FILE ...    scripts/diagnose.py; to be run on all hosts at once
   start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
   status RUN                    one line: up, status N (how it ended), stopped N (after stop), lost (killed) or nothing
   list                          a line for each run that was started here, as status gives it
@@ -37,12 +38,23 @@ setup() {
     INSTALL_WITH=uv set_up_environment "${files[@]}"
 }
 
-check() {
+# take_chips WHAT: for this process and what it starts, or status 2
+take_chips() {
     exec 9>>"$lock"
     flock --timeout 2 9 || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
-    echo "(a check of the devices)" > "$lock"
+    echo "$1" > "$lock"
+}
+
+check() {
+    take_chips "(a check of the devices)"
     "$TRM_VENV/bin/python" scripts/check_devices.py "$@"
     touch "$checked"
+}
+
+# by the host's own Python: the environment may be what is wrong
+diagnose() {
+    take_chips "(a diagnosis)"
+    python3 scripts/diagnose.py "$@"
 }
 
 start() {
@@ -120,6 +132,7 @@ case "$command" in
     checked) [ -e "$checked" ] ;;
     list) list ;;
     check) check "$@" ;;
+    diagnose) diagnose "$@" ;;
     start|supervise|status|follow|stop)
         run=${1:?the name of a run}
         folder=$trm/runs/$run
