@@ -20,8 +20,8 @@ deleted.
   --max_hours H      wait so long for the slice (default 24)
   --poll SECONDS     between two looks at it (default 30)
   --commit SHA       use the code of this commit (default: the working tree)
-  --diagnose         collect what tells about the slice into one file here: versions, devices, environment, an all-reduce, a training
-                     step; installs the environment first, and needs the slice to be READY
+  --diagnose         of a slice that is READY: collect what tells about it into a file trm_diagnose_NAME_TIME.txt here: versions, devices,
+                     environment, an all-reduce, training steps with and without the kernels; status 0 if nothing failed
   --dry_run          print the commands, as for a slice that is not there yet; execute none
 
 exit status: 0 the slice is ready; 2 a mistake that waiting does not mend: settings, quota, permission, login; 3 no room for the slice
@@ -57,6 +57,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/tpu.sh
 CONFIG=$(in_repository "${CONFIG:-configs/base_sudoku_tpu.yaml}")
@@ -162,9 +163,21 @@ for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL UV_PYTHON_INSTALL_MIRROR; do
 done
 say "$TPU_NAME: code and environment"
 send_code
-on_hosts 0 all "$(unpack_code) && ${host_settings[*]:+${host_settings[*]} }$(host_command setup)" || {
+status=0
+on_hosts 0 all "$(unpack_code) && ${host_settings[*]:+${host_settings[*]} }$(host_command setup)" || status=$?
+if [ -n "$diagnose" ]; then
+    file=$here/trm_diagnose_${TPU_NAME}_$(date -u +%Y%m%d_%H%M%S).txt status=0
+    mkfifo "$SCRATCH/lines"
+    "$PYTHON_HERE" scripts/diagnose.py --collect "$file" --hosts "$TPU_HOSTS" <"$SCRATCH/lines" & collector=$!
+    on_hosts 0 all "$(host_command diagnose --config "$CONFIG" "${OVERRIDES[@]}")" >"$SCRATCH/lines" 2>&1 || true
+    wait "$collector" || status=$?
     how_to_delete
-    fail 1 "the environment of $TPU_NAME could not be installed: the host's message is above; the same command again goes on"; }
+    exit "$status"
+fi
+if [ "$status" != 0 ]; then
+    how_to_delete
+    fail 1 "the environment of $TPU_NAME could not be installed: the host's message is above; the same command again goes on"
+fi
 if [ -z "$DRY_RUN" ]; then
     ask_hosts "$ANSWER_SECONDS" all "$(host_command checked) && echo trm: checked || echo trm: unchecked" || fail 1 "the hosts of $TPU_NAME do not answer any more"
 fi
