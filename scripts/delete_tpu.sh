@@ -4,23 +4,25 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/delete_tpu.sh [section.key=value ...] [--config FILE] [--yes] [--dry_run]
+usage: bash scripts/delete_tpu.sh [section.key=value ...] [--config FILE] [--yes] [--if_idle] [--dry_run]
 
 Deletes the slice and its queued resource, after asking. What a run wrote into the bucket stays; what lies on the hosts is lost.
 
   --config FILE   where `tpu:` is found (default: configs/base_sudoku_tpu.yaml)
   --yes           do not ask
+  --if_idle       refuse while a process on its hosts has the chips, or is a run of this kit
   --dry_run       print the commands, execute none
 
 settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME
 TEXT
 }
 
-CONFIG='' DRY_RUN='' yes='' OVERRIDES=()
+CONFIG='' DRY_RUN='' yes='' if_idle='' OVERRIDES=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --config) CONFIG=$(realpath "${2:?--config needs a file}"); shift ;;
         --yes) yes=yes ;;
+        --if_idle) if_idle=yes ;;
         --dry_run) DRY_RUN=yes ;;
         --help|-h) usage; exit 0 ;;
         *=*) OVERRIDES+=("$1") ;;
@@ -42,6 +44,16 @@ case "$states" in
     *NO_ANSWER*) fail 1 "gcloud gives no answer about $TPU_NAME: nothing is deleted" ;;
     "GONE GONE") say "$TPU_NAME is not there: nothing to delete"; exit ;;
 esac
+# a run of the kit holds trm/lock from its start to its end; any other program has a chip's device file open, which root alone may see
+find="find /proc/[0-9]*/fd -lname '*/dev/accel[0-9]*' -o -lname '*/dev/vfio/[0-9]*'"
+who="if [ -e trm/lock ] && ! flock --shared --nonblock trm/lock true; then echo \"trm: the run \$(cat trm/lock)\";
+elif { sudo -n $find || $find; } 2>/dev/null | grep -q .; then echo 'trm: a program that has the chips';
+else echo 'trm: nothing'; fi"
+if [ -n "$if_idle" ] && [[ $states == *" READY" ]]; then
+    add_ssh_key && users=$(ask_hosts all "$who") || fail 1 "the hosts of $TPU_NAME do not say whether something runs there: it is not deleted"
+    users=$(sed -n 's/^trm: //p' <<< "$users" | sort -u | paste -sd,)
+    [ "$users" = nothing ] || fail 1 "on $TPU_NAME there is at work: ${users:-no answer}: it is not deleted"
+fi
 if [ -z "$yes" ]; then
     read -r -p "delete $TPU_NAME in $TPU_ZONE of $TPU_PROJECT (queued resource and slice: $states)? [y/N] " yes || true
     case "$yes" in y|Y|yes) ;; *) fail 2 "nothing is deleted: answer y, or give --yes" ;; esac
