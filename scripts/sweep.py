@@ -338,9 +338,9 @@ def ledger_beside(cell):
     return cell.url[:-len(cell.name)] + "sweep"
 
 
-def show_status(names, places):
+def show_status(names, places, local):
     """Print the table of every ledger among the places that has one of the cells, names [] for all. Raises UserError where none has,
-    or RunFailure where that cannot be known."""
+    or RunFailure where that cannot be known. local: the user said that it is a sweep on this host."""
     found, failures = False, []
     for place in places:
         try:
@@ -362,7 +362,7 @@ def show_status(names, places):
         text = f"no cell of this sweep is in {' or '.join(places)}"
         if failures:
             raise type(failures[0])(f"{text}: {failures[0]}")
-        elsewhere = "" if any(map(storage.is_remote, places)) else "; that of a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
+        elsewhere = "" if local or any(map(storage.is_remote, places)) else "; that of a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
         raise UserError(f"{text}: name the configurations and overrides that it was begun with, or its folder by --ledger{elsewhere}")
 
 
@@ -371,7 +371,7 @@ def main():
     cells = make_cells(args.configs, args.seeds, args.overrides, args.slices)
     names = [cell.name for cell in cells]
     if args.status:
-        show_status(names, ledgers_to_look_at(args, cells))
+        show_status(names, ledgers_to_look_at(args, cells), args.local)
         return 0
     places = sorted({ledger_beside(cell) for cell in cells})
     if len(places) > 1 and not args.ledger:

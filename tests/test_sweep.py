@@ -17,6 +17,9 @@ from tests.helpers import ROOT, TINY, CommandTest, write_config
 from tests.sweeps import SweepTest
 from utils import RunFailure
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import sweep_arguments
+
 
 class Cells:
     """What holds over both kinds of ledger."""
@@ -206,6 +209,51 @@ class Launcher(SweepTest):
         self.assertRegex(output, r"(?m)^a  finished  .*\n^b  waiting  ")
         self.assertEqual((self.starts(), sorted(os.listdir(self.out + "/sweep"))), ({"a": 1}, ["a"]))
 
+    def test_mistakes_in_flags(self):
+        """Each ends with one line that says the way out."""
+        good = self.configs("a")
+        for words, says in [(["--local", "--spot"], "--spot: a flag of scripts/keep_alive.sh: give it after --, as -- --spot, or with one slice, as --slices trm-a:spot"),
+                            (["--local", "--poll", "3"], "--poll: a flag of scripts/keep_alive.sh: give it after --"),
+                            (["--local", "--polls"], "--polls: unknown argument"),
+                            (["--local", "--seeds", "0,1"], "--seeds: '0,1' is no whole number (several have spaces between them, as --seeds 0 1)"),
+                            (["--local", "--jobs", "two"], "--jobs: 'two' is no whole number"),
+                            (["--local", "--max_attempt", "2"], "--max_attempt: unknown argument"), (["--loc"], "--loc: unknown argument"),
+                            (["--seeds", "--local"], "--seeds: expected at least one argument"), (["--slices"], "--slices: expected at least one argument"),
+                            (["--local", "--ledger"], "--ledger: expected one argument"), (["--local", "--max_steps"], "--max_steps: expected one argument"),
+                            (["--local", "--max_steps", "0"], "--max_steps 0: must be >= 1")]:
+            with self.subTest(words):
+                output = self.sweep(*good, *words, status=2)
+                self.assertRegex(output, r"\Aerror: .*\n\Z")
+                self.assertIn(says, output)
+        known = (ROOT / "scripts" / "keep_alive.sh").read_text()
+        for flag in sweep_arguments.KEEP_ALIVE_FLAGS:
+            self.assertIn(flag, known)
+
+    def test_status_of_nothing(self):
+        """It is said where was looked, and an override is not dropped."""
+        good, here = self.configs("a"), f"{self.out}/sweep"
+        output = self.sweep(*good, "--status", "--local", status=2)
+        self.assertRegex(output, rf"\Aerror: no cell of this sweep is in {here}: .*\n\Z")
+        for words in (["training.lr=1"], ["--seeds", "1"], [f"logging.output_dir={self.out}"]):
+            self.assertIn(f"error: {words[0]}: of which configuration?", self.sweep("--status", *words, status=2))
+        self.sweep(*good, "--local")
+        self.assertEqual(self.row(self.sweep("--status", "--ledger", here), "a")[1], "finished")
+        self.assertEqual(self.row(self.sweep(*self.configs("ab"), "--status"), "b")[1:3], ["waiting", "0"])
+        self.assertIn("no cell of this sweep", self.sweep(*self.configs("b"), "--status", status=2))
+
+    def test_a_ledger_of_before(self):
+        """One that has no history."""
+        self.plan = {"a": ["kill"]}
+        self.sweep(*self.configs("a"), "--local", "--max_attempts", "1", status=1)
+        ledger = Ledger(f"{self.out}/sweep")
+        state, version = ledger.read("a")
+        state |= {"state": "waiting", "failures": 0}
+        del state["history"]
+        ledger.write("a", state, version)
+        self.assertEqual(self.row(self.sweep(*self.configs("a"), "--status"), "a")[1], "waiting")
+        self.sweep(*self.configs("a"), "--local")
+        self.assertEqual([attempt["exit_status"] for attempt in self.state("a")["history"]], [0])
+
     def test_mistakes(self):
         good, bad = self.configs("a"), [str(write_config(self.folder / f"bad{k}.yaml", f"data: {{dataset_path: x}}\ntraining: {{lr: {k}}}")) for k in (-1, -2)]
         twin = str(write_config(self.folder / "other" / "a.yaml"))
@@ -261,6 +309,17 @@ class RealTraining(CommandTest, SweepTest):
         for name, attempts in (("tiny_seed1", "2"), ("tiny_seed2", "1")):
             exact = {r["weights"]: r["exact_accuracy"] for r in json.loads((self.folder / "runs" / name / "eval.json").read_text())["results"]}
             self.assertEqual(self.row(done.stdout, name)[:6], [name, "finished", attempts, "30", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"])
+
+    def test_max_steps(self):
+        """A first look at every cell, from which the same command without it goes on."""
+        arguments = (str(self.config), "--local", "--seeds", "3", "training.epochs=2")     # 20 steps
+        for _ in range(2):
+            output = self.sweep(*arguments, "--max_steps", "8", training="slow", TRM_TEST_PAUSES="{}")
+            self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "waiting", "1", "8"])      # the second time nothing is left to do
+        self.assertFalse((self.folder / "runs" / "tiny_seed3" / "eval.json").exists())
+        output = self.sweep(*arguments, "--max_steps", "100", training="slow", TRM_TEST_PAUSES="{}")
+        self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "finished", "2", "20"])
+        self.assertIn("goes on after step 8:", self.log("tiny_seed3"))
 
     def test_stopped_while_it_trains(self):
         """The cell has a checkpoint of the step that it was at."""
