@@ -99,7 +99,7 @@ class Ledger:
             return None
 
     def check_same(self, cells, states, retry_failed):
-        """Raises UserError where a cell was begun with another configuration: its results would be taken for this one's.
+        """Raises UserError where a cell was begun with another configuration: its results would be taken for those of this one.
         states: {name: state, or None} of the cells."""
         wrong = []
         for cell in cells:
@@ -118,7 +118,8 @@ class Ledger:
 
     def table(self, names, silent=()):
         """(lines of text, whether every cell is finished)"""
-        rows, kinds = [("cell", "state", "attempts", "steps", "exact (EMA)", "exact (raw)", "hours", "ran on", "")], set()
+        rows = [("cell", "state", "attempts", "steps", "exact (EMA)", "exact (raw)", "hours", "ran on", "")]
+        kinds = set()
         for name in names:
             state, _ = self.read(name)
             if state is None:
@@ -135,7 +136,8 @@ class Ledger:
             rows.append((name, "waiting" if state["state"] == "finished" and not finished else state["state"], str(state["attempts"]),
                          "-" if found["steps"] is None else f"{found['steps']:,}",
                          *(f"{found[key]:.2%}" if finished and found[key] is not None else "-" for key in ("ema", "raw")),
-                         "-" if found["train_seconds"] is None else f"{found['train_seconds'] / 3600:.2f}", ran_on(on_slices), note))
+                         "-" if found["train_seconds"] is None else f"{found['train_seconds'] / 3600:.2f}",
+                         ran_on(on_slices), note))
         widths = [max(map(len, column)) for column in zip(*rows)]
         align = [str.ljust, str.ljust, *[str.rjust] * 5, str.ljust, str.ljust]
         lines = ["  ".join(side(text, width) for side, text, width in zip(align, row, widths)).rstrip() for row in rows]
@@ -146,7 +148,8 @@ class Ledger:
 
 def ran_on(attempts):
     """The slices of these attempts, in their order, each written as --slices has it."""
-    words = [":".join([attempt["slice"], attempt["accelerator_type"], attempt["zone"], *["spot"] * attempt["spot"]]) for attempt in attempts]
+    words = [":".join([attempt["slice"], attempt["accelerator_type"], attempt["zone"], *["spot"] * attempt["spot"]])
+             for attempt in attempts]
     counted = [(word, len(list(group))) for word, group in itertools.groupby(words)]
     return ", ".join(word if count == 1 else f"{word} x{count}" for word, count in counted)
 

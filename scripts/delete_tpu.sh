@@ -44,15 +44,20 @@ case "$states" in
     *NO_ANSWER*) fail 1 "gcloud gives no answer about $TPU_NAME: nothing is deleted" ;;
     "GONE GONE") say "$TPU_NAME is not there: nothing to delete"; exit ;;
 esac
-# a run of the kit holds trm/lock from its start to its end; any other program has a chip's device file open, which root alone may see
+# a run of the kit holds trm/lock from its start to its end; any other program has a chip's device file open, which root
+# alone may see. (Google's tpu-info finds them like this, too.)
 find="find /proc/[0-9]*/fd -lname '*/dev/accel[0-9]*' -o -lname '*/dev/vfio/[0-9]*'"
 who="if [ -e trm/lock ] && ! flock --shared --nonblock trm/lock true; then echo \"trm: the run \$(cat trm/lock)\";
 elif { sudo -n $find || $find; } 2>/dev/null | grep -q .; then echo 'trm: a program that has the chips';
 else echo 'trm: nothing'; fi"
 if [ -n "$if_idle" ] && [[ $states == *" READY" ]]; then
-    add_ssh_key && users=$(ask_hosts all "$who") || fail 1 "the hosts of $TPU_NAME do not say whether something runs there: it is not deleted"
-    users=$(sed -n 's/^trm: //p' <<< "$users" | sort -u | paste -sd,)
-    [ "$users" = nothing ] || fail 1 "on $TPU_NAME there is at work: ${users:-no answer}: it is not deleted"
+    add_ssh_key && users=$(ask_hosts all "$who") || users=
+    users=$(sed -n 's/^trm: //p' <<< "$users" | sort -u)
+    case "$users" in
+        nothing) ;;
+        "") fail 1 "the hosts of $TPU_NAME do not say whether something runs there: it is not deleted" ;;
+        *) fail 1 "$TPU_NAME is in use by $(grep -vx nothing <<< "$users" | paste -sd, | sed 's/,/, /g'): it is not deleted" ;;
+    esac
 fi
 if [ -z "$yes" ]; then
     read -r -p "delete $TPU_NAME in $TPU_ZONE of $TPU_PROJECT (queued resource and slice: $states)? [y/N] " yes || true

@@ -54,7 +54,7 @@ def make_cells(patterns, seeds, overrides, slices):
             name = Path(path).stem + ("" if seed is None else f"_seed{seed}")
             changes = [*overrides, *([] if seed is None else [f"training.seed={seed}"])]
             try:
-                config, places, bucket = configs_on(path, changes, slices) if slices else (utils.load_config(path, changes), {}, None)
+                config, places, bucket = configs_on(path, changes, slices)
                 output_dir = config.logging.output_dir
                 if slices:
                     output_dir = tpu_settings.on_slice("logging.output_dir", output_dir, bucket)
@@ -93,7 +93,8 @@ def check_slices(cells, slices, flags):
     one_each = list({cell.path: cell for cell in cells}.values())
     # each takes a second; what depends on both, make_cells has looked at
     for cell, one in [(cell, slices[0]) for cell in one_each] + [(one_each[0], one) for one in slices[1:]]:
-        done = subprocess.run(command(cell, one, ["--dry_run", *flags]), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        words = command(cell, one, ["--dry_run", *flags])
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             wrong.append(f"{cell.path} on {one.name}: {last_error(done.stderr, done.returncode)}")
     if wrong:
@@ -106,7 +107,7 @@ def check_slices(cells, slices, flags):
 class Sweep:
     """Runs cells in as many threads as there are `slots`: None for one on this host, or a Slice.
 
-    flags: of train_tpu.py on this host, of scripts/keep_alive.sh for a slice. max_steps: what train_tpu.py was told by them, if so.
+    flags: for train_tpu.py on this host, for scripts/keep_alive.sh on a slice. max_steps: None, or what they tell train_tpu.py.
     delete_when_done: delete a slice once no cell is to be had for it; `deleted` has the names of those that are.
     """
 
@@ -167,15 +168,16 @@ class Sweep:
             lease.release()
 
     def _delete(self, slot):
-        """The slice, for which no cell is to be had: all others are done or in other hands, and stay on the slice they are on. Should
-        one come back to this slice, scripts/keep_alive.sh makes it anew."""
+        """Delete the slice, for which no cell is to be had: each is done, or in other hands and stays on its slice. Should one
+        come back to this slice after all, scripts/keep_alive.sh makes it anew."""
         if slot.name in self.deleted or self.looked.get(slot.name) == len(self.done):
             return      # or it was in use, and nothing has changed since
         self.looked[slot.name] = len(self.done)
         status, output = delete_if_idle(slot.name, self.cells[0].places[slot.name])
         if status == 0:
             self.deleted.add(slot.name)
-        say(f"{slot.name}: no cell is left for it: " + ("it is deleted" if status == 0 else f"not deleted: {last_error(output, status)}"))
+        how = last_error(output, status) if status else "it is deleted" if "is deleted" in output else "it is not there"
+        say(f"{slot.name}: no cell is left for it: {how}")
 
     def _next_cell(self, slot):
         standing = {cell.name: self.ledger.read(cell.name)[0] for cell in self.cells if cell.name not in self.done}
@@ -221,9 +223,12 @@ class Sweep:
             self.deleted.discard(slot.name)
             self.looked.pop(slot.name, None)
             _, accelerator_type, zone = cell.places[slot.name]
-            owner |= {"slice": slot.name, "accelerator_type": accelerator_type, "zone": zone, "spot": "--spot" in [*slot.flags, *self.flags]}
+            owner |= {"slice": slot.name, "accelerator_type": accelerator_type, "zone": zone,
+                      "spot": slot.spot or "--spot" in self.flags}
         state |= {"state": "running", "attempts": state["attempts"] + 1, "began": now(), "ended": None, "exit_status": None, "error": None,
-                  "owner": owner, "history": [*state.get("history", []), {**owner, "began": now(), "ended": None, "exit_status": None}]}
+                  "owner": owner}
+        attempt = {**owner, **{key: state[key] for key in ("began", "ended", "exit_status")}}
+        state["history"] = [*state.get("history", []), attempt]
         version = self.ledger.write(cell.name, state, version)
         status, error = self._train(cell, slot, lease, state["attempts"])
         lease.check(verify=True)
@@ -234,7 +239,7 @@ class Sweep:
         if state["state"] == "finished" and not is_finished(state) and at_step(cell, self.max_steps):
             state |= {"state": "waiting"}
             self.done.add(cell.name)
-            say(f"{cell.name}: at step {results(cell.url)['steps']}, by --max_steps; the same command without it goes on")
+            say(f"{cell.name}: stopped by --max_steps; the same command without it goes on")
         elif state["state"] == "finished" and not is_finished(state):
             state |= {"state": "failed", "error": f"it ended well, but {join(cell.url, 'eval.json')} is missing: train_tpu.py --eval_only makes it"}
         self.ledger.write(cell.name, state, version)
@@ -283,8 +288,10 @@ class Sweep:
 def command(cell, slot, flags):
     if slot:        # brings a run to its end over preemptions, or finds it running
         own = [*slot.overrides, *(flag for flag in slot.flags if flag not in flags)]
-        return ["bash", str(ROOT / "scripts" / "keep_alive.sh"), cell.path, "--run_name", cell.name, *cell.overrides, *own, *flags]
-    return [sys.executable, str(ROOT / "train_tpu.py"), "--config", cell.path, "--run_name", cell.name, *cell.overrides, *flags]
+        program = ["bash", str(ROOT / "scripts" / "keep_alive.sh"), cell.path]
+    else:
+        own, program = [], [sys.executable, str(ROOT / "train_tpu.py"), "--config", cell.path]
+    return [*program, "--run_name", cell.name, *cell.overrides, *own, *flags]
 
 
 def is_on(state, cell, slot):
@@ -318,15 +325,15 @@ def say(text):
 # The command
 # ---------------------------------------------------------------------------------------------------------
 def ledgers_to_look_at(args, cells):
-    """Where the ledger of a sweep may lie of which --status is asked: a relative logging.output_dir is a folder of this host, and in
-    the bucket for a sweep on slices."""
+    """Where the ledger may lie of a sweep of which --status is asked: a relative logging.output_dir is a folder of this host,
+    but for a sweep on slices one in the bucket."""
     if args.ledger:
         return [args.ledger]
     if args.slices and cells:
         return sorted({ledger_beside(cell) for cell in cells})
-    configs = [(cell.config, cell.overrides) for cell in cells]
-    folders = [config.logging.output_dir for config, _ in configs] or [utils.LoggingConfig().output_dir]
-    buckets = [tpu_settings.slice_settings(config, overrides, [])["TPU_BUCKET"] for config, overrides in configs] or [os.environ.get("TPU_BUCKET", "")]
+    folders = [cell.config.logging.output_dir for cell in cells] or [utils.LoggingConfig().output_dir]
+    buckets = [tpu_settings.slice_settings(cell.config, cell.overrides, [])["TPU_BUCKET"] for cell in cells]
+    buckets = buckets or [os.environ.get("TPU_BUCKET", "")]
     places = [] if args.slices else [join(folder, "sweep") for folder in folders]
     if not args.local:
         places += [join(bucket, folder.rstrip("/"), "sweep") for folder in folders for bucket in buckets
@@ -339,8 +346,8 @@ def ledger_beside(cell):
 
 
 def show_status(names, places, local):
-    """Print the table of every ledger among the places that has one of the cells, names [] for all. Raises UserError where none has,
-    or RunFailure where that cannot be known. local: the user said that it is a sweep on this host."""
+    """Print the table of every ledger among the places that has one of the cells, names [] for all. Raises UserError where none
+    has, or RunFailure where that cannot be known. local: the user said that it is a sweep on this host."""
     found, failures = False, []
     for place in places:
         try:
@@ -359,11 +366,13 @@ def show_status(names, places, local):
     for error in failures if found else ():
         print(f"warning: {error}", file=sys.stderr)
     if not found:
-        text = f"no cell of this sweep is in {' or '.join(places)}"
+        text, elsewhere = f"no cell of this sweep is in {' or '.join(places)}", ""
         if failures:
             raise type(failures[0])(f"{text}: {failures[0]}")
-        elsewhere = "" if local or any(map(storage.is_remote, places)) else "; that of a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
-        raise UserError(f"{text}: name the configurations and overrides that it was begun with, or its folder by --ledger{elsewhere}")
+        if not local and not any(map(storage.is_remote, places)):
+            elsewhere = "; that of a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
+        raise UserError(f"{text}: name the configurations and overrides that it was begun with, or the ledger's folder by "
+                        f"--ledger{elsewhere}")
 
 
 def main():
@@ -399,14 +408,16 @@ def main():
         return 0
     for cell in cells:
         ledger.enter(cell, args.retry_failed)
-    sweep = Sweep(cells, ledger, args.slices or [None] * args.jobs, args.max_attempts, flags, args.max_steps, args.delete_when_done)
+    slots = args.slices or [None] * args.jobs
+    sweep = Sweep(cells, ledger, slots, args.max_attempts, flags, args.max_steps, args.delete_when_done)
     try:
         number = sweep.run()
         text, finished = ledger.table(names)
         print(text)
     finally:
         if kept := [one for one in args.slices if one.name not in sweep.deleted]:
-            say("these slices, if they are there, count against the grant or cost until they are deleted" + ("; runs on them go on:" if sweep.stop.is_set() else ":"))
+            say("these slices, if they are there, count against the grant or cost until they are deleted"
+                + ("; runs on them go on:" if sweep.stop.is_set() else ":"))
         for one in kept:
             say(f"  {shlex.join(delete_command(one.name, cells[0].places[one.name]))}")
     if number:
@@ -422,8 +433,9 @@ def print_commands(cells, states, unknown, slices, flags):
         state = states.get(cell.name)
         stands = "unknown" if unknown else state["state"] if state else "waiting"
         print(f"{cell.name}  {stands}  {shlex.join(command(cell, slices[0] if slices else None, flags))}")
-    for one in slices[1:]:
-        print(f"on {one.name}: {shlex.join([*one.overrides, *one.flags])} in place of {shlex.join([*slices[0].overrides, *slices[0].flags])}")
+    own = [shlex.join([*one.overrides, *one.flags]) for one in slices]
+    for one, words in list(zip(slices, own))[1:]:
+        print(f"on {one.name}: {words} in place of {own[0]}")
 
 
 if __name__ == "__main__":

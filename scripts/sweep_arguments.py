@@ -18,8 +18,9 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.fullmatch("unrecognized arguments: (.*)", message):
             flag = unknown[1].split()[0].partition("=")[0]
             own = f", or with one slice, as --slices trm-a:{flag[2:]}" if flag in ("--spot", "--queued") else ""
-            message = (f"{flag}: a flag of scripts/keep_alive.sh: give it after --, as -- {flag}{own}" if flag in KEEP_ALIVE_FLAGS
-                       else f"{flag}: unknown argument")
+            message = f"{flag}: unknown argument"
+            if flag in KEEP_ALIVE_FLAGS:
+                message = f"{flag}: a flag of scripts/keep_alive.sh: give it after --, as -- {flag}{own}"
         raise UserError(f"{message}; see --help")
 
 
@@ -27,7 +28,8 @@ def whole_number(text):
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number (several have spaces between them, as --seeds 0 1)") from None
+        rule = "is no whole number (several have spaces between them, as --seeds 0 1)"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}") from None
 
 
 def parse_args():
@@ -58,7 +60,8 @@ def check_args(args):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be >= 1")
     if not args.configs and (alone := [*args.overrides, *(["--seeds"] if args.seeds else [])]):
-        raise UserError(f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without any, --status shows all cells of --ledger")
+        raise UserError(f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without any, --status shows all "
+                        "cells of --ledger")
     if not args.status and not args.configs:
         raise UserError("no configuration is given: bash scripts/launch_sweep.sh configs/e1_*.yaml --local")
     if args.local and args.slices or not args.status and not args.local and not args.slices:
@@ -66,11 +69,13 @@ def check_args(args):
     if args.slices and args.jobs > 1:
         raise UserError(f"--jobs {args.jobs}: only with --local; on each of --slices there is one cell at a time")
     if args.slices and args.max_steps:
-        raise UserError(f"--max_steps {args.max_steps}: only with --local; a first look at a slice is scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}")
+        raise UserError(f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: "
+                        f"bash scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}")
     if args.delete_when_done and not args.slices:
         raise UserError("--delete_when_done: only with --slices, which it deletes")
     if "--delete_when_done" in args.flags:
-        raise UserError("-- --delete_when_done: that would delete a slice after each of its cells: give it before --, for the end of the sweep")
+        raise UserError("-- --delete_when_done: that would delete a slice after each of its cells: give it before --, for the end "
+                        "of the sweep")
     if args.flags and not args.slices and not args.status:
         raise UserError(f"-- {shlex.join(args.flags)}: these are for scripts/keep_alive.sh, so only with --slices")
     if args.slices and any(text.startswith("tpu.name=") for text in args.overrides):

@@ -9,8 +9,8 @@ import utils
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-RULE = ("a slice is NAME, or NAME and in any order, each after a colon, its type (v6e-16), its zone (europe-west4-a), spot, queued: "
-        "trm-b:v6e-16:europe-west4-a:spot")
+RULE = ("a slice is NAME, or NAME and in any order, each after a colon, its type (v6e-16), its zone (europe-west4-a), spot, "
+        "queued: trm-b:v6e-16:europe-west4-a:spot")
 TYPE = r"v\d+[a-z]*-\d+"
 
 
@@ -40,7 +40,8 @@ def parse_slices(words):
     slices = [_parse_slice(word) for word in words]
     names = [one.name for one in slices]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"--slices: {', '.join(twice)} is given twice: a slice takes one cell at a time, so give each a name of its own")
+        raise UserError(f"--slices: {', '.join(twice)} is given twice: a slice takes one cell at a time, so give each a name of "
+                        "its own")
     return slices
 
 
@@ -57,16 +58,20 @@ def _parse_slice(word):
         else:
             raise UserError(f"--slices {word}: {part!r} is no type, no zone and neither spot nor queued: {RULE}")
         if key in found:
-            raise UserError(f"--slices {word}: {part!r} is the second {key.replace('accelerator_', '')} of one slice: {RULE}")
+            kind = key.removeprefix("accelerator_")
+            raise UserError(f"--slices {word}: {part!r} is the second {kind} of one slice: {RULE}")
         found[key] = value
     if not re.fullmatch(tpu_settings.RULES["name"][0], name):
-        raise UserError(f"--slices {word}: {name!r} is no name of a slice (small letters, digits and -, a letter first): {RULE}")
+        raise UserError(f"--slices {word}: {name!r} is no name (small letters, digits and -, a letter first): {RULE}")
     return Slice(name, **found)
 
 
 def configs_on(path, changes, slices):
-    """(configuration as it is on the first slice, {name: (project, accelerator type, zone)} of all, bucket) of a configuration file
-    with overrides. Raises UserError, a line for every reason why it cannot run on one of the slices."""
+    """(configuration as it is on the first slice, {name: (project, accelerator type, zone)} of all slices, bucket) of a
+    configuration file with overrides; without slices {} and "". Raises UserError, a line for every reason why it cannot run on
+    one of the slices."""
+    if not slices:
+        return utils.load_config(path, changes), {}, ""
     config, places, bucket, wrong = None, {}, "", {}
     for one in slices:
         words = [*changes, *one.overrides]
@@ -108,6 +113,6 @@ def delete_command(name, place):
 def delete_if_idle(name, place):
     """(exit status, output) of scripts/delete_tpu.sh, which leaves a slice alone on which something runs."""
     # a session of its own: Ctrl-C in the terminal does not leave it half deleted
-    done = subprocess.run([*delete_command(name, place), "--yes", "--if_idle"], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    done = subprocess.run([*delete_command(name, place), "--yes", "--if_idle"], cwd=ROOT, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     return done.returncode, done.stdout

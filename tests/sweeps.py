@@ -25,9 +25,14 @@ if host:
     sweep.now = lambda: "2222-02-22 22:22:22 UTC"       # its clock is wrong
 if training != "slow":
     sweep.check_datasets, sweep.check_slices, real = lambda cells: None, lambda cells, slices, flags: None, sweep.command
-    sweep.command = lambda cell, slot, flags: [sys.executable, training, cell.name, cell.url, slot.name if slot else "None", *real(cell, slot, flags)]
+
+    def fake(cell, slot, flags):
+        own = [cell.name, cell.url, slot.name if slot else "None"]
+        return [sys.executable, training, *own, *real(cell, slot, flags)]
+    sweep.command = fake
 else:
-    sweep.command = lambda cell, slot, flags: [sys.executable, "tests/slow_train.py", "--config", cell.path, "--run_name", cell.name, *cell.overrides, *flags]
+    slow = [sys.executable, "tests/slow_train.py", "--config"]
+    sweep.command = lambda cell, slot, flags: [*slow, cell.path, "--run_name", cell.name, *cell.overrides, *flags]
 utils.run_cli(sweep.main)
 """
 
@@ -93,7 +98,8 @@ class SweepTest(FolderTest):
     def setUp(self):
         super().setUp()
         self.out = str(self.folder / "runs")
-        self.starts_file, self.wait_file, self.commands_file = (self.folder / name for name in ("starts", "starts.wait", "starts.commands"))
+        self.starts_file, self.wait_file = self.folder / "starts", self.folder / "starts.wait"
+        self.commands_file = self.folder / "starts.commands"
         self.starts_file.touch(), self.wait_file.touch()
         self.fake, self.plan = self.folder / "fake.py", {}
         self.fake.write_text(FAKE)
@@ -142,7 +148,8 @@ class SweepTest(FolderTest):
 
     def commands(self, name):
         """The real command of each of its attempts, from the configuration on."""
-        return [" ".join(line.split()[1:]) for line in self.commands_file.read_text().splitlines() if line.split()[0] == name]
+        lines = self.commands_file.read_text().splitlines()
+        return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
 
     def lock_owner(self, run):
         try:

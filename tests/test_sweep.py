@@ -212,17 +212,21 @@ class Launcher(SweepTest):
     def test_mistakes_in_flags(self):
         """Each ends with one line that says the way out."""
         good = self.configs("a")
-        for words, says in [(["--local", "--spot"], "--spot: a flag of scripts/keep_alive.sh: give it after --, as -- --spot, or with one slice, as --slices trm-a:spot"),
-                            (["--local", "--poll", "3"], "--poll: a flag of scripts/keep_alive.sh: give it after --"),
-                            (["--local", "--polls"], "--polls: unknown argument"),
-                            (["--local", "--seeds", "0,1"], "--seeds: '0,1' is no whole number (several have spaces between them, as --seeds 0 1)"),
-                            (["--local", "--jobs", "two"], "--jobs: 'two' is no whole number"),
-                            (["--local", "--max_attempt", "2"], "--max_attempt: unknown argument"), (["--loc"], "--loc: unknown argument"),
-                            (["--seeds", "--local"], "--seeds: expected at least one argument"), (["--slices"], "--slices: expected at least one argument"),
-                            (["--local", "--ledger"], "--ledger: expected one argument"), (["--local", "--max_steps"], "--max_steps: expected one argument"),
-                            (["--local", "--max_steps", "0"], "--max_steps 0: must be >= 1")]:
+        keep_alive = "a flag of scripts/keep_alive.sh: give it after --, as --"
+        for words, says in [("--local --spot", f"--spot: {keep_alive} --spot, or with one slice, as --slices trm-a:spot"),
+                            ("--local --poll 3", f"--poll: {keep_alive} --poll; see"),
+                            ("--local --polls", "--polls: unknown argument"),
+                            ("--local --seeds 0,1", "--seeds: '0,1' is no whole number (several have spaces between them"),
+                            ("--local --jobs two", "--jobs: 'two' is no whole number"),
+                            ("--local --max_attempt 2", "--max_attempt: unknown argument"),
+                            ("--loc", "--loc: unknown argument"),
+                            ("--seeds --local", "--seeds: expected at least one argument"),
+                            ("--slices", "--slices: expected at least one argument"),
+                            ("--local --ledger", "--ledger: expected one argument"),
+                            ("--local --max_steps", "--max_steps: expected one argument"),
+                            ("--local --max_steps 0", "--max_steps 0: must be >= 1")]:
             with self.subTest(words):
-                output = self.sweep(*good, *words, status=2)
+                output = self.sweep(*good, *words.split(), status=2)
                 self.assertRegex(output, r"\Aerror: .*\n\Z")
                 self.assertIn(says, output)
         known = (ROOT / "scripts" / "keep_alive.sh").read_text()
@@ -315,7 +319,8 @@ class RealTraining(CommandTest, SweepTest):
         arguments = (str(self.config), "--local", "--seeds", "3", "training.epochs=2")     # 20 steps
         for _ in range(2):
             output = self.sweep(*arguments, "--max_steps", "8", training="slow", TRM_TEST_PAUSES="{}")
-            self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "waiting", "1", "8"])      # the second time nothing is left to do
+            # the second time nothing is left to do
+            self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "waiting", "1", "8"])
         self.assertFalse((self.folder / "runs" / "tiny_seed3" / "eval.json").exists())
         output = self.sweep(*arguments, "--max_steps", "100", training="slow", TRM_TEST_PAUSES="{}")
         self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "finished", "2", "20"])

@@ -28,8 +28,9 @@ class Slices(GCSTest, SweepTest):
         (self.cloud / "host_environment.json").write_text("{}")
         executable(self.folder / "bin" / "gcloud", f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n')
         executable(self.folder / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        environment = {"TPU_PROJECT": "my-project-1", "TPU_BUCKET": self.url, "TRM_CACHE": str(self.folder / "cache"), "TRM_VENV": str(self.folder / "venv"),
-                       "TRM_TEST_CLOUD": str(self.cloud), "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "HOME": str(self.folder)}
+        environment = {"TPU_PROJECT": "my-project-1", "TPU_BUCKET": self.url, "TRM_TEST_CLOUD": str(self.cloud),
+                       "TRM_CACHE": str(self.folder / "cache"), "TRM_VENV": str(self.folder / "venv"),
+                       "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "HOME": str(self.folder)}
         patch = mock.patch.dict(os.environ, environment)
         patch.start()
         self.addCleanup(patch.stop)
@@ -81,14 +82,17 @@ class Slices(GCSTest, SweepTest):
         kinds = ("s1:queued", "s2:spot:v4-16:europe-west4-a")
         output = self.sweep(*self.configs("abcd"), "--slices", *kinds, "tpu.zone=us-east1-d", "--", "--queued")
         ran = {name: self.history(name) for name in "abcd"}
-        self.assertEqual({one for (one,) in ran.values()}, {("s1", "v4-8", "us-east1-d", False, 0), ("s2", "v4-16", "europe-west4-a", True, 0)})
+        self.assertEqual({one for (one,) in ran.values()},
+                         {("s1", "v4-8", "us-east1-d", False, 0), ("s2", "v4-16", "europe-west4-a", True, 0)})
         lines = output.splitlines()
         self.assertIn("hours on slices of different types (v4-16, v4-8) do not compare", lines)
         for name, ((one, *_),) in ran.items():
-            self.assertEqual(self.row(output, name)[-1], {"s1": "s1:v4-8:us-east1-d", "s2": "s2:v4-16:europe-west4-a:spot"}[one])
-            words = self.commands(name)[0].split()
-            own = {"s1": ["tpu.name=s1", "--queued"], "s2": ["tpu.name=s2", "tpu.accelerator_type=v4-16", "tpu.zone=europe-west4-a", "--spot", "--queued"]}
-            self.assertEqual(words[-1 - len(own[one]):], ["tpu.zone=us-east1-d", *own[one]])
+            said = {"s1": "s1:v4-8:us-east1-d", "s2": "s2:v4-16:europe-west4-a:spot"}
+            self.assertEqual(self.row(output, name)[-1], said[one])
+            (words,) = self.commands(name)
+            own = {"s1": "tpu.name=s1 --queued",
+                   "s2": "tpu.name=s2 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a --spot --queued"}
+            self.assertTrue(words.endswith(f" tpu.zone=us-east1-d {own[one]}"), words)
         for one in ("tpu.name=s1 tpu.project=my-project-1 tpu.accelerator_type=v4-8 tpu.zone=us-east1-d",
                     "tpu.name=s2 tpu.project=my-project-1 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a"):
             self.assertIn(f"  bash scripts/delete_tpu.sh {one}", lines)
@@ -104,7 +108,8 @@ class Slices(GCSTest, SweepTest):
         self.assertIn("runs on them go on:\n  bash scripts/delete_tpu.sh tpu.name=s1 ", output)
         self.assertEqual((self.states("a"), self.slices()), (["waiting"], ["s1"]))
         self.sweep(*self.configs("a"), "--slices", "s2:v4-16:spot")
-        self.assertEqual(self.history("a"), [("s1", "v4-8", "us-central2-b", False, 143), ("s2", "v4-16", "us-central2-b", True, 0)])
+        self.assertEqual(self.history("a"),
+                         [("s1", "v4-8", "us-central2-b", False, 143), ("s2", "v4-16", "us-central2-b", True, 0)])
         status = self.sweep("--status")         # of the bucket, which the environment names
         self.assertIn(" s1:v4-8:us-central2-b, s2:v4-16:us-central2-b:spot", status)
 
@@ -136,7 +141,8 @@ class Slices(GCSTest, SweepTest):
         self.assertEqual(self.slices(), [held[0], "s3"])
         self.wait_file.unlink()
         output = self.ends(launcher, 1)
-        self.assertEqual((self.slices(), output.count("it is deleted"), self.states("a", "b")), (["s3"], 2, ["finished", "failed"]))
+        self.assertEqual((self.slices(), output.count(": it is deleted")), (["s3"], 2))
+        self.assertEqual(self.states("a", "b"), ["finished", "failed"])
         self.assertNotIn("scripts/delete_tpu.sh", output)
 
     def test_a_slice_in_use_is_not_deleted(self):
@@ -149,11 +155,11 @@ class Slices(GCSTest, SweepTest):
         with self.open_file(run, "flock 9"):
             output = self.sweep(*self.configs("a"), "--slices", "s1", "s2", "s3", "--delete_when_done")
         self.assertEqual(self.slices(), ["s1", "s3", "s4"])
-        self.assertIn("s3: no cell is left for it: not deleted: on s3 there is at work: the run theirs", output)
-        self.assertEqual([name for name in ("s1", "s2", "s3") if f"  bash scripts/delete_tpu.sh tpu.name={name} " in output], ["s1", "s3"])
+        self.assertIn("s3: no cell is left for it: s3 is in use by the run theirs: it is", output)
+        self.assertEqual(re.findall(r"^  bash scripts/delete_tpu.sh tpu.name=(\S+) ", output, re.MULTILINE), ["s1", "s3"])
         with self.open_file(chips, ":"):        # every host here sees it: they are one machine
             output = self.sweep(*self.configs("a"), "--slices", "s4", "--delete_when_done")
-        self.assertIn("s4: no cell is left for it: not deleted: on s4 there is at work: a program that has the chips", output)
+        self.assertIn("s4: no cell is left for it: s4 is in use by a program that has the chips", output)
         (self.cloud / "silent").write_text("1")         # no answer is not "nothing"
         output = self.sweep(*self.configs("a"), "--slices", "s3", "--delete_when_done")
         self.assertIn("the hosts of s3 do not say whether something runs there: it is not deleted", output)
@@ -168,8 +174,8 @@ class Slices(GCSTest, SweepTest):
         """A program that has the file open, and has done the shell command `then` to it (as 9), until the block ends."""
         path.parent.mkdir()
         path.write_text("theirs\n")
-        program = subprocess.Popen(["bash", "-c", f'exec 9<"$0"; {then}; echo; exec sleep 100', str(path)], stdout=subprocess.PIPE)
-        with program:
+        shell = f'exec 9<"$0"; {then}; echo; exec sleep 100'
+        with subprocess.Popen(["bash", "-c", shell, str(path)], stdout=subprocess.PIPE) as program:
             try:
                 program.stdout.readline()
                 yield
@@ -208,8 +214,9 @@ class Slices(GCSTest, SweepTest):
         self.assertRegex(unknown[0], "^how the cells stand is not known: .*no success within 1 s")
         self.assertEqual(unknown[1:], [line.replace("  waiting  ", "  unknown  ") for line in known])
         self.proxy.faults.clear()
-        self.assertIn("there is no bucket", self.sweep(*configs, "--slices", "s1", "--dry_run", TPU_BUCKET="gs://not-made-yet/trm"))
-        self.assertIn("there is no bucket", self.sweep(*configs, "--slices", "s1", status=2, TPU_BUCKET="gs://not-made-yet/trm"))
+        for words, status in ((["--dry_run"], 0), ([], 2)):
+            output = self.sweep(*configs, "--slices", "s1", *words, status=status, TPU_BUCKET="gs://not-made-yet/trm")
+            self.assertIn("there is no bucket", output)
 
     def test_mistakes(self):
         good = self.configs("a")
@@ -229,29 +236,29 @@ class Slices(GCSTest, SweepTest):
 
     def test_a_configuration_that_a_slice_cannot_run(self):
         """Its global batch, 8, divides by the chips of a v4-16: all that do not fit are named at once."""
-        uneven = write_config(self.folder / "c.yaml", (self.folder / "a.yaml").read_text() if self.configs("a") else "")
-        uneven.write_text(uneven.read_text().replace("global_batch_size: 8", "global_batch_size: 4").replace("device: tpu", "device: auto"))
-        output = self.sweep(*self.configs("ab"), str(uneven), "--slices", "s1", "s2:v4-16", "s3:v4-32", "s4:v4-32", status=2)
-        errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        self.assertEqual([re.sub(r"^error: \S*/(\w)\.yaml on ([\w, ]+): .*(must be divisible by .* = \d+).*", r"\1 \2 \3", line) for line in errors],
-                         [f"{name} s3, s4 must be divisible by workers x training.grad_accumulation_steps = 16 x 1 = 16" for name in "ab"]
-                         + ["c s2 must be divisible by workers x training.grad_accumulation_steps = 8 x 1 = 8",
-                            "c s3, s4 must be divisible by workers x training.grad_accumulation_steps = 16 x 1 = 16"])
-        # what is the configuration's own does not matter where every slice says it
-        self.sweep(str(uneven), "tpu.accelerator_type=v4-64", "--slices", "s1:v4-8")
+        a, b, c = self.configs("abc")
+        for old, new in (("global_batch_size: 8", "global_batch_size: 4"), ("device: tpu", "device: auto")):
+            Path(c).write_text(Path(c).read_text().replace(old, new))
+        output = self.sweep(a, b, c, "--slices", "s1", "s2:v4-16", "s3:v4-32", "s4:v4-32", status=2)
+        found = re.findall(r"^error: \S*/(\w).yaml on ([\w, ]+): .*must be divisible by workers .* = (\d+) x 1 = .*$", output, re.MULTILINE)
+        self.assertEqual(found, [("a", "s3, s4", "16"), ("b", "s3, s4", "16"), ("c", "s2", "8"), ("c", "s3, s4", "16")])
+        self.assertEqual(output.count("error: "), 4)
+        # the configuration's own type does not matter where every slice says one
+        self.sweep(c, "tpu.accelerator_type=v4-64", "--slices", "s1:v4-8")
 
     def test_configurations_that_want_different_slices(self):
         a, b = self.configs("ab")
         Path(b).write_text(Path(b).read_text().replace("tpu: {}", "tpu: {accelerator_type: v4-16}"))
         output = self.sweep(a, b, "--slices", "s1", "s2:v4-8", status=2)
-        self.assertRegex(output, r"\Aerror: --slices s1: it is v4-8 in us-central2-b of my-project-1 by \S+a.yaml and v4-16 in .* by \S+b.yaml: give .*\n\Z")
+        self.assertRegex(output, r"\Aerror: --slices s1: it is v4-8 in us-central2-b of my-project-1 by \S+a.yaml and v4-16 in .*\n\Z")
         self.sweep(a, b, "--slices", "s2:v4-8")
 
 
 class OnASlice(SliceTest):
     def test_preempted_in_the_middle(self):
         self.hold(17)
-        sweep = self.begin("launch_sweep", "configs/tiny.yaml", "--slices", NAME, "--seeds", "1", "--delete_when_done", "--", "--poll", "0.5", "--log_dir", str(self.folder / "log"))
+        sweep = self.begin("launch_sweep", "configs/tiny.yaml", "--slices", NAME, "--seeds", "1", "--delete_when_done",
+                           "--", "--poll", "0.5", "--log_dir", str(self.folder / "log"))
         self.arrived(17)
         self.wait_for(lambda: "checkpoint_step_14.json" in self.gcloud.listed(f"{self.url}/runs/tiny_seed1/checkpoints"))
         self.preempt()
