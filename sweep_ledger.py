@@ -138,6 +138,8 @@ class Ledger:
                          *(f"{found[key]:.2%}" if finished and found[key] is not None else "-" for key in ("ema", "raw")),
                          "-" if found["train_seconds"] is None else f"{found['train_seconds'] / 3600:.2f}",
                          ran_on(on_slices), note))
+        if not kinds:
+            rows[0] = (*rows[0][:-2], "", "")       # all on this host
         widths = [max(map(len, column)) for column in zip(*rows)]
         align = [str.ljust, str.ljust, *[str.rjust] * 5, str.ljust, str.ljust]
         lines = ["  ".join(side(text, width) for side, text, width in zip(align, row, widths)).rstrip() for row in rows]

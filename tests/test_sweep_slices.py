@@ -1,5 +1,6 @@
 """Sweeps on TPU slices: what a slice is, which cell runs where, and what becomes of a slice at the end."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -12,10 +13,15 @@ from pathlib import Path
 from unittest import mock
 
 from storage import join, open_folder
+from sweep_ledger import Ledger
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, TINY, write_config
 from tests.slice import NAME, SliceTest, executable, load_gcloud
 from tests.sweeps import SweepTest
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import sweep
+import sweep_slices
 
 
 class Slices(GCSTest, SweepTest):
@@ -168,6 +174,20 @@ class Slices(GCSTest, SweepTest):
         self.ends(other)
         self.sweep(*self.configs("a"), "--slices", "s1", "s3", "s4", "--delete_when_done")
         self.assertEqual((self.slices(), self.starts()), ([], {"a": 1, "b": 1}))
+
+    def test_a_launcher_that_is_told_to_stop_deletes_nothing(self):
+        """Nor where it has just found that there is nothing left to do."""
+        for word, told in (("s1", True), ("s2", False)):
+            cell = mock.Mock(places={word: ("my-project-1", "v4-8", "us-central2-b")})
+            cell.name = "a"
+            launcher = sweep.Sweep([cell], Ledger(str(self.folder)), sweep_slices.parse_slices([word]), 1, [], delete_when_done=True)
+            launcher.done.add("a")
+            if told:
+                launcher.stop.set()
+            with mock.patch.object(sweep, "delete_if_idle", return_value=(0, "")) as delete, \
+                    contextlib.redirect_stdout(io.StringIO()):
+                launcher._next(launcher.slots[0])
+            self.assertEqual((delete.call_count, launcher.deleted), (0, set()) if told else (1, {"s2"}))
 
     @contextlib.contextmanager
     def open_file(self, path, then):
