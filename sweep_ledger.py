@@ -3,6 +3,7 @@
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import time
 
@@ -79,9 +80,9 @@ class Ledger:
         """Note a cell that has not been tried yet, or, retry_failed, is to be tried again."""
         state, version = self.read(cell.name)
         new = {"cell": cell.name, "state": "waiting", "attempts": 0, "failures": 0, "exit_status": None, "error": None, "owner": None,
-               "began": None, "ended": None, "url": cell.url, "config": dataclasses.asdict(cell.config)}
+               "history": [], "began": None, "ended": None, "url": cell.url, "config": dataclasses.asdict(cell.config)}
         if state and state["state"] == "failed" and retry_failed:
-            new["attempts"] = state["attempts"]
+            new |= {"attempts": state["attempts"], "history": state.get("history", [])}
         elif state and (state["attempts"] or state == new):
             return
         self.folder.replace_if(f"{cell.name}/{STATE}", _content(new), version)      # None: another launcher has been here
@@ -97,11 +98,12 @@ class Ledger:
         except FileNotFoundError:
             return None
 
-    def check_same(self, cells, retry_failed):
-        """Raises UserError where a cell was begun with another configuration: its results would be taken for this one's."""
+    def check_same(self, cells, states, retry_failed):
+        """Raises UserError where a cell was begun with another configuration: its results would be taken for those of this one.
+        states: {name: state, or None} of the cells."""
         wrong = []
         for cell in cells:
-            state, _ = self.read(cell.name)
+            state = states[cell.name]
             untouched = state is None or state["attempts"] == 0 or (state["state"] == "failed" and retry_failed)
             if untouched:
                 continue
@@ -116,26 +118,42 @@ class Ledger:
 
     def table(self, names, silent=()):
         """(lines of text, whether every cell is finished)"""
-        rows = [("cell", "state", "attempts", "steps", "exact (EMA)", "exact (raw)", "hours", "")]
+        rows = [("cell", "state", "attempts", "steps", "exact (EMA)", "exact (raw)", "hours", "ran on", "")]
+        kinds = set()
         for name in names:
             state, _ = self.read(name)
             if state is None:
-                rows.append((name, "waiting", "0", "-", "-", "-", "-", ""))
+                rows.append((name, "waiting", "0", "-", "-", "-", "-", "", ""))
                 continue
+            on_slices = [attempt for attempt in state.get("history", []) if attempt["slice"]]
+            kinds |= {attempt["accelerator_type"] for attempt in on_slices}
             found, note = results(state["url"]), state["error"] or ""
             if state["state"] == "running":
                 owner = state["owner"]
-                note = f"process {owner['pid']} on {owner['host']}" + (f", slice {owner['slice']}" if owner["slice"] else "")
+                note = f"process {owner['pid']} on {owner['host']}"
                 note += ", no heartbeat" if name in silent else ""
             finished = is_finished(state)
             rows.append((name, "waiting" if state["state"] == "finished" and not finished else state["state"], str(state["attempts"]),
                          "-" if found["steps"] is None else f"{found['steps']:,}",
                          *(f"{found[key]:.2%}" if finished and found[key] is not None else "-" for key in ("ema", "raw")),
-                         "-" if found["train_seconds"] is None else f"{found['train_seconds'] / 3600:.2f}", note))
+                         "-" if found["train_seconds"] is None else f"{found['train_seconds'] / 3600:.2f}",
+                         ran_on(on_slices), note))
+        if not kinds:
+            rows[0] = (*rows[0][:-2], "", "")       # all on this host
         widths = [max(map(len, column)) for column in zip(*rows)]
-        align = [str.ljust, str.ljust, *[str.rjust] * 5, str.ljust]
+        align = [str.ljust, str.ljust, *[str.rjust] * 5, str.ljust, str.ljust]
         lines = ["  ".join(side(text, width) for side, text, width in zip(align, row, widths)).rstrip() for row in rows]
+        if len(kinds) > 1:
+            lines.append(f"hours on slices of different types ({', '.join(sorted(kinds))}) do not compare")
         return "\n".join(lines), all(row[1] == "finished" for row in rows[1:])
+
+
+def ran_on(attempts):
+    """The slices of these attempts, in their order, each written as --slices has it."""
+    words = [":".join([attempt["slice"], attempt["accelerator_type"], attempt["zone"], *["spot"] * attempt["spot"]])
+             for attempt in attempts]
+    counted = [(word, len(list(group))) for word, group in itertools.groupby(words)]
+    return ", ".join(word if count == 1 else f"{word} x{count}" for word, count in counted)
 
 
 def _content(state):

@@ -4,12 +4,13 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/delete_tpu.sh [section.key=value ...] [--config FILE] [--yes] [--dry_run]
+usage: bash scripts/delete_tpu.sh [section.key=value ...] [--config FILE] [--yes] [--if_idle] [--dry_run]
 
 Deletes the slice and its queued resource, after asking. What a run wrote into the bucket stays; what lies on the hosts is lost.
 
   --config FILE   where `tpu:` is found (default: configs/base_sudoku_tpu.yaml)
   --yes           do not ask
+  --if_idle       refuse while a process on its hosts has the chips, or is a run of this kit
   --dry_run       print the commands, execute none
 
 settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME
@@ -18,11 +19,12 @@ TEXT
 
 # shellcheck source=scripts/arguments.sh
 . "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
-CONFIG='' DRY_RUN='' yes='' OVERRIDES=()
+CONFIG='' DRY_RUN='' yes='' if_idle='' OVERRIDES=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --config) need_value "$@"; one_config "$2"; shift ;;
         --yes) yes=yes ;;
+        --if_idle) if_idle=yes ;;
         --dry_run) DRY_RUN=yes ;;
         --help|-h) usage; exit 0 ;;
         *=*) OVERRIDES+=("$1") ;;
@@ -46,6 +48,21 @@ case "$states" in
     *NO_ANSWER*) fail 1 "gcloud gives no answer about $TPU_NAME: nothing is deleted" ;;
     "GONE GONE") say "$TPU_NAME is not there: nothing to delete"; exit ;;
 esac
+# a run of the kit holds trm/lock from its start to its end; any other program has a chip's device file open, which root
+# alone may see. (Google's tpu-info finds them like this, too.)
+find="find /proc/[0-9]*/fd -lname '*/dev/accel[0-9]*' -o -lname '*/dev/vfio/[0-9]*'"
+who="if [ -e trm/lock ] && ! flock --shared --nonblock trm/lock true; then echo \"trm: the run \$(cat trm/lock)\";
+elif { sudo -n $find || $find; } 2>/dev/null | grep -q .; then echo 'trm: a program that has the chips';
+else echo 'trm: nothing'; fi"
+if [ -n "$if_idle" ] && [[ $states == *" READY" ]]; then
+    ask_hosts "$ANSWER_SECONDS" all "$who" || ANSWER=''
+    users=$(sed -n 's/^trm: //p' <<< "$ANSWER" | sort -u)
+    case "$users" in
+        nothing) ;;
+        "") fail 1 "the hosts of $TPU_NAME do not say whether something runs there: it is not deleted" ;;
+        *) fail 1 "$TPU_NAME is in use by $(grep -vx nothing <<< "$users" | paste -sd, | sed 's/,/, /g'): it is not deleted" ;;
+    esac
+fi
 if [ -z "$yes" ]; then
     read -r -p "delete $TPU_NAME in $TPU_ZONE of $TPU_PROJECT (queued resource and slice: $states)? [y/N] " yes || true
     case "$yes" in y|Y|yes) ;; *) fail 2 "nothing is deleted: answer y, or give --yes" ;; esac

@@ -86,8 +86,12 @@ fail() { local status=$1; shift; note "$*" >/dev/null; echo "error: $*" >&2; exi
 ended() {
     note "$2"
     if [ -n "$delete_when_done" ] && [ "$1" = 0 ]; then
-        delete_slice
-        note "$TPU_NAME is deleted"
+        # shellcheck disable=SC2086     # several words
+        if why=$(bash scripts/delete_tpu.sh $SLICE --yes --if_idle 2>&1 | tee /dev/stderr | tail -n 1); then
+            note "$TPU_NAME is deleted"
+        else
+            note "${why#error: }"
+        fi
     else
         note "the slice $TPU_NAME, where it is there, uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"
     fi

@@ -157,7 +157,7 @@ class Commands(SliceTest):
         if first == "status":
             self.assertIn("absent: ", self.succeeds(["bash", script, *words], status=6))
         elif "--status" in words:
-            self.succeeds(["bash", script, *words])
+            self.assertIn("error: no cell of this sweep is in ", self.succeeds(["bash", script, *words], status=2))
         else:
             printed = self.succeeds(["bash", script, *words[:end], "--dry_run", *words[end:]])
             self.assertRegex(printed, r"(?m)^\+ gcloud " if cloud and "sweep" not in script else "keep_alive.sh|train_tpu.py")

@@ -1,5 +1,4 @@
 """Sweeps: real launchers, killed and stopped and two at once; every cell is run once, to the end of an unbroken one."""
-import contextlib
 import json
 import os
 import signal
@@ -14,153 +13,12 @@ from run_lock import RunLock
 from storage import join, open_folder
 from sweep_ledger import Ledger
 from tests.gcs_server import GCSTest
-from tests.helpers import ROOT, TINY, CommandTest, FolderTest, write_config
-from tests.slice import NAME, SliceTest
+from tests.helpers import ROOT, TINY, CommandTest, write_config
+from tests.sweeps import SweepTest
 from utils import RunFailure
 
-# the launcher with another training, without its looks at datasets, and with short times. argv: host, training, then its own
-LAUNCHER = """
-import os, sys
-host, training = sys.argv[1:3]
-sys.argv = ["sweep.py", *sys.argv[3:]]
-sys.path.insert(0, "scripts")
-import run_lock, sweep, sweep_ledger, utils
-# what is watched for whether it is alive renews more often than that: a busy machine may be late
-sweep_ledger.BEAT_SECONDS, sweep.LOOK_SECONDS, run_lock.GRACE_SECONDS = 0.2 if host else 1.0, 0.1, 0.2
-sweep_ledger.DEADLINE_SECONDS = float(os.environ.get("TRM_TEST_DEADLINE", 10))
-if host:
-    run_lock.socket.gethostname = lambda: host
-    sweep.now = lambda: "2222-02-22 22:22:22 UTC"       # its clock is wrong
-if training != "slow":
-    sweep.check_datasets, sweep.check_slices = lambda cells: None, lambda cell, slices, flags: None
-    sweep.command = lambda cell, slot, flags: [sys.executable, training, cell.name, cell.url, str(slot)]
-else:
-    sweep.command = lambda cell, slot, flags: [sys.executable, "tests/slow_train.py", "--config", cell.path, "--run_name", cell.name, *cell.overrides]
-utils.run_cli(sweep.main)
-"""
-
-# a training that does what $TRM_TEST_PLAN, JSON {run name: [what, of each start]}, says, and then finishes
-FAKE = """
-import json, os, signal, sys, time
-sys.path.insert(0, os.getcwd())
-from storage import join, open_folder
-name, url, slot = sys.argv[1:]
-signal.alarm(120)
-home, starts, plan = open_folder(url), os.environ["TRM_TEST_STARTS"], json.loads(os.environ["TRM_TEST_PLAN"]).get(name, [])
-
-def told(*_):
-    print("SIGTERM", flush=True)
-    sys.exit(143)
-signal.signal(signal.SIGTERM, told)
-print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
-with open(starts, "a") as file:
-    file.write(f"{name} {os.getpid()} {slot}\\n")
-count = open(starts).read().split().count(name)
-action = plan[count - 1] if count <= len(plan) else "finish"
-if action == "locked":          # holds the run, as a real one
-    import run_lock
-    lock = run_lock.RunLock(home)
-if action == "refused":         # when another has got the run
-    while "run.lock" not in home.list():
-        time.sleep(0.01)
-    print("error: another training holds this run", file=sys.stderr)
-    sys.exit(2)
-if action in ("wait", "locked"):
-    while os.path.exists(f"{starts}.wait"):
-        time.sleep(0.01)
-if action == "attach":          # to a run that goes on on its slice
-    while "run.lock" in home.list():
-        time.sleep(0.01)
-if slot != "None":              # one at a time on a slice
-    os.close(os.open(f"{starts}.{slot}", os.O_CREAT | os.O_EXCL))
-    time.sleep(1)
-    os.unlink(f"{starts}.{slot}")
-if action == "mumble":
-    print("error: the first attempt's", file=sys.stderr)
-    sys.exit(1)
-if action == "nothing":
-    sys.exit()
-if action == "mistake":
-    print("step 3: as it should be\\nerror: the loss is not finite", flush=True)
-    sys.exit(2)
-if action == "kill":
-    os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(0.2)
-home.write("metrics.jsonl", b'{"step": 60, "train_seconds": 5400}\\n{"ste')
-home.write("eval.json", json.dumps({"results": [{"weights": "ema", "exact_accuracy": 0.875}, {"weights": "raw", "exact_accuracy": 0.5}]}).encode())
-if action == "locked":
-    lock.release()
-"""
-
-
-class SweepTest(FolderTest):
-    """Sweeps over configs a, b, ... in self.folder, with the fake training; the runs and the ledger are in self.out."""
-
-    def setUp(self):
-        super().setUp()
-        self.out = str(self.folder / "runs")
-        self.starts_file, self.wait_file = self.folder / "starts", self.folder / "starts.wait"
-        self.starts_file.touch(), self.wait_file.touch()
-        self.fake, self.plan = self.folder / "fake.py", {}
-        self.fake.write_text(FAKE)
-
-    def configs(self, names="ab"):
-        return [str(write_config(self.folder / f"{name}.yaml", TINY.format(data="nowhere", out=self.out))) for name in names]
-
-    def begin(self, *arguments, host="", training=None, **environment):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_STARTS": str(self.starts_file), "TRM_TEST_PLAN": json.dumps(self.plan), **environment}
-        command = [sys.executable, "-c", LAUNCHER, host, training or str(self.fake), *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.addCleanup(self.end, process)
-        return process
-
-    def end(self, process):
-        process.kill()
-        process.communicate()
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-
-    def ends(self, process, status=0):
-        output, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, status, output)
-        self.assertNotIn("Traceback", output)
-        return output
-
-    def sweep(self, *arguments, status=0, **options):
-        return self.ends(self.begin(*arguments, **options), status)
-
-    def pids(self, name=""):
-        return [int(line.split()[1]) for line in self.starts_file.read_text().splitlines() if line.startswith(name)]
-
-    def starts(self):
-        names = [line.split()[0] for line in self.starts_file.read_text().splitlines()]
-        return {name: names.count(name) for name in sorted(names)}
-
-    def state(self, name):
-        return json.loads(open_folder(join(self.out, "sweep")).read(f"{name}/state.json"))
-
-    def states(self, *names):
-        return [self.state(name)["state"] for name in names]
-
-    def log(self, name):
-        return (self.folder / "runs" / "sweep" / name / "output.log").read_text()
-
-    def lock_owner(self, run):
-        try:
-            return json.loads(run.read("run.lock"))["pid"]
-        except FileNotFoundError:
-            return None
-
-    def until(self, condition, process=None):
-        end = time.monotonic() + 60
-        while not condition():
-            if time.monotonic() > end or (process and process.poll() is not None):
-                self.fail(f"this did not come about: {process and process.communicate()[0]}")
-            time.sleep(0.01)
-
-    def row(self, output, name):
-        return next(line.split() for line in output.splitlines() if line.split()[:1] == [name])
+sys.path.insert(0, str(ROOT / "scripts"))
+import sweep_arguments
 
 
 class Cells:
@@ -234,51 +92,6 @@ class GCSLedger(Cells, GCSTest, SweepTest):
         fault.times = 0
         self.ends(launcher)
         self.assertEqual((self.states("a"), self.starts()), (["finished"], {"a": 2}))
-
-
-class Slices(GCSLedger):
-    test_every_cell_once_and_the_summary = test_a_launcher_of_another_host_that_is_killed = test_a_ledger_out_of_reach = None
-
-    def setUp(self):
-        super().setUp()
-        patch = mock.patch.dict(os.environ, {"TPU_PROJECT": "my-project", "TPU_BUCKET": self.url})
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def configs(self, names="ab"):
-        text = TINY.format(data="nowhere", out="runs").replace("device: cpu", "device: tpu")
-        return [str(write_config(self.folder / f"{name}.yaml", text)) for name in names]
-
-    def test_two_launchers_at_once(self):
-        """With the same slices: one cell at a time on each."""
-        launchers = [self.begin(*self.configs("abcde"), "--slices", "s1", "s2") for _ in range(2)]
-        for launcher in launchers:
-            self.ends(launcher)
-        self.assertEqual(self.starts(), dict.fromkeys("abcde", 1))
-        self.assertEqual({self.state(name)["owner"]["slice"] for name in "abcde"}, {"s1", "s2"})
-
-    def test_what_runs_on_a_slice_is_gone_on_with_there(self):
-        self.plan = {"a": ["locked", "attach"], "b": ["locked", "attach"]}
-        configs = self.configs("abc")
-        launcher = self.begin(*configs, "--slices", "s1", "s2")
-        runs = [open_folder(join(self.out, name)) for name in "ab"]
-        self.until(lambda: all(self.pids(name) and self.lock_owner(run) in self.pids(name) for name, run in zip("ab", runs)), launcher)
-        launcher.kill()
-        launcher.wait()
-        on = {name: self.state(name)["owner"]["slice"] for name in "ab"}
-        launcher = self.begin(*configs, "--slices", on["b"], on["a"])       # the first cell that is there is not the first slice's
-        self.until(lambda: len(self.pids("a")) == len(self.pids("b")) == 2, launcher)
-        self.wait_file.unlink()
-        self.assertNotIn("another training", self.ends(launcher))
-        self.assertEqual(self.starts(), {"a": 2, "b": 2, "c": 1})
-        self.assertEqual({name: self.state(name)["owner"]["slice"] for name in "ab"}, on)
-
-    def test_mistakes(self):
-        good = self.configs("a")
-        for arguments, says in [((*good, "logging.output_dir=/shared"), "logging.output_dir = '/shared'"),
-                                ((*good, "tpu.name=s3"), "by --slices alone"), ((*good, "--jobs", "2"), "--jobs 2: only with --local")]:
-            self.assertIn(says, self.sweep(*arguments, "--slices", "s1", status=2))
-        self.assertIn("only with --slices", self.sweep(*good, "--local", "--", "--spot", status=2))
 
 
 class Launcher(SweepTest):
@@ -396,6 +209,55 @@ class Launcher(SweepTest):
         self.assertRegex(output, r"(?m)^a  finished  .*\n^b  waiting  ")
         self.assertEqual((self.starts(), sorted(os.listdir(self.out + "/sweep"))), ({"a": 1}, ["a"]))
 
+    def test_mistakes_in_flags(self):
+        """Each ends with one line that says the way out."""
+        good = self.configs("a")
+        keep_alive = "a flag of scripts/keep_alive.sh: give it after --, as --"
+        for words, says in [("--local --spot", f"--spot: {keep_alive} --spot, or with one slice, as --slices trm-a:spot"),
+                            ("--local --poll 3", f"--poll: {keep_alive} --poll; see"),
+                            ("--local --polls", "--polls: unknown argument"),
+                            ("--local --seeds 0,1", "--seeds: '0,1' is no whole number (several have spaces between them"),
+                            ("--local --jobs two", "--jobs: 'two' is no whole number"),
+                            ("--local --max_attempt 2", "--max_attempt: unknown argument"),
+                            ("--loc", "--loc: unknown argument"),
+                            ("--seeds --local", "--seeds: expected at least one argument"),
+                            ("--slices", "--slices: expected at least one argument"),
+                            ("--local --ledger", "--ledger: expected one argument"),
+                            ("--local --max_steps", "--max_steps: expected one argument"),
+                            ("--local --max_steps 0", "--max_steps 0: must be >= 1")]:
+            with self.subTest(words):
+                output = self.sweep(*good, *words.split(), status=2)
+                self.assertRegex(output, r"\Aerror: .*\n\Z")
+                self.assertIn(says, output)
+        known = (ROOT / "scripts" / "keep_alive.sh").read_text()
+        for flag in sweep_arguments.KEEP_ALIVE_FLAGS:
+            self.assertIn(flag, known)
+
+    def test_status_of_nothing(self):
+        """It is said where was looked, and an override is not dropped."""
+        good, here = self.configs("a"), f"{self.out}/sweep"
+        output = self.sweep(*good, "--status", "--local", status=2)
+        self.assertRegex(output, rf"\Aerror: no cell of this sweep is in {here}: .*\n\Z")
+        for words in (["training.lr=1"], ["--seeds", "1"], [f"logging.output_dir={self.out}"]):
+            self.assertIn(f"error: {words[0]}: of which configuration?", self.sweep("--status", *words, status=2))
+        self.sweep(*good, "--local")
+        self.assertEqual(self.row(self.sweep("--status", "--ledger", here), "a")[1], "finished")
+        self.assertEqual(self.row(self.sweep(*self.configs("ab"), "--status"), "b")[1:3], ["waiting", "0"])
+        self.assertIn("no cell of this sweep", self.sweep(*self.configs("b"), "--status", status=2))
+
+    def test_a_ledger_of_before(self):
+        """One that has no history."""
+        self.plan = {"a": ["kill"]}
+        self.sweep(*self.configs("a"), "--local", "--max_attempts", "1", status=1)
+        ledger = Ledger(f"{self.out}/sweep")
+        state, version = ledger.read("a")
+        state |= {"state": "waiting", "failures": 0}
+        del state["history"]
+        ledger.write("a", state, version)
+        self.assertEqual(self.row(self.sweep(*self.configs("a"), "--status"), "a")[1], "waiting")
+        self.sweep(*self.configs("a"), "--local")
+        self.assertEqual([attempt["exit_status"] for attempt in self.state("a")["history"]], [0])
+
     def test_mistakes(self):
         good, bad = self.configs("a"), [str(write_config(self.folder / f"bad{k}.yaml", f"data: {{dataset_path: x}}\ntraining: {{lr: {k}}}")) for k in (-1, -2)]
         twin = str(write_config(self.folder / "other" / "a.yaml"))
@@ -452,6 +314,18 @@ class RealTraining(CommandTest, SweepTest):
             exact = {r["weights"]: r["exact_accuracy"] for r in json.loads((self.folder / "runs" / name / "eval.json").read_text())["results"]}
             self.assertEqual(self.row(done.stdout, name)[:6], [name, "finished", attempts, "30", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"])
 
+    def test_max_steps(self):
+        """A first look at every cell, from which the same command without it goes on."""
+        arguments = (str(self.config), "--local", "--seeds", "3", "training.epochs=2")     # 20 steps
+        for _ in range(2):
+            output = self.sweep(*arguments, "--max_steps", "8", training="slow", TRM_TEST_PAUSES="{}")
+            # the second time nothing is left to do
+            self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "waiting", "1", "8"])
+        self.assertFalse((self.folder / "runs" / "tiny_seed3" / "eval.json").exists())
+        output = self.sweep(*arguments, "--max_steps", "100", training="slow", TRM_TEST_PAUSES="{}")
+        self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "finished", "2", "20"])
+        self.assertIn("goes on after step 8:", self.log("tiny_seed3"))
+
     def test_stopped_while_it_trains(self):
         """The cell has a checkpoint of the step that it was at."""
         slow = {"TRM_TEST_PAUSES": json.dumps({"train_step": 0.05}), "TRM_TEST_ARRIVALS": str(self.arrivals)}
@@ -470,31 +344,6 @@ class RealTraining(CommandTest, SweepTest):
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertRegex(done.stderr, r"\Aerror: \S+broken.yaml: .*there is no train split.*\n\Z")
         self.assertFalse((self.folder / "none").exists())
-
-
-class OnASlice(SliceTest):
-    def test_preempted_in_the_middle(self):
-        self.hold(17)
-        sweep = self.begin("launch_sweep", "configs/tiny.yaml", "--slices", NAME, "--seeds", "1", "--", "--poll", "0.5", "--log_dir", str(self.folder / "log"))
-        self.arrived(17)
-        self.wait_for(lambda: "checkpoint_step_14.json" in self.gcloud.listed(f"{self.url}/runs/tiny_seed1/checkpoints"))
-        self.preempt()
-        self.release(17)
-        output, _ = sweep.communicate(timeout=120)
-        self.assertEqual(sweep.returncode, 0, output)
-        state = json.loads(self.in_bucket("runs/sweep/tiny_seed1/state.json"))
-        self.assertEqual((state["state"], state["attempts"], state["owner"]["slice"]), ("finished", 1, NAME))
-        self.assertEqual([start["step"] for start in self.starts("tiny_seed1")], [0, 14])
-        self.assertRegex(output, "(?m)^tiny_seed1  finished         1     60 ")
-
-    def test_what_could_not_start_is_said_before(self):
-        for words, says in ((["tpu.bucket=nowhere"], "tpu.bucket = 'nowhere'"),
-                            (["device=cpu"], "configs/tiny.yaml on my-tpu: device = 'cpu'"), ([], "uncommitted changes")):
-            if not words:
-                (self.kit / "mine.py").touch()
-                self.addCleanup((self.kit / "mine.py").unlink)
-            self.mistake("launch_sweep", "configs/tiny.yaml", "--slices", NAME, *words, says=[says])
-        self.assertEqual(self.calls(), [])
 
 
 if __name__ == "__main__":
