@@ -3,6 +3,7 @@
 Without the header Metadata-Flavor: Google a request is refused (403); with wait_for_change it is answered when the ETag is another
 than last_etag, or after timeout_sec, with what there is then; any other parameter is refused (400), any other path unknown (404).
 """
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -22,13 +23,15 @@ class MetadataServer:
         self.changed = threading.Condition()
         self.answers = []               # the status of each answer
         self.waiting = 0                # requests that are held
+        self.over = False
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                server.answer(self)
+                with contextlib.suppress(ConnectionError):      # who asked may have ended
+                    server.answer(self)
 
             def log_message(self, *_):
                 pass
@@ -42,6 +45,9 @@ class MetadataServer:
         return self
 
     def __exit__(self, *_):
+        with self.changed:
+            self.over = True
+            self.changed.notify_all()
         self.http.shutdown()
         self.http.server_close()
 
@@ -79,8 +85,10 @@ class MetadataServer:
                 last, held = query.get("last_etag", self.etag()), float(query.get("timeout_sec", 3600))
                 self.waiting += 1
                 self.changed.notify_all()
-                self.changed.wait_for(lambda: self.etag() != last, held)
+                self.changed.wait_for(lambda: self.over or self.etag() != last, held)
                 self.waiting -= 1
+                if self.over:
+                    return
             body = (self.value if status == 200 else f"error {status}").encode()
             etag = self.etag()
             self.answers.append(status)
