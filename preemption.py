@@ -246,7 +246,7 @@ class Preemption:
         A worker that has said so and then trains on a little loses nothing but those steps, if the others have said so too.
         """
         said = hurried = False
-        looked, rounds, without = time.monotonic(), 0, 0
+        looked, rounds, without = time.monotonic() - BEAT_SECONDS, 0, 0
         while not self.closed.wait(POLL_SECONDS):
             store = self.store
             try:
@@ -316,11 +316,12 @@ class Preemption:
                 self._end_without([self._store_holder()])
 
     def _name(self, rank):
-        _, _, host = self.heard.get(rank, "").partition(" ")
-        return f"worker {rank}" + (f" on {host}" if host else "")
+        return f"worker {rank} on {self.heard[rank].partition(' ')[2]}"
 
     def _store_holder(self):
-        return "the process that started the workers" if self.device.store_is_apart() else self._name(0)
+        if self.device.store_is_apart():
+            return "the process that started the workers"
+        return self._name(0) if 0 in self.heard else f"worker 0 on {os.environ['MASTER_ADDR']}"
 
     def _end_without(self, silent):
         """Leave with status 1 because of workers that give no sign of life; the first to see it says so."""

@@ -232,10 +232,10 @@ class OneWorker(ShortRuns):
 class Notice(ShortRuns):
     """The metadata server's, that a host is preempted."""
 
-    def told(self, run_name, server, pauses=None, place="train_step", count=17):
+    def told(self, run_name, server, *flags, pauses=None, place="train_step", count=17):
         """The command with that metadata server, which tells it once it is there; what it prints."""
         with mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
-            process = self.begin(run_name, pauses or {"train_step": 0.05})
+            process = self.begin(run_name, pauses or {"train_step": 0.05}, *flags)
             self.arrived(process, place, count)
             server.wait_until(lambda: server.waiting == 1)
             server.preempt()
@@ -252,9 +252,12 @@ class Notice(ShortRuns):
             self.assertEqual(server.answers[0], 200)
 
     def test_in_an_evaluation(self):
+        """One of the host's two workers asks, and tells the other."""
         with MetadataServer() as server:
-            output = self.told("evaluation", server, {"evaluate": 3600}, "evaluate", 1)
-            self.assertIn(f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; worker 0 ends with status 143", output)
+            output = self.told("evaluation", server, "training.num_workers=2", pauses={"evaluate": 3600}, place="evaluate", count=1)
+            for rank in range(2):
+                self.assertIn(f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; worker {rank} ends with status 143", output)
+            self.assertEqual(server.answers, [200, 200])
             self.assertEqual(self.newest("evaluation"), 20)
 
     def test_before_it_starts(self):
