@@ -1,13 +1,13 @@
-"""SIGTERM, to one worker or to all: a checkpoint, then exit status 143, within seconds. So does SIGHUP, and on Google Cloud the
-metadata server's notice that a host is preempted. Ctrl-C (SIGINT) of a run that is one process: the same with 130; of several, their
-parent answers it (workers.py).
+"""SIGTERM, to one worker or to all: a checkpoint, then exit status 143, within seconds. The same after SIGHUP, and on
+Google Cloud after the metadata server's notice that a host is preempted. Ctrl-C (SIGINT) of a run that is one process:
+the same with 130; of several, their parent answers it (workers.py).
 
 A signal that is only looked at between training steps is lost on a process that compiles or evaluates. So a thread
 listens: while there is nothing to save it ends the process by itself, once every worker has nothing to save; else
 the loop saves, at a step on which all workers agree.
 
-The same thread ends this worker when another has failed or is not heard of any more: a collective may not notice that for minutes,
-and one of a TPU not at all.
+The same thread ends this worker when another has failed or is not heard of any more: a collective may not notice that
+for minutes, and one of a TPU not at all.
 """
 import contextlib
 import http.client
@@ -38,9 +38,9 @@ _at_once = True                 # nothing here would be lost, and nobody else en
 
 
 def listen():
-    """From now on SIGTERM ends this process with status 143, whatever it is doing: at once, until let_others_end_it() or a
-    Preemption takes care of it. So does SIGHUP, unless this process was told to ignore it (nohup): where a host shuts down, it
-    comes to a login's processes right after SIGTERM. To be called in the main thread; more than once is fine.
+    """From now on SIGTERM ends this process with status 143, whatever it is doing: at once, until let_others_end_it() or
+    a Preemption takes care of it. So does SIGHUP, unless this process was told to ignore it (nohup): where a host shuts
+    down, it comes to a login's processes right after SIGTERM. To be called in the main thread; more than once is fine.
 
     Python runs a signal's handler in the main thread, between two bytecodes: during a compile that is much too late.
     The number that set_wakeup_fd writes is there at once, for any thread.
@@ -94,11 +94,11 @@ def _say(text):
 
 
 def listen_to_metadata_server():
-    """From now on, on Google Cloud, the notice that this host is preempted counts as SIGTERM; elsewhere this does nothing. For one
-    process of a host. A server that fails is asked again, without a word and without end.
+    """From now on, on Google Cloud, the notice that this host is preempted counts as SIGTERM; elsewhere this does
+    nothing. For one process of a host. A server that fails is asked again, without a word and without end.
 
-    The value `instance/preempted`: https://cloud.google.com/compute/docs/instances/spot (about 30 s of Compute Engine; the pages of
-    Cloud TPU promise none). GCE_METADATA_HOST names another server, as for Google's own libraries.
+    The value is `instance/preempted`: https://cloud.google.com/compute/docs/instances/spot (Compute Engine gives about
+    30 s; the pages of Cloud TPU promise none). GCE_METADATA_HOST names another server, as for Google's own libraries.
     """
     host = os.environ.get("GCE_METADATA_HOST") or (METADATA_SERVER if _on_google_cloud() else None)
     if host:
@@ -117,7 +117,8 @@ def _on_google_cloud():
 
 def _read_metadata(host):
     """Wait for the notice of preemption, as `_read_signals` waits for a signal."""
-    etag, pause = "0", 1        # an ETag that no value has: the first answer comes at once, and a notice from before is not missed
+    # an ETag that no value has: the first answer comes at once, and a notice from before is not missed
+    etag, pause = "0", 1
     while True:
         try:
             value, etag = _metadata(host, etag)
@@ -130,9 +131,9 @@ def _read_metadata(host):
 
 
 def _metadata(host, etag):
-    """(value, its ETag) of `instance/preempted`, once its ETag is another than `etag` or METADATA_SECONDS have passed."""
-    connection = http.client.HTTPConnection(host, timeout=METADATA_SECONDS + 10)    # not by a proxy
-    with contextlib.closing(connection):
+    """(value, its ETag) of `instance/preempted`, once that is another than `etag` or METADATA_SECONDS have passed."""
+    # http.client heeds no proxy's settings
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=METADATA_SECONDS + 10)) as connection:
         connection.request("GET", f"/computeMetadata/v1/instance/preempted?wait_for_change=true&last_etag={etag}"
                            f"&timeout_sec={METADATA_SECONDS}", headers={"Metadata-Flavor": "Google"})
         answer = connection.getresponse()
@@ -240,8 +241,8 @@ class Preemption:
 
     # ----- the threads -----
     def _watch(self):
-        """Tell the other workers of a SIGTERM here, take note of one there; leave once nobody has anything to lose. Give signs of life,
-        and leave where another gives none.
+        """Tell the other workers of a SIGTERM here, take note of one there; leave once nobody has anything to lose.
+        Give signs of life, and leave where another gives none.
 
         A worker that has said so and then trains on a little loses nothing but those steps, if the others have said so too.
         """
@@ -277,7 +278,8 @@ class Preemption:
                 said = True
                 if store and not store.check([f"nothing to lose/{rank}" for rank in range(self.device.world_size)]):
                     continue
-            except RuntimeError:        # who holds the store is gone: the training's next collective says so, or waits without end
+            except RuntimeError:
+                # who holds the store is gone: the training's next collective says so, or waits without end
                 self.store, self.asked, without = None, None, 1
                 continue
             self.asked = None
@@ -285,13 +287,14 @@ class Preemption:
             _say(f"{cause()}: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {exit_status()}")
             os._exit(exit_status())
         if self.store:
-            with contextlib.suppress(RuntimeError):
-                self.store.set(f"beat/{self.device.rank}", "ended")     # the others may be at work for long, and are not to wait for more
+            with contextlib.suppress(RuntimeError):     # the others may be at work for long, and wait for no more
+                self.store.set(f"beat/{self.device.rank}", "ended")
 
     def _look(self, store):
         """Give a sign of life, and look for those of the others.
 
-        They are counted, not timed: hosts' clocks differ, and this process may itself have been stopped, as with its laptop.
+        They are counted, not timed: hosts' clocks differ, and this process may itself have been stopped, as with its
+        laptop.
         """
         self.beats += 1
         store.set(f"beat/{self.device.rank}", f"{self.beats} {socket.gethostname()}")
@@ -303,17 +306,17 @@ class Preemption:
             self.heard[rank] = beat
         if max(self.silent.values()) >= SILENT_LOOKS:
             # the others of its host vanish with it, and may have given their last sign a moment later
-            self._end_without([self._name(rank) for rank, looks in self.silent.items() if 2 * looks >= SILENT_LOOKS])
+            gone = [rank for rank, looks in self.silent.items() if 2 * looks >= SILENT_LOOKS]
+            self._end_without([self._name(rank) for rank in gone])
 
     def _watch_store(self):
-        """End this worker when the store answers no more: where its host has vanished, a question to it may never return."""
+        """End this worker when the store answers no more: once its host has vanished a question may never return."""
         asked, looks = None, 0
         while not self.ended.wait(BEAT_SECONDS):
             looks = looks + 1 if self.asked and self.asked == asked else 0
             asked = self.asked
             if looks >= SILENT_LOOKS:
-                self.store = None
-                self._end_without([self._store_holder()])
+                self._end_without([self._store_holder()], tell=False)
 
     def _name(self, rank):
         return f"worker {rank} on {self.heard[rank].partition(' ')[2]}"
@@ -323,11 +326,13 @@ class Preemption:
             return "the process that started the workers"
         return self._name(0) if 0 in self.heard else f"worker 0 on {os.environ['MASTER_ADDR']}"
 
-    def _end_without(self, silent):
-        """Leave with status 1 because of workers that give no sign of life; the first to see it says so."""
-        status = self.first_failure(1)
+    def _end_without(self, silent, tell=True):
+        """Leave with status 1 because of workers that give no sign of life; the first to see it says so.
+        tell: the others, by the store, which answers."""
+        status = self.first_failure(1) if tell else None
         if status is None:
-            _say(f"error: no sign of life for {BEAT_SECONDS * SILENT_LOOKS:g} s from {', '.join(silent)}: gone, or stopped: "
+            seconds, who = BEAT_SECONDS * SILENT_LOOKS, ", ".join(silent)
+            _say(f"error: no sign of life for {seconds:g} s from {who}: gone, or stopped: "
                  "run the same command again, it goes on from the last checkpoint")
         self.asked = None
         self.leave()

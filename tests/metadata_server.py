@@ -1,7 +1,8 @@
 """The metadata server of one VM, for tests: the value `instance/preempted`, as strictly as Google's answers for it.
 
-Without the header Metadata-Flavor: Google a request is refused (403); with wait_for_change it is answered when the ETag is another
-than last_etag, or after timeout_sec, with what there is then; any other parameter is refused (400), any other path unknown (404).
+Without the header Metadata-Flavor: Google a request is refused (403). With wait_for_change it is answered when the ETag
+is another than last_etag, or after timeout_sec, with what there is then. Any other parameter is refused (400), any other
+path unknown (404).
 """
 import contextlib
 import hashlib
@@ -13,12 +14,12 @@ PATH = "/computeMetadata/v1/instance/preempted"
 
 
 class MetadataServer:
-    """On the loopback interface, or at `address`; host: what GCE_METADATA_HOST has to be. As a context: it ends with the block.
+    """On the loopback interface. host: what GCE_METADATA_HOST has to be. As a context: it ends with the block.
 
-    flavor: of its answers; another one, or None, is somebody else's server. down: it answers 503, as while it is restarted.
+    flavor: of its answers; None: it is somebody else's server. down: it answers 503, as while it is restarted.
     """
 
-    def __init__(self, address="127.0.0.1", flavor="Google", down=False):
+    def __init__(self, flavor="Google", down=False):
         self.value, self.flavor, self.down = "FALSE", flavor, down
         self.changed = threading.Condition()
         self.answers = []               # the status of each answer
@@ -36,9 +37,9 @@ class MetadataServer:
             def log_message(self, *_):
                 pass
 
-        self.http = http.server.ThreadingHTTPServer((address, 0), Handler)
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        self.host = f"{address}:{self.http.server_address[1]}"
+        self.host = f"127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def __enter__(self):

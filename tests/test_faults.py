@@ -261,13 +261,16 @@ class Vanished(FaultTest):
         self.assertIsNone(self.lock_owner("apart"))
 
     def test_all_are_stopped_for_a_while(self):
-        """As when a laptop is closed: longer than a worker may be silent, and nobody is gone."""
+        """As when a laptop is closed: longer than a worker may be silent, and nobody is gone. One awakes a little before the other."""
         flags = ("training.num_workers=2", "training.epochs=3")
         self.train("--run_name", "unbroken", *flags)
         process = self.begin("lid", {"train_step": 0.05}, *flags)
-        self.arrived(process, "train_step", 12, 1)
+        pid = self.arrived(process, "train_step", 12, 1)
         os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(7)
+        time.sleep(6)
+        for awake in (process.pid, pid):        # the parent holds the store
+            os.kill(awake, signal.SIGCONT)
+        time.sleep(1.5)
         os.killpg(process.pid, signal.SIGCONT)
         self.assertEqual(self.errors(self.ends(process, status=0)), [])
         self.same_as("lid", "unbroken", 30)
