@@ -272,13 +272,13 @@ class Vanished(FaultTest):
             os.kill(awake, signal.SIGCONT)
         time.sleep(1.5)
         os.killpg(process.pid, signal.SIGCONT)
-        self.assertEqual(self.errors(self.ends(process, status=0)), [])
+        self.assertEqual(self.errors(self.ends(process, status=0, seconds=300)), [])
         self.same_as("lid", "unbroken", 30)
 
     def test_rank_0_takes_long_to_end(self):
         """The others have done what they had to, and give no more signs."""
         process = self.begin("late", {"upload": 8}, "training.num_workers=2", "--max_steps", "20", "checkpoint.interval_steps=1000")
-        self.assertEqual(self.errors(self.ends(process, status=0)), [])
+        self.assertEqual(self.errors(self.ends(process, status=0, seconds=300)), [])
         self.assertEqual(self.newest("late"), 20)
 
 
