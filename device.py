@@ -209,6 +209,10 @@ class Device:
         client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return dist.PrefixStore(f"preemption/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", client)
 
+    def store_is_apart(self):
+        """Whether the run's key-value store lies in a process that is no worker; else in the one of rank 0."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
     # ----- tensors and programs -----
     def put(self, tree):
         """Copy CPU tensors and numpy arrays (also in dicts, lists and named tuples) to the device."""

@@ -388,7 +388,7 @@ def train(config, args, device, datasets, files, preempted):
     logger.close()
     if stop and files:
         saved = files.leave()
-        logger.say(f"step {run.step} of {total}: stopped by {preemption.signal_name()}" + (f"; {files.newest_text()}; records: {url}/metrics.jsonl" if saved else ""))
+        logger.say(f"step {run.step} of {total}: stopped by {preemption.cause()}" + (f"; {files.newest_text()}; records: {url}/metrics.jsonl" if saved else ""))
     if stop or not files:
         preempted.close()
     device.leave()      # the others need not wait for the last upload

@@ -38,6 +38,8 @@ def launch(function, config, *args):
     count = utils.planned_workers(config)
     if "RANK" in os.environ or count == 1:
         preemption.listen_to_keyboard()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            preemption.listen_to_metadata_server()
         return function(int(os.environ.get("RANK", 0)), config, *args)
     import torch.distributed as dist
     # the store lies in this process, as with torchrun, and so survives whichever worker dies
@@ -93,7 +95,7 @@ def _supervise(function, count, environment, *args):
     preemption.let_others_end_it()
     # a worker is born with these held back, until it listens, and so is that process. The tracker first: its start would let them
     # through again
-    signals = {signal.SIGTERM, signal.SIGINT}
+    signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
     multiprocessing.resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     for process in processes:
@@ -115,7 +117,7 @@ def _supervise(function, count, environment, *args):
 
 def _wait(processes):
     """The first status of a worker that was not 0, or 0, once all have ended."""
-    status, running, deadline = 0, {process.sentinel: process for process in processes if process.exitcode is None}, None
+    status, running, deadline, killed = 0, {process.sentinel: process for process in processes if process.exitcode is None}, None, set()
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ended = multiprocessing.connection.wait(list(running), left)
@@ -123,10 +125,12 @@ def _wait(processes):
             for process in running.values():
                 print(f"warning: worker {processes.index(process)} did not end by itself and is killed", file=sys.stderr)
                 process.kill()
+                killed.add(process)
+            deadline = None         # a kill takes a moment
         for sentinel in ended:
             process = running.pop(sentinel)
             process.join()
-            if process.exitcode < 0:
+            if process.exitcode < 0 and process not in killed:
                 print(f"error: worker {processes.index(process)} was killed by signal {-process.exitcode}", file=sys.stderr)
             if status == 0 and process.exitcode:
                 status = process.exitcode if process.exitcode > 0 else 1
@@ -156,10 +160,12 @@ def _child(environment, function, local_rank, *args):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers Ctrl-C
     # before the TPU's runtime starts: it would put its own handler in the default one's place
     preemption.listen()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
     die_with_parent()
     os.environ.update(environment)
     os.environ["LOCAL_RANK"] = str(local_rank)
+    if local_rank == 0:
+        preemption.listen_to_metadata_server()
     try:
         utils.run_cli(lambda: function(_global_rank(local_rank), *args))
     except SystemExit as end:

@@ -6,7 +6,8 @@ environment: TRM_TEST_PAUSES, JSON {place: seconds, or a path: the n-th time whi
 evaluate, save, upload;
 TRM_TEST_ARRIVALS, a file to which each arrival at one of them is appended as "place rank pid";
 TRM_TEST_DAYS, JSON [days], if set: the wall clock of worker k is wrong by so much, now ahead and now behind;
-TRM_TEST_GCS, if set: seconds of an attempt; uploads are in sessions at almost any size.
+TRM_TEST_GCS, if set: seconds of an attempt; uploads are in sessions at almost any size;
+TRM_TEST_BEAT, if set: seconds between two signs of life; the command's parent waits 2 s for the other workers once one has ended.
 """
 import itertools
 import json
@@ -16,9 +17,11 @@ import time
 
 import checkpoint_manager
 import evaluation
+import preemption
 import run_folder
 import train_tpu
 import utils
+import workers
 
 PAUSES = json.loads(os.environ["TRM_TEST_PAUSES"])
 # host_batch: what each step begins with; train_step itself is called once on XLA
@@ -40,6 +43,8 @@ class SlowWorker:
             import google.cloud.storage.blob
             google.cloud.storage.blob._MAX_MULTIPART_SIZE = 100_000
             run_folder.SAVE_SECONDS = float(os.environ["TRM_TEST_GCS"])
+        if "TRM_TEST_BEAT" in os.environ:
+            preemption.BEAT_SECONDS = float(os.environ["TRM_TEST_BEAT"])
         return train_worker(rank, config, args)
 
 
@@ -62,5 +67,7 @@ def paused(place, pause, rank, function):
 train_worker = train_tpu.train_worker
 if __name__ == "__main__":
     sys.argv[0] = "train_tpu.py"
+    if "TRM_TEST_BEAT" in os.environ:
+        workers.END_TOGETHER_SECONDS = 2
     train_tpu.train_worker = SlowWorker()
     utils.run_cli(train_tpu.main)

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import time
 import unittest
@@ -187,6 +188,98 @@ class TwoWorkers(FaultTest):
         self.assertGreaterEqual(len(between), 3, seconds)
         # 0.4 s, less what an evaluation took of it
         self.assertGreater(min(between), 0.25, seconds)
+
+
+class Vanished(FaultTest):
+    """Workers and hosts that leave their connections open and answer no more; "gone" after 5 s in place of 50."""
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.dict(os.environ, TRM_TEST_BEAT="0.5")
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def names(self, output, *ranks):
+        """Its one error is of these workers, and says how to go on."""
+        errors = self.errors(output)
+        self.assertEqual(len(errors), 1, output)
+        who = ", ".join(f"worker {rank} on {socket.gethostname()}" for rank in ranks)
+        self.assertIn(f"no sign of life for 5 s from {who}: ", errors[0])
+        self.assertIn("run the same command again, it goes on from the last checkpoint", errors[0])
+
+    def test_a_worker_is_stopped(self):
+        """The others end by themselves, and the command ends it."""
+        flags = ("training.num_workers=3", "training.global_batch_size=9", "training.epochs=3")
+        process = self.begin("stopped", {"train_step": 0.02}, *flags)
+        pids = [self.arrived(process, "train_step", 12, rank) for rank in range(3)]
+        os.kill(pids[1], signal.SIGSTOP)
+        output = self.ends(process, status=1)
+        self.names(output, 1)
+        self.assertEqual(output.count("warning: worker 1 did not end by itself and is killed"), 1, output)
+        self.assertEqual(output.count("warning: "), 1, output)
+        saved = self.newest("stopped")
+        self.assertGreaterEqual(saved, 7)
+        self.assertIn(f"goes on after step {saved}:", self.train("--run_name", "stopped", *flags))
+        self.assertIsNone(self.lock_owner("stopped"))
+
+    def test_a_host_is_stopped(self):
+        """Rank 0's, which holds the store; or another, and in an evaluation nobody waits for it."""
+        for rank, place, pauses in ((0, "train_step", {"train_step": 0.05}), (1, "evaluate", {"evaluate": 3600})):
+            with self.subTest(rank=rank, place=place):
+                name = f"host_{rank}_{place}"
+                processes = self.begin_hosts(name, pauses, "training.epochs=6")
+                for k, process in enumerate(processes):
+                    self.arrived(process, place, 10 if place == "train_step" else 1, k)
+                processes[rank].send_signal(signal.SIGSTOP)
+                self.names(self.ends(processes[1 - rank], status=1), rank)
+                processes[rank].kill()
+
+    def test_the_host_of_rank_0_is_killed(self):
+        """While the other meets no collective: the store's connection tells it, and nothing else would."""
+        processes = self.begin_hosts("store", {"evaluate": 3600}, "training.epochs=6")
+        for rank, process in enumerate(processes):
+            self.arrived(process, "evaluate", 1, rank)
+        processes[0].kill()
+        self.names(self.ends(processes[1], status=1), 0)
+
+    def test_two_hosts_lose_each_other(self):
+        """Each is in a network of its own; the link between them goes down. Each ends, and names the other."""
+        names = [f"trm{os.getpid()}{end}" for end in "ab"]
+        script = "ip netns add {0} && ip netns add {1} && ip link add {0} netns {0} type veth peer name {1} netns {1}" + "".join(
+            f" && ip -n {{{k}}} addr add 10.77.0.{k + 1}/24 dev {{{k}}} && ip -n {{{k}}} link set {{{k}}} up && ip -n {{{k}}} link set lo up" for k in (0, 1))
+        self.addCleanup(subprocess.run, ["sh", "-c", "ip netns del {0}; ip netns del {1}".format(*names)], capture_output=True)
+        made = subprocess.run(["sh", "-c", script.format(*names)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if made.returncode:
+            self.skipTest(f"no network namespaces here (test_a_host_is_stopped stands in): {made.stdout.strip()}")
+        processes = self.begin_hosts("apart", {"train_step": 0.05}, "training.epochs=6", address="10.77.0.1", inside=[("ip", "netns", "exec", name) for name in names],
+                                     environments=[{"GLOO_SOCKET_IFNAME": name} for name in names])
+        for rank, process in enumerate(processes):
+            self.arrived(process, "train_step", 10, rank)
+        subprocess.run(["ip", "-n", names[1], "link", "set", names[1], "down"], check=True)
+        for rank, process in enumerate(processes):
+            self.names(self.ends(process, status=1), 1 - rank)
+        self.assertIsNone(self.lock_owner("apart"))
+
+    def test_all_are_stopped_for_a_while(self):
+        """As when a laptop is closed: longer than a worker may be silent, and nobody is gone. One awakes a little before the other."""
+        flags = ("training.num_workers=2", "training.epochs=3")
+        self.train("--run_name", "unbroken", *flags)
+        process = self.begin("lid", {"train_step": 0.05}, *flags)
+        pid = self.arrived(process, "train_step", 12, 1)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(6)
+        for awake in (process.pid, pid):        # the parent holds the store
+            os.kill(awake, signal.SIGCONT)
+        time.sleep(1.5)
+        os.killpg(process.pid, signal.SIGCONT)
+        self.assertEqual(self.errors(self.ends(process, status=0, seconds=300)), [])
+        self.same_as("lid", "unbroken", 30)
+
+    def test_rank_0_takes_long_to_end(self):
+        """The others have done what they had to, and give no more signs."""
+        process = self.begin("late", {"upload": 8}, "training.num_workers=2", "--max_steps", "20", "checkpoint.interval_steps=1000")
+        self.assertEqual(self.errors(self.ends(process, status=0, seconds=300)), [])
+        self.assertEqual(self.newest("late"), 20)
 
 
 if __name__ == "__main__":

@@ -2,32 +2,50 @@
 import importlib.util
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import unittest
+from unittest import mock
 
 from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT, CommandTest
+from tests.metadata_server import MetadataServer
 
 SECONDS = 25        # from the signal to the end, of a run whose steps take under a second
 
 
 class PreemptionTest(CommandTest):
+    inside = ()         # a command that runs the one it is given, for `begin`
+
     def begin(self, run_name, pauses, *flags):
         """Start the command with pauses (see tests/slow_train.py), in a process group of its own."""
         self.arrivals = self.folder / f"{run_name}.arrivals.{time.monotonic_ns()}"
         self.arrivals.touch()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_PAUSES": json.dumps(pauses), "TRM_TEST_ARRIVALS": str(self.arrivals),
                        "TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"{run_name}.compiled")}      # each compile takes its time
-        process = subprocess.Popen([sys.executable, "tests/slow_train.py", "--config", str(self.config), "--run_name", run_name, *flags], cwd=ROOT,
+        process = subprocess.Popen([*self.inside, sys.executable, "tests/slow_train.py", "--config", str(self.config), "--run_name", run_name, *flags], cwd=ROOT,
                                    env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))    # a shell's background jobs ignore it
+        process.arrivals = self.arrivals
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
         self.addCleanup(self.kill_group, process)
         return process
+
+    def begin_hosts(self, run_name, pauses, *flags, environments=({}, {}), inside=((), ()), address="127.0.0.1"):
+        """`begin` on each of several hosts, with one worker each; that of rank 0 holds the store, as on a TPU slice."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": address, "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(len(environments))}
+        processes = []
+        for rank, (environment, self.inside) in enumerate(zip(environments, inside, strict=True)):
+            with mock.patch.dict(os.environ, {**where, "RANK": str(rank), **environment}):
+                processes.append(self.begin(run_name, pauses, *flags))
+        return processes
 
     def kill_group(self, process):
         if process.poll() is None:
@@ -36,7 +54,7 @@ class PreemptionTest(CommandTest):
     def arrived(self, process, place, count, rank=0):
         """Wait until worker `rank` has come to `place` for the count-th time; its pid."""
         while process.poll() is None:
-            here = [line.split() for line in self.arrivals.read_text().splitlines()]
+            here = [line.split() for line in process.arrivals.read_text().splitlines()]
             pids = [int(pid) for name, who, pid in here if name == place and int(who) == rank]
             if len(pids) >= count:
                 return pids[-1]
@@ -69,13 +87,13 @@ class PreemptionTest(CommandTest):
         return max((json.loads(path.read_text())["step"] for path in markers), default=None)
 
 
-class OneWorker(PreemptionTest):
+class ShortRuns(PreemptionTest):
     """Runs of 30 steps."""
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls().train("--run_name", "unbroken", "training.epochs=3")
+        cls.output = cls().train("--run_name", "unbroken", "training.epochs=3")
 
     def begin(self, run_name, pauses, *flags):
         return super().begin(run_name, pauses, "training.epochs=3", *flags)
@@ -85,6 +103,8 @@ class OneWorker(PreemptionTest):
         self.same_content(load_checkpoint(self.checkpoint(run_name, 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
         self.assertEqual(self.records(run_name), self.records("unbroken"))
 
+
+class OneWorker(ShortRuns):
     def test_in_a_step(self):
         process = self.begin("step", {"train_step": 0.05})
         self.arrived(process, "train_step", 17)
@@ -130,6 +150,44 @@ class OneWorker(PreemptionTest):
                                   preexec_fn=lambda: signal.signal(signal.SIGINT, handler), timeout=60)
             self.assertEqual((done.returncode, done.stdout), (status, f"{says}: nothing is unsaved; status {status}\n"))
 
+    def test_login_ends(self):
+        """At a shutdown its processes get SIGTERM, and SIGHUP on its heels; where a terminal is closed, SIGHUP alone."""
+        for which, signals in (("SIGTERM", (signal.SIGTERM, signal.SIGHUP)), ("SIGHUP", (signal.SIGHUP,))):
+            with self.subTest(which):
+                process = self.begin(which, {"train_step": 0.05})
+                self.arrived(process, "train_step", 17)
+                for number in signals:
+                    process.send_signal(number)
+                self.assertIn(f"stopped by {which}; the last good checkpoint is ", self.ends(process))
+                self.assertTrue(17 <= self.newest(which) < 20)
+
+    def test_login_ends_on_a_host_of_a_slice(self):
+        """What tpu_host.sh starts ignores SIGHUP, and its supervisor lives on to write down how the training ended."""
+        python, home, arrivals = self.folder / "venv" / "bin" / "python", self.folder / "home", self.folder / "host.arrivals"
+        folder = home / "trm" / "runs" / "host"
+        for made in (python.parent, folder):
+            made.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} tests/slow_train.py "$@"\n')
+        python.chmod(0o755)
+        arrivals.touch()
+        environment = {**os.environ, "HOME": str(home), "TRM_VENV": str(python.parent.parent), "PYTHONPATH": str(ROOT),
+                       "TRM_TEST_PAUSES": '{"train_step": 0.05}', "TRM_TEST_ARRIVALS": str(arrivals)}
+        flags = ("--config", str(self.config), "--run_name", "host", "training.epochs=3")
+        supervisor = subprocess.Popen(["nohup", "bash", "scripts/tpu_host.sh", "supervise", "host", *flags], cwd=ROOT, env=environment, text=True,
+                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        self.addCleanup(supervisor.stdout.close)
+        self.addCleanup(supervisor.wait)
+        self.addCleanup(self.kill_group, supervisor)
+        supervisor.arrivals = arrivals
+        self.arrived(supervisor, "train_step", 3)
+        os.killpg(supervisor.pid, signal.SIGHUP)
+        self.arrived(supervisor, "train_step", 17)
+        os.killpg(supervisor.pid, signal.SIGTERM)
+        os.killpg(supervisor.pid, signal.SIGHUP)
+        self.assertIn("stopped by SIGTERM; the last good checkpoint is ", self.ends(supervisor, 0))
+        self.assertEqual((folder / "status").read_text(), "143\n")
+        self.assertGreaterEqual(self.newest("host"), 17)
+
     def test_in_the_last_step(self):
         """The final evaluation is still to come: the run is not finished."""
         process = self.begin("last", {"train_step": 0.05})
@@ -169,6 +227,87 @@ class OneWorker(PreemptionTest):
         self.assertIn("SIGTERM: nothing is unsaved", output)
         self.assertNotIn("step      5", output)
         self.assertIsNone(self.newest("compile"))
+
+
+class Notice(ShortRuns):
+    """The metadata server's, that a host is preempted."""
+
+    def told(self, run_name, server, *flags, pauses=None, place="train_step", count=17):
+        """The command with that metadata server, which tells it once it is there; what it prints."""
+        with mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
+            process = self.begin(run_name, pauses or {"train_step": 0.05}, *flags)
+            self.arrived(process, place, count)
+            server.wait_until(lambda: server.waiting == 1)
+            server.preempt()
+            return self.ends(process)
+
+    def test_in_a_step(self):
+        with MetadataServer() as server:
+            output = self.told("step", server)
+            self.assertIn(f"stopped by the notice that {socket.gethostname()} is preempted; the last good checkpoint is ", output)
+            self.assertTrue(17 <= self.newest("step") < 20)
+            self.assertEqual(server.answers, [200, 200])
+        with MetadataServer() as server, mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
+            self.goes_on_as_unbroken("step")
+            self.assertEqual(server.answers[0], 200)
+
+    def test_in_an_evaluation(self):
+        """One of the host's two workers asks, and tells the other."""
+        with MetadataServer() as server:
+            output = self.told("evaluation", server, "training.num_workers=2", pauses={"evaluate": 3600}, place="evaluate", count=1)
+            for rank in range(2):
+                self.assertIn(f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; worker {rank} ends with status 143", output)
+            self.assertEqual(server.answers, [200, 200])
+            self.assertEqual(self.newest("evaluation"), 20)
+
+    def test_before_it_starts(self):
+        """The value is as it was before anybody waited for it to change."""
+        with MetadataServer() as server, mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
+            server.preempt()
+            output = self.ends(self.begin("before", {"train_step": 0.05}))
+            self.assertIn(f"the notice that {socket.gethostname()} is preempted: nothing is unsaved", output)
+            self.assertEqual(server.answers, [200])
+
+    def test_of_a_server_that_is_restarted(self):
+        with MetadataServer(down=True) as server, mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
+            process = self.begin("restarted", {"train_step": 0.5})
+            server.wait_until(lambda: server.answers == [503, 503])
+            server.come_up()
+            server.wait_until(lambda: server.waiting == 1)
+            self.arrived(process, "train_step", 2)
+            server.preempt()
+            self.assertIn("stopped by the notice that ", self.ends(process))
+            self.assertEqual(server.answers, [503, 503, 200, 200])
+
+    def test_of_nobody(self):
+        """Nobody at that address, or somebody who is not Google's: nothing is said, and the training is the same."""
+        def unmeasured(output, run_name):
+            return re.sub(r" +\d+ (ex|puzzles)/s|peak .* TFLOP/s", "", output.replace(f"/{run_name}", ""))
+        with MetadataServer() as gone, MetadataServer(flavor=None) as stranger:
+            gone.__exit__()
+            for name, server in (("gone", gone), ("stranger", stranger)):
+                server.preempt()
+                with self.subTest(name), mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
+                    output = self.train("--run_name", name, "training.epochs=3")
+                    self.assertEqual(unmeasured(output, name), unmeasured(self.output, "unbroken"))
+                    self.assertEqual(set(server.answers), set() if server is gone else {200})
+                    self.same_content(load_checkpoint(self.checkpoint(name, 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
+                    self.assertEqual(self.records(name), self.records("unbroken"))
+
+    def test_to_one_host_of_two(self):
+        """Both save, or have nothing to save, and both end."""
+        for place, count, says in (("train_step", 10, "stopped by {}; the last good checkpoint is "), ("evaluate", 1, "{}: nothing is unsaved; worker 0 ends")):
+            with self.subTest(place), MetadataServer() as ours, MetadataServer() as theirs:
+                processes = self.begin_hosts(place, {"train_step": 0.1} if place == "train_step" else {"evaluate": 3600},
+                                             environments=[{"GCE_METADATA_HOST": server.host} for server in (ours, theirs)])
+                for rank, process in enumerate(processes):
+                    self.arrived(process, place, count, rank)
+                theirs.wait_until(lambda: theirs.waiting == 1)
+                theirs.preempt()
+                output, _ = map(self.ends, processes)
+                self.assertIn(says.format(f"the notice that {socket.gethostname()} is preempted"), output)
+                self.assertEqual(self.newest(place) % 4, 0)
+                self.assertEqual(ours.answers, [200])       # and the other request is held to the end
 
 
 class ManyWorkers(PreemptionTest):
