@@ -40,7 +40,7 @@ def main():
     folder = Path(sys.argv[1])
     config = utils.load_config(folder / "config.yaml")
     dataset, known = training_puzzles(config)
-    device = TracedDevice(utils.planned_workers(config, "tpu"))
+    device = TracedDevice(utils.planned_workers(config, "tpu"), config.model.forward_dtype)
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
     device.follow(run)
@@ -75,8 +75,8 @@ def train_step(run, batch):
 class TracedDevice(Device):
     """The first of `world_size` workers. Where another device would compile and run what is pending, this one keeps the program."""
 
-    def __init__(self, world_size):
-        super().__init__("xla_cpu")
+    def __init__(self, world_size, forward_dtype="bfloat16"):
+        super().__init__("xla_cpu", forward_dtype)
         self.rank, self.world_size = 0, world_size
         self.programs = []
 

@@ -67,6 +67,10 @@ class CostTest(unittest.TestCase):
         """A loop inside a called computation that is told where to start, as torch_xla's scan; and what a kernel states."""
         self.assertEqual(tpu_hlo.product_flops(TRACED), 5 * 2 * 4 * 16 * 8 + 1000)
 
+    def test_precision_of_products(self):
+        """What "highest" asks for counts only with an operand in float32; inside fusions, and in a loop as often as it runs."""
+        self.assertEqual(tpu_hlo.product_precisions(PRODUCTS), {"bfloat16": 1 + 1, "float32": 3 + 1})
+
     def test_called_computations_and_every_branch_count(self):
         self.assertEqual(tpu_hlo.read_cost(CALLS).cycles, 11 + 13 + 17 + 19)
 
@@ -412,6 +416,44 @@ ENTRY %main (p: bf16[4,8]) -> (s64[], bf16[4,8]) {
   %k = bf16[4,8]{1,0} custom-call(bf16[4,8]{1,0} %p), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"cost_estimate": {"flops": "1000", "bytes_accessed": "64"}}}
   %z = s64[] constant(0)
   ROOT %call = (s64[], bf16[4,8]{1,0}) call(s64[] %z, bf16[4,8]{1,0} %k), to_apply=%scan
+}
+"""
+
+PRODUCTS = """\
+HloModule m
+%inner (a: f32[8,8], b: bf16[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  %sum = f32[8,8]{1,0} add(%a, %a)
+  ROOT %c.1 = f32[8,8]{1,0} convolution(%sum, %b), dim_labels=bf_io->bf, operand_precision={highest,highest}
+}
+%outer (a: f32[8,8], b: bf16[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %f.1 = f32[8,8]{1,0} fusion(%a, %b), kind=kOutput, calls=%inner
+}
+%body (t: (s32[], f32[8,8], bf16[8,8])) -> (s32[], f32[8,8], bf16[8,8]) {
+  %t = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%t), index=1
+  %y = bf16[8,8]{1,0} get-tuple-element(%t), index=2
+  %f.2 = f32[8,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%outer
+  ROOT %n = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%i, %f.2, %y)
+}
+%condition (t: (s32[], f32[8,8], bf16[8,8])) -> pred[] {
+  %t = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  ROOT %p = pred[] fusion(%t), kind=kLoop, calls=%elsewhere
+}
+ENTRY %main (p: f32[8,8], q: bf16[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %q = bf16[8,8]{1,0} parameter(1)
+  %d.1 = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %d.2 = f32[8,8]{1,0} dot(%d.1, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d.3 = bf16[8,8]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %z = s32[] constant(0)
+  %t = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%z, %d.2, %d.3)
+  %w = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[8,8]{1,0} get-tuple-element(%w), index=1
 }
 """
 
