@@ -235,19 +235,19 @@ class Float64:
 
     def check(self, device):
         for mlp_t in (True, False):
-            for H_cycles, L_cycles, hidden_size in ((1, 1, 32), (2, 2, 64), (3, 4, 96)):
+            for H_cycles, L_cycles, hidden_size in ((1, 1, 32), (3, 4, 96)):
                 self.recording_name = f"{'token MLP' if mlp_t else 'attention'}, H_cycles {H_cycles}, L_cycles {L_cycles}, hidden_size {hidden_size}"
                 model, carry = deep_model(H_cycles, L_cycles, hidden_size, mlp_t)
                 limits = exact.tolerances(model.config, dict(model.named_parameters()), carry, model.puzzle_rows(carry), model.rope)
                 Parity.within(self, *limits, results(model, carry, device), str(device))
 
     def check_products(self, device):
-        """What tests/exact.py takes a product's error to be, for sums as long as those of the models here and longer."""
+        """What tests/exact.py takes a product's error to be, for sums as long as those of the models here."""
         generator = torch.Generator().manual_seed(0)
-        for length in (32, 96, 256, 512, 1024):
+        for length in (32, 96, 256):
             a, b = torch.randn(256, length, generator=generator), torch.randn(length, 256, generator=generator)
             ours, expected = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
-            self.assertLess(((ours - expected).norm() / expected.norm()).item(), 4 * exact.UNIT, length)
+            self.assertLess(((ours - expected).norm() / expected.norm()).item(), exact.ROUNDING, length)
 
 
 class Float64Test(Float64, unittest.TestCase):
