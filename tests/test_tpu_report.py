@@ -314,9 +314,22 @@ class CompileTest(ReportTest):
         self.assertEqual(kernels["count"], 8 + 2)       # two SwiGLUs, two calls in each of two cycles; and the backward of the token mixing
         self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"] < 1e-3 * report["estimated_ms_per_step"])
         self.assertTrue(0 < report["estimated_mfu"] < 1)
+        for products in report["matrix_products"].values():
+            self.assertGreater(products["bfloat16"], 10)
+            self.assertEqual(products["float32"], 0)
         self.assertGreater(report["host_ms_per_step"], 0)
         self.assertGreater(report["estimated_hours"], 0)
         self.assertTrue(any(re.fullmatch(r"trm_model\.py:\d+", source) for _, _, source, _, _ in report["where"]), report["where"])
+
+    def test_a_float32_configuration_is_multiplied_in_float32(self):
+        path = write_config(self.folder / "exact.yaml", SMALL.replace("H_cycles: 2", "H_cycles: 1"))
+        status, output = self.report("--config", path, "--accelerator", "v4-8", "--json", self.folder / "out.json", "model.forward_dtype=float32")
+        self.assertEqual(status, 0, output)
+        report = json.loads((self.folder / "out.json").read_text())
+        self.assertNotIn("tpu_custom_call", {target for calls in report["custom_calls"].values() for target in calls})      # no kernels
+        for name, products in report["matrix_products"].items():
+            self.assertGreater(products["float32"], 10)
+            self.assertRegex(output, rf"matrix products +{name}: 0 in bfloat16, {products['float32']} in float32 \(highest precision\)\n")
 
     def test_activation_checkpointing_takes_less_memory(self):
         """All temporaries of the training step together are less than what a backward without it keeps of the channel mixing alone."""
