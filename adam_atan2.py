@@ -44,7 +44,7 @@ class AdamATan2(torch.optim.Optimizer):
 
 
 def bias_correction(beta, t):
-    """1 - beta^t of a float32 tensor t >= 1, to float32's accuracy: by a power of beta, a beta of 0.999 would cost it 2e-5."""
+    """1 - beta^t of a float32 tensor t >= 1, to float32's accuracy: a power of beta would be 2e-5 off at 0.999."""
     return -torch.expm1(t * (math.log(beta) if beta else -math.inf))
 
 
@@ -74,7 +74,7 @@ class PuzzleEmbeddingSGD:
         """
         ids = torch.arange(len(self.weights), device=self.weights.device)
         occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)     # [N, B]
-        if row_grads.device.type == "xla":      # no product: a TPU would round the gradients to bfloat16, and their sum's sign counts
+        if row_grads.device.type == "xla":      # no product: a TPU would round the gradients to bfloat16
             return (occurs.unsqueeze(2) * row_grads).sum(1), occurs.sum(1)
         return occurs @ row_grads, occurs.sum(1)
 

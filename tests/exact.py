@@ -1,16 +1,17 @@
-"""One training step of TRM in float64, written from its formulas and not from trm_model.py; and how far float32 may be from it.
+"""One training step of TRM in float64, written from its formulas and not from trm_model.py; and how far float32 may be
+from it.
 
-The distance follows from the model, since each call of the network takes the last one's rounding errors as part of its input. A matrix
-product in float32 is off by ROUNDING of its result's size. What becomes of that is not guessed: the step is computed again in
-float64 with errors of that kind put in, EPSILON in place of ROUNDING, at every product and norm and in their gradients. They are
-independent draws, and so they grow as those of float32 do. `tolerances` is the result: ROUNDING times the growth. Figures:
-docs/tpu_step.md.
+The distance follows from the model, since each call of the network takes the last one's rounding errors as part of its
+input. A matrix product in float32 is off by ROUNDING of its result's size. What becomes of that is not guessed: the
+step is computed again in float64 with errors of that kind put in, EPSILON in place of ROUNDING, at every product and
+norm and in their gradients. `tolerances` is the result: ROUNDING times the growth. Figures: docs/tpu_step.md.
 """
 import torch
 import torch.nn.functional as F
 
 UNIT = 2.0 ** -24           # float32's largest relative rounding error
-ROUNDING = 6 * UNIT         # root of the mean square: 2 to 5 are measured for sums of up to 256 products, as these models have (tests/test_parity.py)
+# root of the mean square: 2 to 5 units are measured for sums of up to 256 products, as these models have
+ROUNDING = 6 * UNIT
 EPSILON = 1e-9              # small enough that its square is nothing, and large enough for float64
 DRAWS = 6
 
