@@ -36,11 +36,16 @@ class AdamATan2(torch.optim.Optimizer):
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
             scale = torch._foreach_sqrt(v)
-            torch._foreach_div_(scale, torch.sqrt(1 - beta2 ** t))
+            torch._foreach_div_(scale, torch.sqrt(bias_correction(beta2, t)))
             update = [torch.atan2(a, b) for a, b in zip(m, scale)]
-            torch._foreach_mul_(update, lr / (1 - beta1 ** t))
+            torch._foreach_mul_(update, lr / bias_correction(beta1, t))
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_sub_(params, update)
+
+
+def bias_correction(beta, t):
+    """1 - beta^t of a float32 tensor t >= 1, to float32's accuracy: a power of beta would be 2e-5 off at 0.999."""
+    return -torch.expm1(t * (math.log(beta) if beta else -math.inf))
 
 
 def new_state(p):
@@ -65,10 +70,12 @@ class PuzzleEmbeddingSGD:
     def row_sums(self, puzzle_identifiers, row_grads):
         """(gradient of each row [N, E], occurrences of each row [N]), float32: what is summed over the workers.
 
-        puzzle_identifiers: [B] integers; row_grads: [B, E] float32. A product with a one-hot matrix, no scatter.
+        puzzle_identifiers: [B] integers; row_grads: [B, E] float32. With a one-hot matrix, no scatter.
         """
         ids = torch.arange(len(self.weights), device=self.weights.device)
         occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)     # [N, B]
+        if row_grads.device.type == "xla":      # no product: a TPU would round the gradients to bfloat16
+            return (occurs.unsqueeze(2) * row_grads).sum(1), occurs.sum(1)
         return occurs @ row_grads, occurs.sum(1)
 
     @torch.no_grad()

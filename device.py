@@ -47,17 +47,19 @@ class Device:
 
     name: "auto" (TPU, then CUDA, then CPU), "tpu", "xla_cpu", "cuda" or "cpu". torch_xla is imported for tpu and
     xla_cpu only. Joins the other workers of the run (see workers.py) and waits for them.
+    forward_dtype: of the model to be run. A TPU rounds the operands of every matrix product to bfloat16, also those of float32
+    tensors, unless it is "float32".
     Raises UserError where the device is not to be had, WorkerGone where a worker does not come.
     """
     generation = None           # of a TPU: its tpu_types.Generation
 
-    def __init__(self, name):
+    def __init__(self, name, forward_dtype="bfloat16"):
         self.name = name = resolve_device(name)
         self.is_xla = name in ("tpu", "xla_cpu")
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.is_xla:
-            self._start_xla()
+            self._start_xla(forward_dtype)
         elif name == "cuda":
             if not torch.cuda.is_available():
                 raise UserError("device = 'cuda': PyTorch sees no CUDA device here: use device=cpu, or install a CUDA build and its driver")
@@ -72,7 +74,7 @@ class Device:
         if self.world_size > 1:
             self._join()
 
-    def _start_xla(self):
+    def _start_xla(self, forward_dtype):
         os.environ["PJRT_DEVICE"] = "TPU" if self.name == "tpu" else "CPU"
         import torch_xla
         import torch_xla.core.xla_model
@@ -84,6 +86,10 @@ class Device:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"device = {self.name!r}: no such device here ({reason}): run on a TPU VM, or use device=cpu") from None
+        if forward_dtype == "float32":
+            # before the first program is compiled, which torch_xla would not compile again for it; its public function for this prints
+            # a warning at every call
+            torch_xla._XLAC._xla_set_mat_mul_precision("highest")
         self.rank, self.world_size = torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
         if self.name == "tpu":
             self.generation = tpu_types.chips_here()[1]

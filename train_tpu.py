@@ -280,7 +280,7 @@ def train_worker(rank, config, args):
     Returns the exit status, 143 after SIGTERM, 130 after Ctrl-C."""
     files = preempted = None
     try:
-        device = Device(config.device)
+        device = Device(config.device, config.model.forward_dtype)
         datasets = device.on_all(lambda: load_datasets(config))
         device.on_all(lambda: workers.check_workers(config, device))
         files = device.on_all(lambda: RunFolder(config, args.run_name, args.take_over) if rank == 0 else None)
@@ -452,7 +452,7 @@ def start_text(run, num_puzzles, last, eval_interval, run_name, peak):
 # ---------------------------------------------------------------------------------------------------------
 def evaluate_only(rank, config, args):
     """Evaluate a checkpoint on the whole test split, averaged and raw weights, and write eval.json."""
-    device, checkpoints = Device(config.device), open_checkpoints(config, args.run_name)
+    device, checkpoints = Device(config.device, config.model.forward_dtype), open_checkpoints(config, args.run_name)
     dataset = device.on_all(lambda: load_dataset(config, "test"))
     path = device.on_all(lambda: checkpoints.resolve(args.checkpoint or "latest") if rank == 0 else None)
     source = device.broadcast_bytes(path and str(path).encode()).decode()

@@ -127,9 +127,11 @@ class SelfAttention(nn.Module):
 
 def rope_table(length, head_dim):
     """(cos, sin), each [length, head_dim] float32, of rotary positions (arXiv 2104.09864, base 10000)."""
-    inverse = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    # angles by the original's operations in their order: a last digit of a frequency is the sixth of an angle of 90
+    inverse = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse).repeat(1, 2)
-    return torch.stack((angle.cos(), angle.sin()))
+    # float32's own cosine has another last digit on another processor
+    return torch.stack((angle.double().cos(), angle.double().sin())).float()
 
 
 def rotate(x, rope):
@@ -307,8 +309,15 @@ class TinyRecursiveModel(nn.Module):
                 z_H, z_L = cycle(z_H, z_L)
         z_H, z_L = cycle(z_H, z_L)
         logits = self.lm_head(z_H[:, self.prefix_len:])
-        q_halt = F.linear(z_H[:, 0].float(), cast(self.q_head.weight, torch.float32), self.q_head.bias)[:, 0]
-        return z_H, z_L, logits, q_halt
+        return z_H, z_L, logits, self.halting_logit(z_H[:, 0].float())
+
+    def halting_logit(self, z):
+        """q_halt [B] of z [B, D], float32."""
+        weight = cast(self.q_head.weight, torch.float32)
+        if z.device.type != "xla":
+            return F.linear(z, weight, self.q_head.bias)[:, 0]
+        # no product: with the rest in bfloat16 a TPU would round the weight to it
+        return (z * weight[0]).sum(-1) + cast(self.q_head.bias, torch.float32)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------

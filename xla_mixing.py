@@ -7,8 +7,10 @@ from trm_model import cast
 
 
 def contract(a, a_axes, b, b_axes):
-    """float32 sums of products over axes of a and b; what is left are the other axes of a, then those of b."""
+    """Sums of products over axes of a and b, float32; what is left are the other axes of a, then those of b."""
     axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
+    if a.dtype == torch.float32:
+        return torch.tensordot(a, b, axes)      # for a TPU the function below has no other precision than bfloat16's
     # XLA's CPU device has no products of bfloat16 in float32; a TPU's multiplier takes bfloat16 whatever these say
     a, b = a.float(), b.float()
     return torch_xla._XLAC._xla_dot_general(a, b, (tuple(axes), ([], [])), preferred_element_type=torch.float32)

@@ -83,7 +83,7 @@ def main():
     batch_size = config.training.global_batch_size // sharing
     workers.start_alone(config.device)
     share = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=batch_size, num_workers=None))
-    run = train_tpu.Run(share, Device(config.device), datasets["train"])
+    run = train_tpu.Run(share, Device(config.device, config.model.forward_dtype), datasets["train"])
     peak, peak_source = run.device.peak_flops(run.model.forward_dtype)
     record = start_record(run, datasets, SimpleNamespace(config=args.config, init_from=None))
     print(f"{args.config} on {record['device']} ({record['device_model']}): batch {batch_size}"

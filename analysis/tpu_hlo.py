@@ -118,6 +118,27 @@ def product_flops(text):
     return flops
 
 
+def product_precisions(text):
+    """{"bfloat16": number of matrix products, "float32": number} that one execution of an optimised module runs, fusions included and
+    custom calls left out. A TPU multiplies bfloat16, whatever the operands' dtype, unless "highest" is asked for: then it takes several
+    passes over a float32 operand."""
+    computations, entry = parse(text)
+    counts = {"bfloat16": 0, "float32": 0}
+
+    def add(computation, instruction, times):
+        if instruction.opcode == "fusion" and instruction.attribute("calls") in computations:
+            inner = computations[instruction.attribute("calls")]
+            for part in inner.values():
+                add(inner, part, times)
+        elif instruction.opcode in ("dot", "convolution"):          # the TPU compiler makes every product a convolution
+            operands = [computation[name].shape for name in instruction.operands]
+            exact = "operand_precision={highest,highest}" in instruction.rest and any(shape.startswith("f32") for shape in operands)
+            counts["float32" if exact else "bfloat16"] += times
+    for times, computation, instruction in executed(computations, entry):
+        add(computation, instruction, times)
+    return counts
+
+
 def parse(text):
     """({computation: {name: Instruction}}, name of the entry computation)."""
     computations, entry, current = {}, None, None

@@ -160,6 +160,7 @@ def program_figures(folder, compiled, report, top):
         "flops_per_chip_step": sum(program["flops"] for program in report["programs_traced"] if program["name"] in training),
         "estimated_ms_per_step": ms, "estimated_cycles_per_step": sum(costs[name].cycles for name in training),
         "estimated_mfu": report["model_flops_per_chip_step"] / (ms / 1e3 * chip.peak_flops),
+        "matrix_products": {name: tpu_hlo.product_precisions(text) for name, text in texts.items()},
         "custom_calls": {name: costs[name].custom_calls for name in costs if costs[name].custom_calls},
         "unestimated": {name: costs[name].unestimated for name in costs},
         "loops_of_unknown_length": sum(cost.loops_of_unknown_length for cost in costs.values()),
@@ -332,6 +333,10 @@ def full_text(report):
     say("HBM needed", f"{hbm['needed'] / GIB:.2f} of {chip.hbm_bytes / GIB:.0f} GiB a chip (training state, the larger step, both programs)")
     say("FLOPs", f"{r['flops_per_chip_step']:.4g} a chip and step in matrix products; the model's own, which the share of peak counts: "
         f"{r['model_flops_per_chip_step']:.4g}")
+    for name, products in r["matrix_products"].items():
+        kernels = r["custom_calls"].get(name, {}).get("tpu_custom_call", {"count": 0})["count"]
+        say("matrix products", f"{name}: {products['bfloat16']} in bfloat16, {products['float32']} in float32 (highest precision)"
+            + f", and those of {kernels} kernels in bfloat16" * bool(kernels))
     say("device, estimated", f"{r['estimated_ms_per_step']:.2f} ms a step: {r['estimated_mfu']:.1%} of {chip.peak_flops / 1e12:.0f} TFLOP/s. "
         f"The compiler's own estimate ({r['estimated_cycles_per_step']:,} cycles at {chip.clock_hz / 1e9} GHz), not a measurement")
     say("  its clock", chip.clock_known)

@@ -41,7 +41,7 @@ def main():
     folder = Path(sys.argv[1])
     config = utils.load_config(folder / "config.yaml")
     dataset, known = training_puzzles(config)
-    device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type))
+    device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type), config.model.forward_dtype)
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
     device.follow(run)
@@ -76,8 +76,8 @@ def train_step(run, batch):
 class TracedDevice(Device):
     """The first worker of a tpu_types.Slice. Where another device would compile and run what is pending, this one keeps the program."""
 
-    def __init__(self, slice_):
-        super().__init__("xla_cpu")
+    def __init__(self, slice_, forward_dtype="bfloat16"):
+        super().__init__("xla_cpu", forward_dtype)
         self.rank, self.world_size, self.generation = 0, slice_.chips, slice_.generation
         self.programs = []
 

@@ -104,6 +104,14 @@ class Variants(unittest.TestCase):
                                 for inputs in (batch["inputs"], batch["inputs"][:, order]))
             self.assertEqual(torch.allclose(plain[:, order], moved, atol=1e-4), positions == "none", positions)
 
+    def test_rope_table(self):
+        """Within one rounding of the angles of the original, which computes them and their cosines in float32."""
+        inverse = 1.0 / (10000.0 ** (torch.arange(0, 64, 2, dtype=torch.float32) / 64))
+        angles = torch.outer(torch.arange(97, dtype=torch.float32), inverse)
+        for ours, theirs in zip(trm_model.rope_table(97, 64), (angles.cos(), angles.sin())):
+            self.assertEqual(ours.dtype, torch.float32)
+            torch.testing.assert_close(ours, torch.cat((theirs, theirs), -1), rtol=0, atol=2.0 ** -24)
+
     def test_initial_weights_depend_on_the_seed_alone(self):
         one, state = small_model(seed=3), torch.get_rng_state()
         torch.rand(5)

@@ -9,7 +9,7 @@ import torch
 
 import train_tpu
 import trm_model
-from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at
+from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, bias_correction, lr_at
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
@@ -51,6 +51,12 @@ class AdamATan2Test(unittest.TestCase):
                     v[k] = beta2 * v[k] + (1 - beta2) * g * g
                     expected[k] -= lr / (1 - beta1 ** t) * np.arctan2(m[k], np.sqrt(v[k]) / np.sqrt(1 - beta2 ** t))
                     np.testing.assert_allclose(p.detach().numpy(), expected[k], rtol=2e-6, atol=2e-6, err_msg=f"step {t}")
+
+    def test_bias_correction(self):
+        t = torch.arange(1.0, 3000.0)
+        for beta in (0.0, 0.5, 0.9, 0.95, 0.999, 0.99999):
+            exact = 1 - beta ** t.double()
+            self.assertLess(((bias_correction(beta, t).double() - exact) / exact).abs().max().item(), 2e-7, beta)
 
     def test_size_of_the_first_update(self):
         """atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|) at the first step, whatever the scale of g; zero stays zero."""

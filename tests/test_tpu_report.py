@@ -75,6 +75,10 @@ class CostTest(unittest.TestCase):
         """A loop inside a called computation that is told where to start, as torch_xla's scan; and what a kernel states."""
         self.assertEqual(tpu_hlo.product_flops(TRACED), 5 * 2 * 4 * 16 * 8 + 1000)
 
+    def test_precision_of_products(self):
+        """What "highest" asks for counts only with an operand in float32; inside fusions, and in a loop as often as it runs."""
+        self.assertEqual(tpu_hlo.product_precisions(PRODUCTS), {"bfloat16": 1 + 1, "float32": 3 + 1})
+
     def test_called_computations_and_every_branch_count(self):
         self.assertEqual(read_cost(CALLS).cycles, 11 + 13 + 17 + 19)
 
@@ -323,6 +327,9 @@ class CompileTest(ReportTest):
         self.assertEqual(kernels["count"], 8 + 2)       # two SwiGLUs, two calls in each of two cycles; and the backward of the token mixing
         self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"] < 1e-3 * report["estimated_ms_per_step"])
         self.assertTrue(0 < report["estimated_mfu"] < 1)
+        for products in report["matrix_products"].values():
+            self.assertGreater(products["bfloat16"], 10)
+            self.assertEqual(products["float32"], 0)
         self.assertGreater(report["host_ms_per_step"], 0)
         self.assertGreater(report["estimated_hours"], 0)
         self.assertTrue(any(re.fullmatch(r"trm_model\.py:\d+", source) for _, _, source, _, _ in report["where"]), report["where"])
@@ -346,6 +353,16 @@ class CompileTest(ReportTest):
                 self.assertRegex(output, rf"kernels +{as_kernels}\n")
         without = tpu_report.full_text({**report, "in_kernel": {"token mixing": False, "channel mixing": False}})
         self.assertRegex(without, r"kernels +none\n +in XLA's form +token mixing, channel mixing: .*128 MiB of VMEM")
+
+    def test_a_float32_configuration_is_multiplied_in_float32(self):
+        path = write_config(self.folder / "exact.yaml", SMALL.replace("H_cycles: 2", "H_cycles: 1"))
+        status, output = self.report("--config", path, "--accelerator", "v4-8", "--json", self.folder / "out.json", "model.forward_dtype=float32")
+        self.assertEqual(status, 0, output)
+        report = json.loads((self.folder / "out.json").read_text())
+        self.assertNotIn("tpu_custom_call", {target for calls in report["custom_calls"].values() for target in calls})      # no kernels
+        for name, products in report["matrix_products"].items():
+            self.assertGreater(products["float32"], 10)
+            self.assertRegex(output, rf"matrix products +{name}: 0 in bfloat16, {products['float32']} in float32 \(highest precision\)\n")
 
     def test_activation_checkpointing_takes_less_memory(self):
         """All temporaries of the training step together are less than what a backward without it keeps of the channel mixing alone."""
@@ -445,6 +462,44 @@ ENTRY %main (p: bf16[4,8]) -> (s64[], bf16[4,8]) {
   %k = bf16[4,8]{1,0} custom-call(bf16[4,8]{1,0} %p), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"cost_estimate": {"flops": "1000", "bytes_accessed": "64"}}}
   %z = s64[] constant(0)
   ROOT %call = (s64[], bf16[4,8]{1,0}) call(s64[] %z, bf16[4,8]{1,0} %k), to_apply=%scan
+}
+"""
+
+PRODUCTS = """\
+HloModule m
+%inner (a: f32[8,8], b: bf16[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  %sum = f32[8,8]{1,0} add(%a, %a)
+  ROOT %c.1 = f32[8,8]{1,0} convolution(%sum, %b), dim_labels=bf_io->bf, operand_precision={highest,highest}
+}
+%outer (a: f32[8,8], b: bf16[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %f.1 = f32[8,8]{1,0} fusion(%a, %b), kind=kOutput, calls=%inner
+}
+%body (t: (s32[], f32[8,8], bf16[8,8])) -> (s32[], f32[8,8], bf16[8,8]) {
+  %t = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%t), index=1
+  %y = bf16[8,8]{1,0} get-tuple-element(%t), index=2
+  %f.2 = f32[8,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%outer
+  ROOT %n = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%i, %f.2, %y)
+}
+%condition (t: (s32[], f32[8,8], bf16[8,8])) -> pred[] {
+  %t = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  ROOT %p = pred[] fusion(%t), kind=kLoop, calls=%elsewhere
+}
+ENTRY %main (p: f32[8,8], q: bf16[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %q = bf16[8,8]{1,0} parameter(1)
+  %d.1 = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %d.2 = f32[8,8]{1,0} dot(%d.1, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d.3 = bf16[8,8]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %z = s32[] constant(0)
+  %t = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%z, %d.2, %d.3)
+  %w = (s32[], f32[8,8]{1,0}, bf16[8,8]{1,0}) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[8,8]{1,0} get-tuple-element(%w), index=1
 }
 """
 

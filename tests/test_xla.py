@@ -8,6 +8,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -18,6 +19,9 @@ from device import Device
 from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
 from tests.test_model import admitted, no_minimum, small_model
 from utils import load_config
+
+sys.path.insert(0, str(ROOT / "analysis"))
+import tpu_hlo
 
 ATTENTION = ("model.mlp_t=false", "model.pos_encodings=rope")
 
@@ -93,6 +97,77 @@ class XLATrainingTest(CommandTest):
             start = torch.cat([w.flatten() for w in one["start"]])
             changes = [torch.cat([w.flatten() for w in run["steps"][-1][name]]) - start for run in (four, one)]
             self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99, name)
+
+
+    def test_every_product_of_a_float32_run_is_of_float32(self):
+        """Of all that training, its evaluations and --eval_only compile; Products has what each kind of model traces."""
+        dump = self.folder / "dump"
+        flags = ("--run_name", "float32", "device=xla_cpu", "training.epochs=0.2", "evaluation.interval_epochs=0.2")
+        with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump} --xla_dump_hlo_as_text"):
+            self.train(*flags)
+            trained = list(dump.glob("*before_optimizations.txt"))
+            self.train(*flags, "--eval_only", "evaluation.batch_size=10")
+        texts = {path: path.read_text() for path in dump.glob("*before_optimizations.txt")}
+        with_products = [path for path, text in texts.items() if products(text)]
+        self.assertEqual((len(with_products), len([path for path in with_products if path not in trained])), (3, 1))
+        for text in texts.values():
+            for instruction, _ in products(text):
+                self.assertIn("operand_precision={highest,highest}", instruction.rest)
+
+
+def products(text):
+    """[(Instruction, its computation)] of the matrix products, and of what may hide some, in a program as it was traced."""
+    return [(instruction, computation) for computation in tpu_hlo.parse(text)[0].values() for instruction in computation.values()
+            if instruction.opcode in ("dot", "convolution", "custom-call")]
+
+
+class Products(XLATest):
+    """On a TPU float32 products have operands rounded to bfloat16 unless the highest precision is asked for."""
+
+    def traced(self, *overrides):
+        """The products of a training step and of an evaluation step."""
+        import torch_xla
+        config = load_config(self.path, list(overrides))
+        device = Device("xla_cpu", config.model.forward_dtype)
+        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+        batch = device.put(train_tpu.host_batch(run, run.loader.batch(0)))
+        torch_xla.sync()
+        found = []
+        train_tpu.train_step(run, batch, trm_model.act_step)
+        found += products(torch_xla._XLAC._get_xla_tensors_hlo([*run.model.parameters(), run.model.puzzle_emb.weights, run.totals, *run.carry]))
+        with torch.no_grad():
+            carry, scores = trm_model.evaluation_step(run.model, device.put(run.model.empty_carry(8)), batch)
+        found += products(torch_xla._XLAC._get_xla_tensors_hlo([*carry, scores]))
+        torch_xla._XLAC._clear_pending_irs(str(device.torch))
+        self.assertGreater(len(found), 30)
+        return found
+
+    def test_of_a_float32_run(self):
+        for overrides in ((), ATTENTION, ("model.activation_checkpointing=true", "training.grad_accumulation_steps=2", "training.pallas_kernels=true")):
+            for instruction, _ in self.traced(*overrides):
+                self.assertIn("operand_precision={highest,highest}", instruction.rest)
+
+    def test_of_a_bfloat16_run(self):
+        """None asks for more. And none rounds what was float32, but for attention's shares: the halting head and the sums of the puzzle
+        rows' gradients are no products."""
+        for overrides in ((), ATTENTION):
+            for instruction, computation in self.traced("model.forward_dtype=bfloat16", *overrides):
+                self.assertNotIn("operand_precision", instruction.rest)
+                for operand in instruction.operands if not overrides else ():
+                    self.assertRegex(self.made_from(operand, computation), r"^(bf16|pred)\[", instruction)
+
+    def made_from(self, name, computation):
+        """The shape of what an operand is another layout or dtype of."""
+        instruction = computation[name]
+        while instruction.opcode in ("convert", "transpose", "reshape", "broadcast") and not instruction.shape.startswith("bf16"):
+            instruction = computation[instruction.operands[0]]
+        return instruction.shape
+
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
+        self.path = write_config(Path(self.folder.name) / "run.yaml", f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL)
 
 
 # the steps of tests/xla_replicas.py on the plain CPU
