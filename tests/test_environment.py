@@ -139,7 +139,8 @@ class NetworkTest(FolderTest):
         self.home.mkdir()
         self.network = Network(self, self.folder / "network")
         self.network.add("/simple", self.uv, *self.wheels.values())
-        self.network.add(CPU_INDEX, self.tiny("torch", local="+cpu", needs=[]))
+        # as PyTorch's index does, this one lists some other packages, too, in versions of its own
+        self.network.add(CPU_INDEX, self.tiny("torch", local="+cpu", needs=[]), wheel("numpy", "1.0", ["numpy"]))
         self.environment = {"HOME": str(self.home), "PATH": str(self.shared / "bin"), "HTTPS_PROXY": self.network.url, "PIP_CONFIG_FILE": os.devnull,
                             "SSL_CERT_FILE": str(self.network.ca), "PIP_CERT": str(self.network.ca),
                             "UV_PYTHON_DOWNLOADS_JSON_URL": str(self.network.add_python(self.new, self.packed, "https://pythons.example.org"))}
