@@ -1,6 +1,6 @@
-"""python scripts/check_environment.py requirements.txt ...: each package that these files pin is here in that version, and imports.
+"""python scripts/check_environment.py requirements.txt ...: each package that these files pin is here in that version, and
+imports. No part of the kit is imported, as what it needs may be what is broken. On a TPU host the chips stay free."""
 
-No part of the kit is imported, as what it needs may be what is broken. On a TPU host the chips stay free."""
 import importlib
 import importlib.metadata
 import os
@@ -14,6 +14,7 @@ os.environ.update(JAX_PLATFORMS="cpu", PJRT_DEVICE="CPU")
 def pinned(path):
     """The requirements (packaging.requirements.Requirement) of a file that hold on this machine."""
     from packaging.requirements import Requirement
+
     with open(path) as file:
         found = [Requirement(text) for line in file if (text := line.partition("#")[0].strip())]
     return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
@@ -21,10 +22,13 @@ def pinned(path):
 
 def modules_of(distribution):
     """What to import of an importlib.metadata.Distribution: the packages that lie in no other package, in google-cloud-storage
-    google.cloud.storage; where one has the distribution's name that one alone (torch_xla brings others that need more)."""
+    google.cloud.storage; where one has the distribution's name that one alone (torch_xla brings others that need more).
+    """
     folders = {str(path.parent) for path in distribution.files if path.name == "__init__.py"}
     tops = sorted(folder for folder in folders if not any(folder.startswith(other + "/") for other in folders))
-    same = [top for top in tops if re.sub("[_./]", "-", top).lower() == re.sub("[-_.]+", "-", distribution.name).lower()]
+    same = [
+        top for top in tops if re.sub("[_./]", "-", top).lower() == re.sub("[-_.]+", "-", distribution.name).lower()
+    ]
     return [top.replace("/", ".") for top in same or tops]
 
 
@@ -58,7 +62,10 @@ def main():
     print(flush=True)
     if problems:
         folders = [folder for folder in (sys.prefix, f"{sys.prefix}-uv") if os.path.exists(folder)]
-        print(f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the same command again", file=sys.stderr)
+        print(
+            f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the same command again",
+            file=sys.stderr,
+        )
     sys.exit(1 if problems else 0)
 
 

@@ -1,5 +1,7 @@
-"""What a host of tests/slice.py has for programs: those of this machine, but Python 3.10 as Ubuntu 22.04 has it, with pip and without
-venv, and a stand-in for the uv that this pip installs. Both know only what the kit uses of the real ones, and log it in ~/installed.jsonl."""
+"""The programs of a host of tests/slice.py: those of this machine, but Python 3.10 as Ubuntu 22.04 has it, with pip and
+without venv, and a stand-in for the uv that this pip installs. Both know only what the kit uses of the real ones, and log it
+in ~/installed.jsonl."""
+
 import collections
 import json
 import os
@@ -10,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLOUD = Path(os.environ.get("TRM_TEST_CLOUD", "."))     # no_pip in there: the hosts have none
+CLOUD = Path(os.environ.get("TRM_TEST_CLOUD", "."))  # no_pip in there: the hosts have none
 NO_VENV = """The virtual environment was not created successfully because ensurepip is not
 available.  On Debian/Ubuntu systems, you need to install the python3-venv
 package using the following command.
@@ -19,13 +21,13 @@ package using the following command.
 """
 # {command: {flag: takes a value}}; that the real uv has them: tests/test_environment.py
 UV = {"venv": {"--python": True}, "pip install": {"--python": True, "--torch-backend": True, "--requirements": True}}
-NEEDS = {"jax": (3, 11), "jaxlib": (3, 11)}     # of their Requires-Python
+NEEDS = {"jax": (3, 11), "jaxlib": (3, 11)}  # of their Requires-Python
 # of the host's: everything but these names. A machine for tests has more Pythons than a TPU VM
 MISSING = re.compile(r"(python|pip|pydoc|uv)x?[\d.]*(-config)?|gcloud|gsutil|bq|conda")
 
 
 def make_programs(folder, environment_python):
-    """The folder that is the PATH of a host; environment_python: a file that is the interpreter of what the stand-in for uv makes."""
+    """The folder that is a host's PATH; environment_python: a file, the interpreter of environments by the stand-in for uv."""
     folder.mkdir(parents=True)
     for place in ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"):
         for path in Path(place).glob("*"):
@@ -73,7 +75,13 @@ def python3(environment_python, words):
         case ["-m", "pip", "--version"]:
             print("pip 22.0.2 from /usr/lib/python3/dist-packages/pip (python 3.10)")
         case ["-m", "pip", "install", *rest]:
-            known = {"--quiet": False, "--disable-pip-version-check": False, "--upgrade": False, "--target": True, "--user": False}
+            known = {
+                "--quiet": False,
+                "--disable-pip-version-check": False,
+                "--upgrade": False,
+                "--target": True,
+                "--user": False,
+            }
             flags, packages = parse(rest, known, "no such option: {}")
             assert len(packages) == 1 and re.fullmatch(r"uv==[\d.]+", packages[0]), packages
             log(program="pip", flags=flags, packages=packages)
@@ -107,10 +115,10 @@ def pretend(argv):
 def uv(version, environment_python, words):
     if words == ["--version"]:
         return print(f"uv {version} (x86_64-unknown-linux-gnu)")
-    command = next((name for name in UV if words[:len(name.split())] == name.split()), None)
+    command = next((name for name in UV if words[: len(name.split())] == name.split()), None)
     if command is None:
         fail(f"error: unrecognized subcommand {words}", 2)
-    flags, rest = parse(words[len(command.split()):], UV[command], "error: unexpected argument '{}' found")
+    flags, rest = parse(words[len(command.split()) :], UV[command], "error: unexpected argument '{}' found")
     log(program="uv", command=command, flags=flags, rest=rest)
     if command == "venv":
         make_venv(flags["--python"][0], Path(*rest), environment_python)
@@ -132,15 +140,20 @@ def make_venv(python, folder, environment_python):
 
 def install(flags):
     folder = Path(flags["--python"][0]).parent.parent
-    version = tuple(int(part) for part in re.search(r"version_info = (\S+)", (folder / "pyvenv.cfg").read_text())[1].split("."))
+    version = tuple(
+        int(part) for part in re.search(r"version_info = (\S+)", (folder / "pyvenv.cfg").read_text())[1].split(".")
+    )
     if flags["--torch-backend"] not in ([], ["cpu"]):
         fail(f"error: invalid value '{flags['--torch-backend'][0]}' for '--torch-backend <TORCH_BACKEND>'", 2)
     for path in flags["--requirements"]:
         for name in re.findall(r"^([\w.-]+)==", Path(path).read_text(), re.MULTILINE):
             if version < (needs := NEEDS.get(name, (3, 10))):
-                fail("error: No solution found when resolving dependencies\n  cause: Because the current Python version "
-                     f"({'.'.join(map(str, version))}) does not satisfy Python>={'.'.join(map(str, needs))} ...", 1)
-        with open(folder / "files", "a") as file:       # for the check of the environment, by environment_python
+                fail(
+                    "error: No solution found when resolving dependencies\n  cause: Because the current Python version "
+                    f"({'.'.join(map(str, version))}) does not satisfy Python>={'.'.join(map(str, needs))} ...",
+                    1,
+                )
+        with open(folder / "files", "a") as file:  # for the check of the environment, by environment_python
             file.write(path + "\n")
 
 

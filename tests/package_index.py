@@ -1,4 +1,5 @@
-"""A network for tests of an installation: package indexes, and a Python to download, behind a proxy that speaks for every host."""
+"""A network for tests of an installation: package indexes, and a Python, behind a proxy that speaks for every host."""
+
 import base64
 import hashlib
 import html
@@ -22,7 +23,11 @@ LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "sit
 def find_python(version):
     """A Python of this machine of that version, or None: not through a shim that another version may stand behind."""
     name = f"python{version}"
-    for path in (sys.executable, shutil.which(name), *sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/{name}"))):
+    for path in (
+        sys.executable,
+        shutil.which(name),
+        *sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/{name}")),
+    ):
         code = "import os, sys; print('%d.%d' % sys.version_info[:2]); print(os.path.realpath(sys._base_executable))"
         if path and (done := subprocess.run([path, "-c", code], capture_output=True, text=True)).returncode == 0:
             found, real = done.stdout.splitlines()
@@ -32,12 +37,13 @@ def find_python(version):
 
 
 def packed_python(python):
-    """A tar.gz of an interpreter and its standard library as uv downloads it: all under python/, to be unpacked anywhere."""
+    """A tar.gz of an interpreter and its standard library as uv downloads it: under python/, to be unpacked anywhere."""
     base, name = python.parent.parent, python.name
 
     def chosen(member):
         last = os.path.basename(member.name)
         return None if last in LEFT_OUT or last.startswith("config-") or last.endswith(".a") else member
+
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
         archive.add(python, f"python/bin/{name}")
@@ -48,18 +54,30 @@ def packed_python(python):
 def wheel(name, version, modules, requires=(), requires_python=">=3.8", code=""):
     """(file name, bytes) of a wheel with these modules, each with that code."""
     files = {f"{module.replace('.', '/')}/__init__.py": code.encode() for module in modules}
-    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {requires_python}", *(f"Requires-Dist: {other}" for other in requires)]
+    metadata = [
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {requires_python}",
+        *(f"Requires-Dist: {other}" for other in requires),
+    ]
     return packed_wheel(name, version, "py3-none-any", files, "\n".join(metadata) + "\n")
 
 
 def packed_wheel(name, version, tag, files, metadata):
     stem = f"{name.replace('-', '_')}-{version}"
-    files = {**files, f"{stem}.dist-info/METADATA": metadata.encode(),
-             f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: {tag}\n".encode()}
-    record = "".join(f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}\n" for path, data in files.items())
+    files = {
+        **files,
+        f"{stem}.dist-info/METADATA": metadata.encode(),
+        f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: {tag}\n".encode(),
+    }
+    record = "".join(
+        f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}\n"
+        for path, data in files.items()
+    )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for path, data in {**files, f"{stem}.dist-info/RECORD": (record + f"{stem}.dist-info/RECORD,,\n").encode()}.items():
+        for path, data in {
+            **files,
+            f"{stem}.dist-info/RECORD": (record + f"{stem}.dist-info/RECORD,,\n").encode(),
+        }.items():
             info = zipfile.ZipInfo(path)
             info.external_attr = 0o100755 << 16
             archive.writestr(info, data)
@@ -80,8 +98,9 @@ def installed_wheel(name):
 
 
 class Network:
-    """files: {name: bytes}, each at the path /files/NAME of all hosts; indexes: {path: names of the wheels that it lists}; asked: the
-    (host, path) of all requests; sent: the names of what the other side did not have. A file of `stuck` comes by half, and the rest once `going` is set. ca: the certificate to trust; url: the proxy's."""
+    """files: {name: bytes}, each at the path /files/NAME of all hosts; indexes: {path: names of the wheels that it lists};
+    asked: the (host, path) of all requests; sent: the names of what the other side did not have. A file of `stuck` comes by
+    half, and the rest once `going` is set. ca: the certificate to trust; url: the proxy's."""
 
     def __init__(self, test, folder):
         self.files, self.indexes, self.asked, self.sent, self.stuck, self.folder = {}, {}, [], [], set(), folder
@@ -117,9 +136,9 @@ class Network:
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()
                 if self.path.rpartition("/")[2] in network.stuck:
-                    self.wfile.write(body[:len(body) // 2])
+                    self.wfile.write(body[: len(body) // 2])
                     network.going.wait(300)
-                    body = body[len(body) // 2:]
+                    body = body[len(body) // 2 :]
                 self.wfile.write(body or b"")
 
             def finish(self):
@@ -133,7 +152,7 @@ class Network:
             daemon_threads = True
 
             def handle_error(self, *_):
-                pass            # a client that was killed
+                pass  # a client that was killed
 
         server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -142,16 +161,43 @@ class Network:
             test.addCleanup(end)
 
     def certificate(self, name, *extensions, signed_by=()):
-        words = ["openssl", "req", "-x509", "-config", self.folder / "openssl.cnf", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                 "-days", "2", "-subj", f"/CN={name}", "-keyout", self.folder / f"{name}.key", "-out", self.folder / f"{name}.pem", *signed_by]
-        subprocess.run([*words, *(word for extension in extensions for word in ("-addext", extension))], check=True, capture_output=True)
+        words = [
+            "openssl",
+            "req",
+            "-x509",
+            "-config",
+            self.folder / "openssl.cnf",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            self.folder / f"{name}.key",
+            "-out",
+            self.folder / f"{name}.pem",
+            *signed_by,
+        ]
+        subprocess.run(
+            [*words, *(word for extension in extensions for word in ("-addext", extension))],
+            check=True,
+            capture_output=True,
+        )
         return self.folder / f"{name}.pem"
 
     def context(self, host):
         with self.lock:
             if host not in self.contexts:
-                path = self.certificate(host, f"subjectAltName=DNS:{host}", "basicConstraints=critical,CA:FALSE",
-                                        signed_by=("-CA", self.ca, "-CAkey", self.folder / "ca.key"))
+                path = self.certificate(
+                    host,
+                    f"subjectAltName=DNS:{host}",
+                    "basicConstraints=critical,CA:FALSE",
+                    signed_by=("-CA", self.ca, "-CAkey", self.folder / "ca.key"),
+                )
                 self.contexts[host] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 self.contexts[host].load_cert_chain(path, self.folder / f"{host}.key")
             return self.contexts[host]
@@ -159,13 +205,22 @@ class Network:
     def answer(self, path):
         if path.startswith("/files/"):
             name = path.removeprefix("/files/")
-            return metadata_of(self.files[name.removesuffix(".metadata")]) if name.endswith(".metadata") else self.files.get(name)
+            return (
+                metadata_of(self.files[name.removesuffix(".metadata")])
+                if name.endswith(".metadata")
+                else self.files.get(name)
+            )
         index, _, name = path.rstrip("/").rpartition("/")
-        wheels = [file for file in self.indexes.get(index, ()) if file.partition("-")[0].lower().replace("_", "-") == name]
+        wheels = [
+            file for file in self.indexes.get(index, ()) if file.partition("-")[0].lower().replace("_", "-") == name
+        ]
         if not wheels:
             return None
-        lines = [f'<a href="/files/{file}#sha256={hashlib.sha256(self.files[file]).hexdigest()}" data-core-metadata="true" '
-                 f'data-requires-python="{html.escape(requires_python(self.files[file]))}">{file}</a>' for file in wheels]
+        lines = [
+            f'<a href="/files/{file}#sha256={hashlib.sha256(self.files[file]).hexdigest()}" data-core-metadata="true" '
+            f'data-requires-python="{html.escape(requires_python(self.files[file]))}">{file}</a>'
+            for file in wheels
+        ]
         return f"<!DOCTYPE html><html><body>{''.join(lines)}</body></html>".encode()
 
     def add(self, index, *wheels):
@@ -174,16 +229,39 @@ class Network:
         self.indexes.setdefault(index, set()).update(name for name, _ in wheels)
 
     def add_python(self, python, packed, url):
-        """List this interpreter for uv, `packed`, at that host's URL, and a newer one that is not there; returns the path of the list."""
-        version = subprocess.run([python, "-c", "import platform; print(platform.python_version())"], check=True, capture_output=True, text=True).stdout.strip()
+        """List this interpreter, `packed`, at that host's URL for uv, and a newer one that is not there; the list's path."""
+        version = subprocess.run(
+            [python, "-c", "import platform; print(platform.python_version())"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         major, minor, patch = (int(part) for part in version.split("."))
         self.files["python.tar.gz"] = packed
-        listed = {"name": "cpython", "arch": {"family": os.uname().machine, "variant": None}, "os": "linux", "libc": "gnu", "major": major, "minor": minor,
-                  "patch": patch, "prerelease": "", "url": f"{url}/files/python.tar.gz", "sha256": hashlib.sha256(packed).hexdigest(),
-                  "variant": None, "build": None}
+        listed = {
+            "name": "cpython",
+            "arch": {"family": os.uname().machine, "variant": None},
+            "os": "linux",
+            "libc": "gnu",
+            "major": major,
+            "minor": minor,
+            "patch": patch,
+            "prerelease": "",
+            "url": f"{url}/files/python.tar.gz",
+            "sha256": hashlib.sha256(packed).hexdigest(),
+            "variant": None,
+            "build": None,
+        }
         path = self.folder / "pythons.json"
         newer = {**listed, "minor": minor + 3, "url": f"{url}/files/newer.tar.gz"}
-        path.write_text(json.dumps({f"cpython-{each['major']}.{each['minor']}.{patch}-linux-{os.uname().machine}-gnu": each for each in (listed, newer)}))
+        path.write_text(
+            json.dumps(
+                {
+                    f"cpython-{each['major']}.{each['minor']}.{patch}-linux-{os.uname().machine}-gnu": each
+                    for each in (listed, newer)
+                }
+            )
+        )
         return path
 
 
@@ -193,4 +271,11 @@ def metadata_of(data):
 
 
 def requires_python(data):
-    return next((line.partition(": ")[2] for line in metadata_of(data).decode().splitlines() if line.startswith("Requires-Python")), "")
+    return next(
+        (
+            line.partition(": ")[2]
+            for line in metadata_of(data).decode().splitlines()
+            if line.startswith("Requires-Python")
+        ),
+        "",
+    )

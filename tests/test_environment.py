@@ -1,4 +1,5 @@
-"""The environment: on a TPU host by the real uv, from a network of this machine; on a laptop; and what the stand-ins of tests/slice.py know."""
+"""The environment on a TPU host, by the real uv from a network of this machine, and on a laptop; and the stand-in for uv."""
+
 import fcntl
 import importlib.metadata
 import os
@@ -21,7 +22,7 @@ from tests.package_index import Network, find_python, installed_wheel, packed_py
 
 FILES = sorted(path.name for path in ROOT.glob("requirements*.txt"))
 ON_HOSTS = ["requirements.txt", "requirements-tpu.txt"]
-CPU_INDEX = "/whl/cpu"      # where PyTorch lists its CPU wheels
+CPU_INDEX = "/whl/cpu"  # where PyTorch lists its CPU wheels
 UV_VERSION = re.search(r"^UV_VERSION=(\S+)", (ROOT / "scripts" / "environment.sh").read_text(), re.MULTILINE)[1]
 
 
@@ -45,9 +46,15 @@ class Requirements(unittest.TestCase):
         """As its packages do, which are installed here."""
         for file in FILES:
             with self.subTest(file):
-                takes = [SpecifierSet(importlib.metadata.metadata(requirement.name)["Requires-Python"] or "") for requirement in requirements(file)]
+                takes = [
+                    SpecifierSet(importlib.metadata.metadata(requirement.name)["Requires-Python"] or "")
+                    for requirement in requirements(file)
+                ]
                 self.assertTrue(takes)
-                self.assertEqual([minor for minor in range(10, 13) if all(each.contains(f"3.{minor}.9") for each in takes)], list(stated(file)))
+                self.assertEqual(
+                    [minor for minor in range(10, 13) if all(each.contains(f"3.{minor}.9") for each in takes)],
+                    list(stated(file)),
+                )
 
     def test_one_uv(self):
         self.assertIn(f"uv=={UV_VERSION}", [str(requirement) for requirement in requirements("requirements-test.txt")])
@@ -56,7 +63,9 @@ class Requirements(unittest.TestCase):
         if not real_uv():
             self.skipTest("uv is not installed here: pip install -r requirements-test.txt")
         for command, flags in host_tools.UV.items():
-            known = subprocess.run([real_uv(), *command.split(), "--help"], check=True, capture_output=True, text=True).stdout
+            known = subprocess.run(
+                [real_uv(), *command.split(), "--help"], check=True, capture_output=True, text=True
+            ).stdout
             for flag, takes_value in flags.items():
                 with self.subTest(command=command, flag=flag):
                     self.assertRegex(known, rf"(?m)^\s+(-\w, )?{flag}{' <' if takes_value else '(?! <)'}")
@@ -66,26 +75,60 @@ class Check(FolderTest):
     def check(self, text):
         """scripts/check_environment.py on these requirements, in the environment of the tests."""
         (self.folder / "requirements.txt").write_text(text)
-        return subprocess.run([sys.executable, "scripts/check_environment.py", self.folder / "requirements.txt"], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "scripts/check_environment.py", self.folder / "requirements.txt"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     def test_versions_and_markers(self):
         have = importlib.metadata.version("tqdm")
-        self.assertEqual(self.check(f"# nonesuch==1\ntqdm=={have}\nnonesuch==1; python_version < '3'\nshellcheck-py==0.11.0.1\n").returncode, 0)
+        self.assertEqual(
+            self.check(
+                f"# nonesuch==1\ntqdm=={have}\nnonesuch==1; python_version < '3'\nshellcheck-py==0.11.0.1\n"
+            ).returncode,
+            0,
+        )
         done = self.check("nonesuch==2.0\ntqdm==1.0\n")
         self.assertEqual(done.returncode, 1)
-        self.assertEqual(done.stderr, f"error: {sys.prefix}: nonesuch==2.0 is not installed; tqdm==1.0 has version {have}: rm -r {sys.prefix}, then the same command again\n")
+        self.assertEqual(
+            done.stderr,
+            f"error: {sys.prefix}: nonesuch==2.0 is not installed; tqdm==1.0 has version {have}: rm -r {sys.prefix}, "
+            "then the same command again\n",
+        )
 
     def test_what_is_imported(self):
-        modules = {name: check_environment.modules_of(importlib.metadata.distribution(name)) for name in ("google-cloud-storage", "torch_xla", "PyYAML", "Markdown")}
-        self.assertEqual(modules, {"google-cloud-storage": ["google.cloud.storage"], "torch_xla": ["torch_xla"], "PyYAML": ["_yaml", "yaml"], "Markdown": ["markdown"]})
+        modules = {
+            name: check_environment.modules_of(importlib.metadata.distribution(name))
+            for name in ("google-cloud-storage", "torch_xla", "PyYAML", "Markdown")
+        }
+        self.assertEqual(
+            modules,
+            {
+                "google-cloud-storage": ["google.cloud.storage"],
+                "torch_xla": ["torch_xla"],
+                "PyYAML": ["_yaml", "yaml"],
+                "Markdown": ["markdown"],
+            },
+        )
 
     def test_the_chips_stay_free(self):
         """libtpu is not loaded, though the environment names the TPU."""
-        code = ("import sys; sys.path.insert(0, 'scripts'); import check_environment as check\n"
-                "for requirement in check.pinned('requirements.txt') + check.pinned('requirements-tpu.txt'): assert check.problem(requirement) is None, requirement\n"
-                "assert 'torch' in sys.modules and 'jax' in sys.modules\n"
-                "print('libtpu.so' in open('/proc/self/maps').read())")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PJRT_DEVICE": "TPU", "JAX_PLATFORMS": "tpu"}, capture_output=True, text=True)
+        code = (
+            "import sys; sys.path.insert(0, 'scripts'); import check_environment as check\n"
+            "for requirement in check.pinned('requirements.txt') + check.pinned('requirements-tpu.txt'):\n"
+            "    assert check.problem(requirement) is None, requirement\n"
+            "assert 'torch' in sys.modules and 'jax' in sys.modules\n"
+            "print('libtpu.so' in open('/proc/self/maps').read())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PJRT_DEVICE": "TPU", "JAX_PLATFORMS": "tpu"},
+            capture_output=True,
+            text=True,
+        )
         self.assertEqual((done.returncode, done.stdout), (0, "False\n"), done.stderr)
 
 
@@ -96,21 +139,34 @@ class Running(FolderTest):
             lock.write("tiny\n")
             lock.flush()
             fcntl.flock(lock, fcntl.LOCK_EX)
-            done = subprocess.run(["bash", "scripts/tpu_host.sh", "setup"], cwd=ROOT, env={"HOME": str(self.folder), "PATH": os.environ["PATH"]}, capture_output=True, text=True)
+            done = subprocess.run(
+                ["bash", "scripts/tpu_host.sh", "setup"],
+                cwd=ROOT,
+                env={"HOME": str(self.folder), "PATH": os.environ["PATH"]},
+                capture_output=True,
+                text=True,
+            )
         self.assertEqual(done.returncode, 2, done.stderr)
-        self.assertIn("the run tiny is up in the environment that this would replace: wait for it, or stop it", done.stderr)
+        self.assertIn(
+            "the run tiny is up in the environment that this would replace: wait for it, or stop it", done.stderr
+        )
         self.assertFalse((self.folder / "trm" / "venv").exists())
 
 
 class NetworkTest(FolderTest):
-    """setup() is `tpu_host.sh setup` on a host whose home is self.folder, with the real Python 3.10, without venv, and whatever self.network
-    has: all packages of a host, tiny, under their real names, and the real uv."""
+    """setup() is `tpu_host.sh setup` on a host whose home is self.home, with the real Python 3.10, without venv, and what
+    self.network has: all packages of a host, tiny, under their real names, and the real uv."""
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         cls.old, cls.new = find_python("3.10"), find_python(f"3.{stated('requirements-tpu.txt')[0]}")
-        found = {"Python 3.10": cls.old, "a Python as uv downloads it": cls.new and cls.new.parent.parent != Path("/usr"), "uv": real_uv(), "openssl": shutil.which("openssl")}
+        found = {
+            "Python 3.10": cls.old,
+            "a Python as uv downloads it": cls.new and cls.new.parent.parent != Path("/usr"),
+            "uv": real_uv(),
+            "openssl": shutil.which("openssl"),
+        }
         if not all(found.values()):
             raise unittest.SkipTest(f"not here: {', '.join(name for name, what in found.items() if not what)}")
         holder = tempfile.TemporaryDirectory()
@@ -118,9 +174,15 @@ class NetworkTest(FolderTest):
         cls.shared = Path(holder.name)
         host_tools.make_programs(cls.shared / "bin", "")
         (cls.shared / "no_venv").mkdir()
-        (cls.shared / "no_venv" / "sitecustomize.py").write_text("import sys\nsys.modules['venv'] = sys.modules['ensurepip'] = None\n")
+        (cls.shared / "no_venv" / "sitecustomize.py").write_text(
+            "import sys\nsys.modules['venv'] = sys.modules['ensurepip'] = None\n"
+        )
         (cls.shared / "bin" / "python3").write_text(f'#!/bin/sh\nPYTHONPATH={cls.shared}/no_venv exec {cls.old} "$@"\n')
-        cls.packed, cls.uv, cls.wheels = packed_python(cls.new), installed_wheel("uv"), {"packaging": installed_wheel("packaging")}
+        cls.packed, cls.uv, cls.wheels = (
+            packed_python(cls.new),
+            installed_wheel("uv"),
+            {"packaging": installed_wheel("packaging")},
+        )
         for requirement in requirements(*ON_HOSTS):
             cls.wheels[requirement.name] = cls.tiny(requirement.name)
         cls.wheels["nvidia"] = wheel("nvidia-cudnn-cu12", "9.10", ["nvidia.cudnn"])
@@ -129,8 +191,17 @@ class NetworkTest(FolderTest):
     def tiny(name, code="", local="", needs=None):
         """A wheel with the version, the Pythons and the modules of what is installed here under that name."""
         found = importlib.metadata.distribution(name)
-        needs = {"torch": ["nvidia-cudnn-cu12"], "tensorboardX": ["packaging"]}.get(name, []) if needs is None else needs
-        return wheel(name, found.version.partition("+")[0] + local, check_environment.modules_of(found), needs, found.metadata["Requires-Python"], code)
+        needs = (
+            {"torch": ["nvidia-cudnn-cu12"], "tensorboardX": ["packaging"]}.get(name, []) if needs is None else needs
+        )
+        return wheel(
+            name,
+            found.version.partition("+")[0] + local,
+            check_environment.modules_of(found),
+            needs,
+            found.metadata["Requires-Python"],
+            code,
+        )
 
     def setUp(self):
         super().setUp()
@@ -139,20 +210,38 @@ class NetworkTest(FolderTest):
         self.home.mkdir()
         self.network = Network(self, self.folder / "network")
         self.network.add("/simple", self.uv, *self.wheels.values())
-        self.network.add(CPU_INDEX, self.tiny("torch", local="+cpu", needs=[]))
-        self.environment = {"HOME": str(self.home), "PATH": str(self.shared / "bin"), "HTTPS_PROXY": self.network.url, "PIP_CONFIG_FILE": os.devnull,
-                            "SSL_CERT_FILE": str(self.network.ca), "PIP_CERT": str(self.network.ca),
-                            "UV_PYTHON_DOWNLOADS_JSON_URL": str(self.network.add_python(self.new, self.packed, "https://pythons.example.org"))}
+        # as PyTorch's index does, this one lists some other packages, too, in versions of its own
+        self.network.add(CPU_INDEX, self.tiny("torch", local="+cpu", needs=[]), wheel("numpy", "1.0", ["numpy"]))
+        self.environment = {
+            "HOME": str(self.home),
+            "PATH": str(self.shared / "bin"),
+            "HTTPS_PROXY": self.network.url,
+            "PIP_CONFIG_FILE": os.devnull,
+            "SSL_CERT_FILE": str(self.network.ca),
+            "PIP_CERT": str(self.network.ca),
+            "UV_PYTHON_DOWNLOADS_JSON_URL": str(
+                self.network.add_python(self.new, self.packed, "https://pythons.example.org")
+            ),
+        }
         self.venv = self.home / "trm" / "venv"
 
     def begin(self, **more):
-        process = subprocess.Popen(["bash", "scripts/tpu_host.sh", "setup"], cwd=ROOT, text=True, env={**self.environment, **more}, start_new_session=True,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            ["bash", "scripts/tpu_host.sh", "setup"],
+            cwd=ROOT,
+            text=True,
+            env={**self.environment, **more},
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
         def end():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
         self.addCleanup(end)
         return process
 
@@ -165,7 +254,12 @@ class NetworkTest(FolderTest):
     def versions(self):
         """{name: version} of what the environment holds."""
         code = "import importlib.metadata as m; print(*(f'{d.name.lower()}={d.version}' for d in m.distributions()))"
-        return dict(pair.split("=") for pair in subprocess.run([self.venv / "bin" / "python", "-c", code], check=True, capture_output=True, text=True).stdout.split())
+        return dict(
+            pair.split("=")
+            for pair in subprocess.run(
+                [self.venv / "bin" / "python", "-c", code], check=True, capture_output=True, text=True
+            ).stdout.split()
+        )
 
     def markers(self):
         return sorted(self.venv.glob("installed-*"))
@@ -185,7 +279,12 @@ class Host(NetworkTest):
         output = self.setup()
         self.assertIn("0.6 GB to download", output)
         self.assertIn("checking that each package imports: torch torch_xla ", output)
-        about = subprocess.run([self.venv / "bin" / "python", "-c", "import sys; print(sys.version_info[1], sys.base_prefix)"], check=True, capture_output=True, text=True).stdout
+        about = subprocess.run(
+            [self.venv / "bin" / "python", "-c", "import sys; print(sys.version_info[1], sys.base_prefix)"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         minor, base = about.split()
         self.assertEqual(int(minor), stated("requirements-tpu.txt")[0])
         self.assertTrue(Path(base).is_relative_to(self.home / "trm"), base)
@@ -195,7 +294,7 @@ class Host(NetworkTest):
         for requirement in requirements(*ON_HOSTS):
             self.assertIn(versions[requirement.name.lower()].partition("+")[0], str(requirement.specifier))
         self.assertEqual(len(self.markers()), 2)
-        self.assertLessEqual({path.name for path in self.home.iterdir()}, {"trm", ".cache"})       # pip's
+        self.assertLessEqual({path.name for path in self.home.iterdir()}, {"trm", ".cache"})  # pip's
         torch_hosts = {host for host, path in self.network.asked if path.startswith(CPU_INDEX)}
         self.assertTrue(torch_hosts)
         self.assertFalse(torch_hosts & {host for host, path in self.network.asked if path.startswith("/simple")})
@@ -205,7 +304,13 @@ class Host(NetworkTest):
 
     def test_the_python_of_the_host_would_not_do(self):
         """The resolver refuses it, and so does setup where it is named."""
-        done = subprocess.run([real_uv(), "pip", "compile", "--python", self.old, *ON_HOSTS], cwd=ROOT, env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [real_uv(), "pip", "compile", "--python", self.old, *ON_HOSTS],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("jax==0.7.1 depends on Python>=3.11", " ".join(done.stderr.split()))
         output = self.setup(TRM_PYTHON=str(self.old), status=2)
@@ -213,13 +318,23 @@ class Host(NetworkTest):
         self.assertEqual(self.markers(), [])
 
     def test_indexes_of_ones_own(self):
-        for settings, version, hosts in (({"PIP_INDEX_URL": "https://mirror.example.org/simple"}, "2.9.0", {"mirror.example.org"}),
-                                         ({"PIP_INDEX_URL": "https://mirror.example.org/simple", "PIP_EXTRA_INDEX_URL": f"https://torch.example.org{CPU_INDEX}"},
-                                          "2.9.0+cpu", {"mirror.example.org", "torch.example.org"})):
+        for settings, version, hosts in (
+            ({"PIP_INDEX_URL": "https://mirror.example.org/simple"}, "2.9.0", {"mirror.example.org"}),
+            (
+                {
+                    "PIP_INDEX_URL": "https://mirror.example.org/simple",
+                    "PIP_EXTRA_INDEX_URL": f"https://torch.example.org{CPU_INDEX}",
+                },
+                "2.9.0+cpu",
+                {"mirror.example.org", "torch.example.org"},
+            ),
+        ):
             with self.subTest(settings):
                 shutil.rmtree(self.home / "trm", ignore_errors=True)
                 self.network.asked.clear()
-                self.assertIn("from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL", self.setup(TRM_PYTHON=str(self.new), **settings))
+                self.assertIn(
+                    "from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL", self.setup(TRM_PYTHON=str(self.new), **settings)
+                )
                 self.assertEqual({host for host, _ in self.network.asked}, hosts)
                 self.assertEqual(self.versions()["torch"], version)
                 self.assertEqual("nvidia-cudnn-cu12" in self.versions(), version == "2.9.0")
@@ -228,7 +343,7 @@ class Host(NetworkTest):
         stuck, _ = self.wheels["libtpu"]
         self.network.stuck.add(stuck)
         process = self.begin()
-        others, cache = len(self.wheels) - 2, self.venv.parent / "venv-uv" / "cache"         # without libtpu, and nvidia's
+        others, cache = len(self.wheels) - 2, self.venv.parent / "venv-uv" / "cache"  # without libtpu, and nvidia's
         kept = lambda: [len(list(cache.glob(f"wheels-*/**/*-any{end}"))) for end in ("", ".http")]
         self.wait_for(lambda: stuck in self.sent() and kept() == [others] * 2)
         os.killpg(process.pid, signal.SIGKILL)
@@ -251,13 +366,21 @@ class Host(NetworkTest):
         for process in (first, second):
             output, _ = process.communicate(timeout=300)
             self.assertEqual(process.returncode, 0, output)
-        self.assertEqual(output, "")        # the second had nothing to do
+        self.assertEqual(output, "")  # the second had nothing to do
         self.assertEqual(self.sent().count(stuck), 1)
 
     def test_packages_that_do_not_import(self):
-        for code, says in (("raise ImportError('libfoo.so.1: cannot open\\nshared object file')", "error: {venv}: libtpu==0.0.21 does not import (ImportError: "
-                            "libfoo.so.1: cannot open shared object file): rm -r {venv} {venv}-uv, then the same command again"),
-                           ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "error: {venv}: Python ended with status 137 at the import of the package named last above")):
+        for code, says in (
+            (
+                "raise ImportError('libfoo.so.1: cannot open\\nshared object file')",
+                "error: {venv}: libtpu==0.0.21 does not import (ImportError: "
+                "libfoo.so.1: cannot open shared object file): rm -r {venv} {venv}-uv, then the same command again",
+            ),
+            (
+                "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+                "error: {venv}: Python ended with status 137 at the import of the package named last above",
+            ),
+        ):
             with self.subTest(code):
                 shutil.rmtree(self.home / "trm", ignore_errors=True)
                 self.network.add("/simple", self.tiny("libtpu", code))
@@ -272,60 +395,122 @@ class Host(NetworkTest):
         self.assertIn(f"error: TRM_VENV = {self.home}: it is not empty, and no virtual environment", output)
         self.assertTrue((self.home / "papers").exists())
         self.venv.mkdir(parents=True)
-        (self.venv / "lib").mkdir()             # as an installation leaves it that was killed while it emptied the folder
+        (self.venv / "lib").mkdir()  # as an installation leaves it that was killed while it emptied the folder
         (self.home / "trm" / "venv-uv").mkdir()
         self.setup(TRM_PYTHON=str(self.new))
 
     def test_out_of_reach(self):
         self.network.add("/only_uv", self.uv)
-        for missing, says in (({"UV_PYTHON_DOWNLOADS_JSON_URL": str(self.network.add_python(self.new, b"", "https://pythons.example.org"))}, "UV_PYTHON_INSTALL_MIRROR"),
-                              ({"PIP_INDEX_URL": "https://mirror.example.org/only_uv", "TRM_PYTHON": str(self.new)}, "by PIP_INDEX_URL")):
+        for missing, says in (
+            (
+                {
+                    "UV_PYTHON_DOWNLOADS_JSON_URL": str(
+                        self.network.add_python(self.new, b"", "https://pythons.example.org")
+                    )
+                },
+                "UV_PYTHON_INSTALL_MIRROR",
+            ),
+            ({"PIP_INDEX_URL": "https://mirror.example.org/only_uv", "TRM_PYTHON": str(self.new)}, "by PIP_INDEX_URL"),
+        ):
             with self.subTest(says):
-                errors = [line for line in self.setup(status=1, **missing).splitlines() if re.match("error: .*message is above", line)]
+                errors = [
+                    line
+                    for line in self.setup(status=1, **missing).splitlines()
+                    if re.match("error: .*message is above", line)
+                ]
                 self.assertEqual(len(errors), 1)
                 self.assertIn(says, errors[0])
 
 
 class Laptop(NetworkTest):
     def set_up(self, *files, status=0, newer=True, **more):
-        """What set_up_environment FILES prints, where Python 3.10 is on the PATH without venv, and (newer) one that uv would download."""
+        """What set_up_environment FILES prints; the PATH has Python 3.10 without venv and (newer) a newer one with it."""
         tools = self.folder / "tools"
         if newer and not tools.exists():
             tools.mkdir()
             (tools / self.new.name).symlink_to(self.new)
-        environment = {**self.environment, "TRM_VENV": str(self.folder / "my venv"), "PATH": f"{tools}:{self.environment['PATH']}" if newer else self.environment["PATH"], **more}
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", '. scripts/environment.sh; set_up_environment "$@"; echo "PYTHON=$PYTHON"', "bash", *files], cwd=ROOT, text=True,
-                              env=environment, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        environment = {
+            **self.environment,
+            "TRM_VENV": str(self.folder / "my venv"),
+            "PATH": f"{tools}:{self.environment['PATH']}" if newer else self.environment["PATH"],
+            **more,
+        }
+        done = subprocess.run(
+            [
+                "bash",
+                "-euo",
+                "pipefail",
+                "-c",
+                '. scripts/environment.sh; set_up_environment "$@"; echo "PYTHON=$PYTHON"',
+                "bash",
+                *files,
+            ],
+            cwd=ROOT,
+            text=True,
+            env=environment,
+            timeout=300,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.assertEqual(done.returncode, status, done.stdout)
         return done.stdout
 
     def test_with_pip(self):
         output = self.set_up(*ON_HOSTS)
-        for text in (f"with {self.folder}/tools/{self.new.name}: 4 GB to download", "Downloading ", "each package imports: torch torch_xla "):
+        for text in (
+            f"with {self.folder}/tools/{self.new.name}: 4 GB to download",
+            "Downloading ",
+            "each package imports: torch torch_xla ",
+        ):
             self.assertIn(text, output)
         last = f"PYTHON={self.folder}/my venv/bin/python\n"
         self.assertTrue(output.endswith(last), output)
         self.venv = self.folder / "my venv"
         self.assertEqual(self.versions()["torch"], "2.9.0")
         self.network.asked.clear()
-        self.assertEqual(self.set_up("requirements.txt"), f"environment: {self.venv} (its requirements have not changed)\n{last}")
+        self.assertEqual(
+            self.set_up("requirements.txt"), f"environment: {self.venv} (its requirements have not changed)\n{last}"
+        )
         self.assertEqual(self.network.asked, [])
-        self.markers()[0].unlink()          # as an installation that was broken leaves it
+        self.markers()[0].unlink()  # as an installation that was broken leaves it
         self.assertIn("each package imports", self.set_up(*ON_HOSTS))
         self.markers()[0].unlink()
-        subprocess.run([self.venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "libtpu"], check=True)
-        self.assertIn("pip could not install requirements.txt requirements-tpu.txt", self.set_up(*ON_HOSTS, status=1, PIP_NO_INDEX="1"))
-        self.assertEqual(self.markers(), [])        # it is not whole for any of its files
+        subprocess.run(
+            [self.venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "libtpu"], check=True
+        )
+        self.assertIn(
+            "pip could not install requirements.txt requirements-tpu.txt",
+            self.set_up(*ON_HOSTS, status=1, PIP_NO_INDEX="1"),
+        )
+        self.assertEqual(self.markers(), [])  # it is not whole for any of its files
 
     def test_mistakes(self):
         old = self.folder / "old venv"
         subprocess.run([self.old, "-m", "venv", "--without-pip", old], check=True)
-        for files, how, says in ((ON_HOSTS, {"newer": False}, "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: install one, or name it by TRM_PYTHON="),
-                                 (["requirements.txt"], {"newer": False}, "bin/python3 has no venv module: install it (Debian, Ubuntu: python3-venv)"),
-                                 ([], {"TRM_PYTHON": "nonesuch"}, "error: TRM_PYTHON = nonesuch: requirements.txt needs Python 3.10 to 3.12, and this is none"),
-                                 (ON_HOSTS, {"TRM_VENV": str(old)}, f"error: {old}: requirements-tpu.txt needs Python 3.11 to 3.12, and this has Python 3.10."),
-                                 ([], {"TRM_VENV": "/proc/x"}, "error: TRM_VENV = /proc/x: no folder can be made there"),
-                                 ([".gitignore"], {}, "error: .gitignore: it must say which Python it takes")):
+        for files, how, says in (
+            (
+                ON_HOSTS,
+                {"newer": False},
+                "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: install one, or name it by TRM_",
+            ),
+            (
+                ["requirements.txt"],
+                {"newer": False},
+                "bin/python3 has no venv module: install it (Debian, Ubuntu: python3-venv)",
+            ),
+            (
+                [],
+                {"TRM_PYTHON": "nonesuch"},
+                "error: TRM_PYTHON = nonesuch: requirements.txt needs Python 3.10 to 3.12, and this is none",
+            ),
+            (
+                ON_HOSTS,
+                {"TRM_VENV": str(old)},
+                f"error: {old}: requirements-tpu.txt needs Python 3.11 to 3.12, and this has Python 3.10.",
+            ),
+            ([], {"TRM_VENV": "/proc/x"}, "error: TRM_VENV = /proc/x: no folder can be made there"),
+            ([".gitignore"], {}, "error: .gitignore: it must say which Python it takes"),
+        ):
             with self.subTest(says):
                 output = self.set_up(*files, status=2, **how)
                 errors = [line for line in output.splitlines() if line.startswith("error: ")]
