@@ -57,7 +57,7 @@ def check_worker(rank, config, steps, deadline):
     """Join the other workers, as training does, and sum a number of each over all. deadline: by time.monotonic(), or None."""
     if deadline:
         faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic()), exit=True)
-    device = Device(config.device)
+    device = Device(config.device, config.model.forward_dtype)
     device.on_all(lambda: workers.check_workers(config, device))
     device.on_all(lambda: check_sum(device))
     print(f"worker {device.rank} of {device.world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right", flush=True)

@@ -29,7 +29,8 @@ now; 1 anything else
 
 settings: tpu.project, tpu.zone, tpu.name, tpu.accelerator_type in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
 TPU_NAME. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp, as --internal-ip or --tunnel-through-iap.
-PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and UV_PYTHON_INSTALL_MIRROR are handed to the hosts: where packages and Python come from.
+PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: the hosts take all packages, torch too, from these; without them torch is the CPU build of PyTorch's
+own index. UV_PYTHON_INSTALL_MIRROR: where their Python comes from.
 TRM_ANSWER_SECONDS: wait so long for gcloud or a host (120); TRM_CONTACT_SECONDS: for the first contact, and before a slice in health
 TIMEOUT is given up (300); TRM_REASON_SECONDS: between two times that Google's reason for waiting is shown (1800).
 TEXT
@@ -166,11 +167,14 @@ send_code
 status=0
 on_hosts 0 all "$(unpack_code) && ${host_settings[*]:+${host_settings[*]} }$(host_command setup)" || status=$?
 if [ -n "$diagnose" ]; then
-    file=$here/trm_diagnose_${TPU_NAME}_$(date -u +%Y%m%d_%H%M%S).txt status=0
+    file=$here/trm_diagnose_${TPU_NAME}_$(date -u +%Y%m%dT%H%M%SZ).txt status=0
+    command=$(host_command diagnose --config "$CONFIG" "${OVERRIDES[@]}" ${TPU_BUCKET:+"tpu.bucket=$TPU_BUCKET"})
+    if [ -n "$DRY_RUN" ]; then on_hosts 0 all "$command"; exit; fi
+    say "$TPU_NAME: a diagnosis, 2 to 20 minutes"
     mkfifo "$SCRATCH/lines"
     "$PYTHON_HERE" scripts/diagnose.py --collect "$file" --hosts "$TPU_HOSTS" <"$SCRATCH/lines" & collector=$!
-    on_hosts 0 all "$(host_command diagnose --config "$CONFIG" "${OVERRIDES[@]}")" >"$SCRATCH/lines" 2>&1 || true
-    wait "$collector" || status=$?
+    on_hosts 0 all "$command" >"$SCRATCH/lines" 2>&1 || true
+    wait "$collector" || status=1
     how_to_delete
     exit "$status"
 fi
