@@ -65,7 +65,7 @@ def make_cells(patterns, seeds, overrides, on_slices):
                 break
             cells.append(Cell(name, path, changes, config, join(output_dir, name)))
     if wrong:
-        raise UserError("\nerror: ".join(wrong))
+        raise UserError("\nerror: ".join(dict.fromkeys(wrong)))      # a wrong variable of the environment is one mistake, not one of each
     return cells
 
 

@@ -191,6 +191,12 @@ class ReadersTest(FolderTest):
             self.assertEqual((status, said.count("\n"), said[:7]), (2, 1, "error: "), said)
             self.assertIn(says, said)
 
+    def test_a_wrong_bucket_is_one_mistake_of_a_whole_sweep(self):
+        with mock.patch.dict(os.environ, TPU_PROJECT="my-project-1", TPU_BUCKET="gs://b/trm"):
+            done = subprocess.run([sys.executable, "scripts/sweep.py", "configs/e2_1.yaml", "configs/e2_3.yaml", "--slices", "trm-a", "--dry_run"],
+                                  cwd=ROOT, text=True, capture_output=True)
+        self.assertEqual((done.returncode, done.stderr.count("error: "), done.stderr.count("\n")), (2, 1, 1), done.stderr)
+
     def test_a_run_knows_its_chips(self):
         chips = SimpleNamespace(name="tpu", generation=V6E, world_size=4)
         workers.check_workers(self.config("device=tpu", "tpu.accelerator_type=v6e-4"), chips)
