@@ -164,7 +164,8 @@ def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
         kernel, grid=(cores, passes), interpret=interpret, out_shape=out_shape, name=kernel.__name__,
         in_specs=[*map(block, inputs), *map(whole, weights)], out_specs=[*map(block, outputs), *map(own, sums)],
         scratch_shapes=[pltpu.VMEM((examples * padded(length, 8), dim), inputs[0].dtype)] if kernel is channel_kernel else [],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit(chip) if needs > SMALL_VMEM_BYTES else None),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
+                                             vmem_limit_bytes=vmem_limit(chip) if needs > SMALL_VMEM_BYTES else None),
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=batch * mixed_with * weights[0].shape[0], bytes_accessed=moved),
     )(*inputs, *weights)
 

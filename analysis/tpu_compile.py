@@ -48,7 +48,8 @@ def slice_devices(accelerator):
     from jax.experimental import topologies
     slice_ = tpu_types.slice_type(accelerator)
     cores = {"chip_config_name": "megacore"} if slice_.generation.cores == 2 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology_name, chips_per_host_bounds=slice_.host_bounds, **cores).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=slice_.topology_name, chips_per_host_bounds=slice_.host_bounds, **cores).devices
 
 
 def mlir_text(hlo):

@@ -35,7 +35,7 @@ def main():
             tpu_environment(folder, accelerator)
             os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles"
             device, cores = slice_devices(accelerator)[:1], tpu_types.slice_type(accelerator).generation.cores
-            calls = {key: cycles(computation, instruction, device, cores, Path(dump)) for key, (computation, instruction) in calls.items()}
+            calls = {key: cycles(*call, device, cores, Path(dump)) for key, call in calls.items()}
     (folder / "kernels.json").write_text(json.dumps(calls))
 
 

@@ -69,7 +69,9 @@ def make_cells(patterns, seeds, overrides, slices):
                 break
             cells.append(Cell(name, path, changes, config, join(output_dir, name), places))
     if wrong:
-        raise UserError("\nerror: ".join(wrong))
+        # a wrong variable of the environment is one mistake, not one of each
+        raise UserError("
+error: ".join(dict.fromkeys(wrong)))
     check_one_kind(cells)
     return cells
 

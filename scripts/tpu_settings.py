@@ -29,7 +29,8 @@ RULES = {"project": (r"([a-z][a-z0-9.-]*:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", "must 
          "name": (r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "must be the name of a slice: small letters, digits and -, a letter first"),
          "bucket": (GCS_URL.pattern, "must be gs://bucket or gs://bucket/folder, and a bucket's name has 3 to 63 characters"),
          "runtime_version": (r"[a-z0-9._-]+", "must be an image, as tpu-ubuntu2204-base")}
-OF_ITS_KIND = {"zone": lambda generation: generation.zones[0], "runtime_version": lambda generation: generation.image}     # where nothing is given
+# of a kind of TPU, where nothing is given
+OF_ITS_KIND = {"zone": lambda generation: generation.zones[0], "runtime_version": lambda generation: generation.image}
 
 
 def main():
@@ -56,7 +57,8 @@ def slice_settings(config, overrides, need):
     """{shell variable: text} of the slice; raises UserError where a needed one is not given, or one breaks its rule."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
     slice_ = tpu_types.slice_type(config.tpu.accelerator_type)
-    settings = {"TPU_ACCELERATOR": slice_.type, "TPU_GENERATION": slice_.generation.name, "TPU_CHIPS": str(slice_.chips), "TPU_HOSTS": str(slice_.hosts)}
+    settings = {"TPU_ACCELERATOR": slice_.type, "TPU_GENERATION": slice_.generation.name, "TPU_CHIPS": str(slice_.chips),
+                "TPU_HOSTS": str(slice_.hosts)}
     for key, (pattern, rule) in RULES.items():
         value, said = getattr(config.tpu, key), f"tpu.{key}"
         variable = VARIABLES.get(key)
