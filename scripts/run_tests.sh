@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 set_up_environment requirements.txt requirements-tpu.txt requirements-test.txt requirements-analysis.txt
 if [ $# -gt 0 ]; then exec "$PYTHON" -m unittest "$@"; fi
 # the whole suite: a process for each module, a few at once, the longest first
-longest=(test_xla test_workers test_faults test_tpu_report test_preemption test_sweep test_commands)
+longest=(test_xla test_workers test_faults test_tpu_report test_preemption test_cloud_faults test_sweep test_sweep_slices test_commands test_parity)
 modules=(tests/test_*.py)
 jobs=$(($(nproc) + 1))      # much of a test's time is waiting
 failed=$(mktemp)

@@ -34,6 +34,10 @@ def make_programs(folder, environment_python):
             if not MISSING.fullmatch(path.name) and not os.path.lexists(folder / path.name):
                 (folder / path.name).symlink_to(path)
     write_program(folder / "python3", "python3", environment_python)
+    for name in ("apt-get", "apt"):     # a fresh host updates itself, and has apt's locks for minutes
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text("#!/bin/sh\necho 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (apt-get)' >&2\nexit 100\n")
+        (folder / name).chmod(0o755)
 
 
 def write_program(path, name, environment_python):
