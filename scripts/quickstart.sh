@@ -17,14 +17,16 @@ environment variables: TRM_VENV (place of the virtual environment), TRM_PYTHON (
 TEXT
 }
 
+# shellcheck source=scripts/arguments.sh
+. "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 run_name=quickstart
 training_flags=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --max_steps) training_flags+=(--max_steps "${2:?--max_steps needs a number}"); shift 2 ;;
-        --run_name) run_name=${2:?--run_name needs a name}; shift 2 ;;
+        --max_steps) need_number "$@"; training_flags+=(--max_steps "$2"); shift 2 ;;
+        --run_name) need_value "$@"; run_name=$2; shift 2 ;;
         --help|-h) usage; exit 0 ;;
-        *) echo "error: unknown argument $1" >&2; usage >&2; exit 2 ;;
+        *) mistake "unknown argument $1; see --help" ;;
     esac
 done
 

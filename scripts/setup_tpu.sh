@@ -84,6 +84,7 @@ ask_for_slice() {
     if grep -q 'ALREADY_EXISTS' "$SCRATCH/create"; then say "$TPU_NAME: somebody has asked for it meanwhile"; return; fi
     stop_if_final "$SCRATCH/create"
     cat "$SCRATCH/create" >&2
+    if [ "$VERDICT" = gone ]; then fail 2 "Google Cloud: something that the slice needs is not there, such as the network of tpu.project = $TPU_PROJECT: gcloud's message is above"; fi
     if [ "$VERDICT" = room ]; then fail 3 "there is no room for $TPU_NAME now: $WHY. Try again later, or wait in the queue by --queued"; fi
     fail 1 "$TPU_NAME could not be made: gcloud's message is above"
 }

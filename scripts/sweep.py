@@ -29,6 +29,7 @@ from sweep_ledger import RESUMABLE, Ledger, after, is_finished, results
 from sweep_slices import check_one_kind, configs_on, delete_command, delete_if_idle
 from utils import RunFailure, UserError
 
+REFUSED = "Google Cloud: "  # so begins what the scripts say where Google does not give a slice and waiting does not help
 LOOK_SECONDS = 10.0         # between two looks at what somebody else holds
 
 
@@ -70,8 +71,7 @@ def make_cells(patterns, seeds, overrides, slices):
             cells.append(Cell(name, path, changes, config, join(output_dir, name), places))
     if wrong:
         # a wrong variable of the environment is one mistake, not one of each
-        raise UserError("
-error: ".join(dict.fromkeys(wrong)))
+        raise UserError("\nerror: ".join(dict.fromkeys(wrong)))
     check_one_kind(cells)
     return cells
 
@@ -110,13 +110,14 @@ class Sweep:
     """Runs cells in as many threads as there are `slots`: None for one on this host, or a Slice.
 
     flags: for train_tpu.py on this host, for scripts/keep_alive.sh on a slice. max_steps: None, or what they tell train_tpu.py.
-    delete_when_done: delete a slice once no cell is to be had for it; `deleted` has the names of those that are.
+    delete_when_done: delete a slice once no cell is to be had for it; `deleted` has the names of those that are. refused: {name
+    of a slice: why Google does not give it}; the cells go on on the others.
     """
 
     def __init__(self, cells, ledger, slots, max_attempts, flags, max_steps=None, delete_when_done=False):
         self.cells, self.ledger, self.slots, self.max_attempts, self.flags = cells, ledger, slots, max_attempts, flags
         self.max_steps, self.delete_when_done, self.deleted, self.looked = max_steps, delete_when_done, set(), {}
-        self.mutex, self.in_hand, self.done = threading.Lock(), set(), set()
+        self.mutex, self.in_hand, self.done, self.refused = threading.Lock(), set(), set(), {}
         self.stop, self.signal, self.failure = threading.Event(), None, None
 
     def run(self):
@@ -138,7 +139,7 @@ class Sweep:
 
     def _work(self, slot):
         try:
-            while not self.stop.is_set():
+            while not self.stop.is_set() and not (slot and slot.name in self.refused):
                 try:
                     if len(self.done) == len(self.cells) and not (slot and self.delete_when_done):
                         return
@@ -234,7 +235,10 @@ class Sweep:
         version = self.ledger.write(cell.name, state, version)
         status, error = self._train(cell, slot, lease, state["attempts"])
         lease.check(verify=True)
-        if refused := status == 2 and self._held_elsewhere(cell):
+        if slot and status == 2 and error.startswith(REFUSED):
+            self.refused[slot.name] = error
+            say(f"{slot.name}: no cell is tried on it any more: {error}")
+        if refused := status == 2 and (slot and slot.name in self.refused or self._held_elsewhere(cell)):
             status, error = RESUMABLE[0], None      # no mistake of the configuration's
         state |= {**after(state, status, self.max_attempts), "exit_status": status, "ended": now(), "error": error}
         state["history"][-1] |= {"ended": state["ended"], "exit_status": status}
@@ -425,6 +429,10 @@ def main():
     if number:
         say("stopped: the same command goes on")
         return 128 + number
+    for name, why in sweep.refused.items():
+        print(f"error: {name}: {why}", file=sys.stderr)
+    if slots and len(sweep.refused) == len(slots):
+        return 2
     return 0 if finished or args.max_steps and all(at_step(cell, args.max_steps) for cell in cells) else 1
 
 

@@ -101,7 +101,7 @@ judge() {
         final "the account may not do this in tpu.project = $TPU_PROJECT: check the project's id and 'gcloud auth list'; the account needs the roles TPU Admin and Compute Viewer there"
     elif [[ $text =~ UNAUTHENTICATED|invalid_grant|invalid_rapt|[Rr]eauth|"do not currently have an active account" ]]; then
         final "gcloud's login has expired: gcloud auth login, then the same command"
-    elif [[ $text =~ INVALID_ARGUMENT|FAILED_PRECONDITION|NOT_FOUND|'"code": '[359], ]]; then
+    elif [[ $text =~ INVALID_ARGUMENT|FAILED_PRECONDITION|NOT_FOUND|'"code": '([3579]|16), ]]; then
         final "Google refuses the request: its message is above; check tpu.accelerator_type = $TPU_ACCELERATOR, tpu.zone = $TPU_ZONE, tpu.runtime_version = $TPU_RUNTIME, and the project's network"
     elif [[ $text =~ "unrecognized arguments"|"Invalid choice"|"expected one argument"|"Must be specified" ]]; then
         final "this gcloud does not know the command: gcloud components update, or look at TRM_GCLOUD_SSH_FLAGS"
@@ -109,10 +109,11 @@ judge() {
 }
 final() { VERDICT=final WHY="$*"; }
 
-# stop_if_final FILE: end where waiting does not mend what gcloud says there
+# stop_if_final FILE: end where waiting does not mend what gcloud says there. By the first words of the message scripts/sweep.py knows
+# that it is not the run's fault
 stop_if_final() {
     judge "$1"
-    if [ "$VERDICT" = final ]; then cat "$1" >&2; fail 2 "$WHY"; fi
+    if [ "$VERDICT" = final ]; then cat "$1" >&2; fail 2 "Google Cloud: $WHY"; fi
 }
 
 # ----- the slice -----

@@ -74,6 +74,9 @@ if slot != "None":              # one at a time on a slice
     os.close(os.open(f"{starts}.{slot}", os.O_CREAT | os.O_EXCL))
     time.sleep(1)
     os.unlink(f"{starts}.{slot}")
+if action == "no quota":
+    print("error: Google Cloud: p has no quota for v6e-16", file=sys.stderr)
+    sys.exit(2)
 if action == "mumble":
     print("error: the first attempt's", file=sys.stderr)
     sys.exit(1)

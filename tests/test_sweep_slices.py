@@ -135,6 +135,17 @@ class Slices(GCSTest, SweepTest):
         self.ends(launcher)
         self.assertEqual([zone for _, _, zone, *_ in self.history("a")], ["us-central2-b", "us-east1-d"])
 
+    def test_a_slice_that_google_does_not_give(self):
+        """Its cells are no failures: they go on on another slice, or another time."""
+        self.plan = {"a": ["no quota"]}
+        output = self.sweep(*self.configs("ab"), "--slices", "s1", status=2)
+        self.assertIn("error: s1: Google Cloud: p has no quota for v6e-16", output)
+        self.assertEqual((self.starts(), self.states("a", "b")), ({"a": 1}, ["waiting", "waiting"]))
+        self.plan = {"a": ["", "no quota"], "b": ["no quota"]}      # whichever comes first is refused
+        output = self.sweep(*self.configs("a"), "--slices", "s1", "s2")
+        self.assertIn("no cell is tried on it any more: Google Cloud: p has no quota", output)
+        self.assertEqual((self.starts(), self.states("a")), ({"a": 3}, ["finished"]))
+
     def test_slices_are_deleted_once_nothing_is_left_for_them(self):
         """Not before, and each as soon as what is left runs on others."""
         self.plan = {"a": ["wait", "kill"], "b": ["mistake"]}
