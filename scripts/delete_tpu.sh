@@ -13,6 +13,8 @@ Deletes the slice and its queued resource, after asking. What a run wrote into t
   --if_idle       refuse while a process on its hosts has the chips, or is a run of this kit
   --dry_run       print the commands, execute none
 
+exit status: 0 it is deleted, or was not there; 2 a mistake, or not confirmed; 1 anything else
+
 settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME
 TEXT
 }
@@ -46,7 +48,7 @@ describe tpu-vm 'value(state)'
 states="$QUEUED $ANSWER"
 case "$states" in
     *NO_ANSWER*) fail 1 "gcloud gives no answer about $TPU_NAME: nothing is deleted" ;;
-    "GONE GONE") say "$TPU_NAME is not there: nothing to delete"; exit ;;
+    "GONE GONE") say "$TPU_NAME is not there in $TPU_ZONE of $TPU_PROJECT: nothing to delete; for another zone say tpu.zone=..."; exit ;;
 esac
 # a run of the kit holds trm/lock from its start to its end; any other program has a chip's device file open, which root
 # alone may see. (Google's tpu-info finds them like this, too.)

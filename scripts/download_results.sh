@@ -14,6 +14,8 @@ eval.json. What is here already and has not changed is not copied again; nothing
   --config FILE   where `tpu:` and logging.output_dir are found (default: configs/base_sudoku_tpu.yaml)
   --dry_run       print the commands, execute none
 
+exit status: 0 all is here; 2 a mistake, such as a run that is not in the bucket; 1 anything else
+
 settings: tpu.bucket in the configuration, or the environment variable TPU_BUCKET; or logging.output_dir=gs://...
 TEXT
 }

@@ -127,7 +127,7 @@ install_with_uv() {
     find "$venv" -mindepth 1 -delete
     "$uv" venv --python "$python" "$venv" ||
         { echo "error: $(hostname): uv could not make an environment with Python $python: its message is above; where the download of Python is" \
-               "out of reach name a mirror by UV_PYTHON_INSTALL_MIRROR, or a Python of the host by TRM_PYTHON" >&2; return 1; }
+               "out of reach name a mirror by UV_PYTHON_INSTALL_MIRROR" >&2; return 1; }
     "$uv" pip install --python "$venv/bin/python" "${source[@]}" "${@/#/--requirements=}" ||
         { echo "error: $(hostname): uv could not install ${*}: its message is above; the same command again goes on. Where PyTorch's own index is" \
                "out of reach name another by PIP_INDEX_URL: torch then comes from there" >&2; return 1; }

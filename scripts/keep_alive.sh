@@ -8,8 +8,7 @@ usage: bash scripts/keep_alive.sh CONFIG [section.key=value ...] [options] [-- F
 
 Makes the slice ready (scripts/setup_tpu.sh), starts the run (scripts/launch_experiment.sh) and watches it. Where the slice has been
 preempted or is gone, it is asked for again, and the run goes on from its last checkpoint; a maintenance is waited for; a run that
-failed is started again, after a wait that doubles with each failure, from one --poll to ten, and is short again once a run was up for
-ten looks. Not started again: one that ended by its user's mistake (status 2), or by `launch_experiment.sh stop`. What waiting does
+failed is started again, after a wait: one --poll, then 2, 4, 8, at most ten; it is short again once a run was up for ten looks. Not started again: one that ended by its user's mistake (status 2), or by `launch_experiment.sh stop`. What waiting does
 not mend (quota, permission, login) ends this at once, and leaves the run alone. So does a slice that Google calls healthy and whose
 hosts do not answer ten looks in a row: it is not deleted. The code is the commit that HEAD names now, whatever happens to it later.
 May be stopped (Ctrl-C) and started again at any time: the run does not notice. Best run in tmux, or on a small VM.
@@ -64,9 +63,8 @@ case "$COMMIT" in *-dirty) refuse_uncommitted "commit them, a run of days must h
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
 need_gcloud
 
-export TRM_KEPT_ALIVE=yes        # for these scripts: the slice is looked after
-setup() { bash scripts/setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
-launch() { bash scripts/launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
+setup() { TRM_KEPT_ALIVE=yes bash scripts/setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
+launch() { TRM_KEPT_ALIVE=yes bash scripts/launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
 note() { echo "$(date -u '+%Y-%m-%d %H:%M:%S UTC') $RUN_NAME: $*" | tee -a "$log"; }
 
 if [ -n "$DRY_RUN" ]; then
@@ -85,6 +83,7 @@ fail() { local status=$1; shift; note "$*" >/dev/null; echo "error: $*" >&2; exi
 # ended STATUS WHY: the end of this script, not always of the run; what is left behind is said
 ended() {
     note "$2"
+    MAY_EXIST=''
     if [ -n "$delete_when_done" ] && [ "$1" = 0 ]; then
         # shellcheck disable=SC2086     # several words
         if why=$(bash scripts/delete_tpu.sh $SLICE --yes --if_idle 2>&1 | tee /dev/stderr | tail -n 1); then

@@ -68,7 +68,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 report() {      # say how the run is, and end with the status that stands for it
     look_at_run
     echo "$RUN_STATE: $RUN_NAME on ${TPU_NAME}, $RUN_WHY"
-    if [ "$RUN_STATE" != running ] && [ "$NODE" = READY ]; then how_to_delete; fi
+    if [ "$RUN_STATE" = running ]; then MAY_EXIST=''; fi
     case "$RUN_STATE" in finished) exit 0 ;; running) exit 3 ;; failed) exit 4 ;; preempted) exit 5 ;; absent) exit 6 ;; stopped) exit 7 ;; *) exit 1 ;; esac
 }
 
@@ -115,7 +115,7 @@ if [ -z "$DRY_RUN" ]; then
     case "$NODE" in
         READY) ;;
         NO_ANSWER) fail 1 "gcloud gives no answer about the slice $TPU_NAME" ;;
-        *) fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $CONFIG" ;;
+        *) fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $CONFIG${OVERRIDES[*]:+ ${OVERRIDES[*]}} (with --spot where the grant is for spot slices)" ;;
     esac
     if [ -n "$SILENT" ]; then fail 1 "$RUN_WHY: look by $(how_to_look)"; fi
     case "$RUN_STATE" in running) fail 2 "$RUN_NAME runs on $TPU_NAME already ($RUN_WHY): see its log by bash scripts/launch_experiment.sh logs $RUN_NAME" ;; esac
@@ -139,13 +139,9 @@ if [ "$status" != 0 ]; then
     say "not started on every host: stopping it on the others"
     on_hosts 0 all "$(host_command stop "$RUN_NAME" "$id")" || true
     if [ "$status" = 2 ]; then exit 2; fi       # a host has said why
-    how_to_delete
     fail 1 "$RUN_NAME was not started on $TPU_NAME (status $status)"
 fi
 say "started; Ctrl-C and lost connections leave it alone: bash scripts/launch_experiment.sh status|logs|stop $RUN_NAME"
-if [ -n "$detach" ]; then
-    if [ -z "$DRY_RUN" ]; then how_to_delete; fi
-    exit
-fi
+if [ -n "$detach" ]; then exit; fi
 on_hosts 0 all "$(host_command follow "$RUN_NAME")" || true
 [ -n "$DRY_RUN" ] || report

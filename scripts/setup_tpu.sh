@@ -6,11 +6,13 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/setup_tpu.sh [CONFIG] [section.key=value ...] [options]
 
-Asks for the slice of the configuration (default: configs/base_sudoku_tpu.yaml), waits until it is there, installs the pinned
+Asks for the slice of the configuration (default: configs/base_sudoku_tpu.yaml, a v4-64), waits until it is there, installs the pinned
 environment on all of its hosts, and checks that every host sees its chips and that an all-reduce over all of them is right. Does
-only what is missing. A slice that Google calls PREEMPTED or TERMINATED, one in health TIMEOUT for minutes whose hosts do not answer,
-and a queued resource that is FAILED or SUSPENDED are deleted first, as they cannot be asked for again before. Nothing else is ever
-deleted.
+only what is missing. A slice uses up its grant, or costs money, until it is deleted; without --spot it is on demand.
+
+What cannot be asked for again before is deleted first: a slice that Google calls PREEMPTED or TERMINATED, one in health TIMEOUT for
+minutes whose hosts do not answer, and a queued resource that is FAILED, SUSPENDED, or ACTIVE without its slice. Nothing else is deleted
+without --replace_silent.
 
   --spot             a spot slice: may be preempted at any time
   --queued           ask by a queued resource: waits in Google's queue until there is room
@@ -21,14 +23,14 @@ deleted.
   --poll SECONDS     between two looks at it (default 30)
   --commit SHA       use the code of this commit (default: the working tree)
   --diagnose         of a slice that is READY: collect what tells about it into a file trm_diagnose_NAME_TIME.txt here: versions, devices,
-                     environment, an all-reduce, training steps with and without the kernels; status 0 if nothing failed
+                     environment, the bucket, an all-reduce, training steps with and without the kernels; status 0 if nothing failed
   --dry_run          print the commands, as for a slice that is not there yet; execute none
 
 exit status: 0 the slice is ready; 2 a mistake that waiting does not mend: settings, quota, permission, login; 3 no room for the slice
 now; 1 anything else
 
-settings: tpu.project, tpu.zone, tpu.name, tpu.accelerator_type in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
-TPU_NAME. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp, as --internal-ip or --tunnel-through-iap.
+settings: tpu.accelerator_type and, or by the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME (TPU_BUCKET for --diagnose),
+tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp, as --internal-ip or --tunnel-through-iap.
 PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: the hosts take all packages, torch too, from these; without them torch is the CPU build of PyTorch's
 own index. UV_PYTHON_INSTALL_MIRROR: where their Python comes from.
 TRM_ANSWER_SECONDS: wait so long for gcloud or a host (120); TRM_CONTACT_SECONDS: for the first contact, and before a slice in health
@@ -68,24 +70,29 @@ choose_code "$commit"
 deadline=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", now + 3600 * hours}')
 
 ask_for_slice() {
-    local status=0 ticks
+    local status=0 ticks=''
+    MAY_EXIST=yes
     say "asking for $TPU_NAME: $TPU_ACCELERATOR in $TPU_ZONE${create_flags[*]:+, ${create_flags[*]#--}}${queued:+, queued}"
     if [ -n "$queued" ]; then
         call_gcloud 0 "${track[@]}" compute tpus queued-resources create "$TPU_NAME" "--node-id=$TPU_NAME" "${LOCATION[@]}" \
             "--accelerator-type=$TPU_ACCELERATOR" "--runtime-version=$TPU_RUNTIME" "${create_flags[@]}" >"$SCRATCH/create" 2>&1 || status=1
     else
-        while sleep "$poll" >/dev/null 2>&1 3>&-; do say "$TPU_NAME: being made"; done & ticks=$!
+        if [ -z "$DRY_RUN" ]; then
+            while sleep "$poll" >/dev/null 2>&1 3>&-; do say "$TPU_NAME: being made"; done & ticks=$!
+        fi
         call_gcloud 0 "${track[@]}" compute tpus tpu-vm create "$TPU_NAME" "${LOCATION[@]}" \
             "--accelerator-type=$TPU_ACCELERATOR" "--version=$TPU_RUNTIME" "${create_flags[@]}" >"$SCRATCH/create" 2>&1 || status=1
-        kill "$ticks"
-        wait "$ticks" 2>/dev/null || true
+        if [ -n "$ticks" ]; then
+            kill "$ticks"
+            wait "$ticks" 2>/dev/null || true
+        fi
     fi
     if [ "$status" = 0 ]; then return; fi
     if grep -q 'ALREADY_EXISTS' "$SCRATCH/create"; then say "$TPU_NAME: somebody has asked for it meanwhile"; return; fi
     stop_if_final "$SCRATCH/create"
     cat "$SCRATCH/create" >&2
     if [ "$VERDICT" = gone ]; then fail 2 "Google Cloud: something that the slice needs is not there, such as the network of tpu.project = $TPU_PROJECT: gcloud's message is above"; fi
-    if [ "$VERDICT" = room ]; then fail 3 "there is no room for $TPU_NAME now: $WHY. Try again later, or wait in the queue by --queued"; fi
+    if [ "$VERDICT" = room ]; then MAY_EXIST=''; fail 3 "there is no room for $TPU_NAME now: $WHY. Try again later, or wait in the queue by --queued"; fi
     fail 1 "$TPU_NAME could not be made: gcloud's message is above"
 }
 
@@ -176,11 +183,9 @@ if [ -n "$diagnose" ]; then
     "$PYTHON_HERE" scripts/diagnose.py --collect "$file" --hosts "$TPU_HOSTS" <"$SCRATCH/lines" & collector=$!
     on_hosts 0 all "$command" >"$SCRATCH/lines" 2>&1 || true
     wait "$collector" || status=1
-    how_to_delete
     exit "$status"
 fi
 if [ "$status" != 0 ]; then
-    how_to_delete
     fail 1 "the environment of $TPU_NAME could not be installed: the host's message is above; the same command again goes on"
 fi
 if [ -z "$DRY_RUN" ]; then
@@ -188,9 +193,8 @@ if [ -z "$DRY_RUN" ]; then
 fi
 if [ -n "$DRY_RUN" ] || [[ $ANSWER == *unchecked* ]]; then
     say "$TPU_NAME: checking its chips"
-    on_hosts 0 all "$(host_command check --config "$CONFIG" "${OVERRIDES[@]}")" || {
-        how_to_delete
-        fail 1 "the check of $TPU_NAME failed: the message is above; where a chip or a link is bad, delete the slice and ask for another"; }
+    on_hosts 0 all "$(host_command check --config "$CONFIG" "${OVERRIDES[@]}")" ||
+        fail 1 "the check of $TPU_NAME failed: the message is above; where a chip or a link is bad, delete the slice and ask for another"
 fi
-say "$TPU_NAME is ready: bash scripts/launch_experiment.sh $CONFIG"
-how_to_delete
+say "$TPU_NAME is ready: bash scripts/launch_experiment.sh $CONFIG${OVERRIDES[*]:+ ${OVERRIDES[*]}}"
+if [ -n "$DRY_RUN" ]; then how_to_delete; fi

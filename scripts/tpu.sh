@@ -6,6 +6,7 @@
 SCRATCH=$(mktemp -d)
 APART=''                                        # the process group of the gcloud command that runs now
 OUR_AGENT=''                                    # the process of our ssh-agent
+MAY_EXIST=''                                    # not empty: there may be a slice, and the end of this script is to say how to delete it
 ANSWER_SECONDS=${TRM_ANSWER_SECONDS:-120}       # for gcloud or a host to answer; gcloud by itself tries a dead host ten times
 CONTACT_SECONDS=${TRM_CONTACT_SECONDS:-300}     # for the first contact: Google takes minutes to bring a new ssh key to the hosts
 REASON_SECONDS=${TRM_REASON_SECONDS:-1800}      # between two times that the reason for waiting is shown
@@ -14,6 +15,7 @@ exec 3>&1                                       # for what a dry run prints whil
 # BASHPID: a process in the background that is killed just after its start would do this, too
 trap 'if [ "$BASHPID" = "$$" ]; then clean_up; fi' EXIT
 clean_up() {
+    if [ -n "$MAY_EXIST" ]; then how_to_delete 2>/dev/null || true; fi      # whose terminal may be gone
     if [ -n "$APART" ]; then kill -TERM -- "-$APART" 2>/dev/null || kill -TERM "$APART" 2>/dev/null || true; fi
     if [ -n "$OUR_AGENT" ]; then kill "$OUR_AGENT" 2>/dev/null || true; fi
     rm -rf "$SCRATCH"
@@ -50,7 +52,7 @@ in_repository() {
 }
 
 # under scripts/keep_alive.sh, which says it at its own end, this is silent
-how_to_delete() { [ -n "${TRM_KEPT_ALIVE:-}" ] || say "$TPU_NAME uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"; }
+how_to_delete() { MAY_EXIST=''; [ -n "${TRM_KEPT_ALIVE:-}" ] || say "$TPU_NAME uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"; }
 
 # ----- gcloud -----
 # apart SECONDS COMMAND...: run it in a session of its own, so that a key typed in this terminal neither reaches it nor stops it, for
@@ -134,6 +136,7 @@ describe() {
 look_at_slice() {
     describe tpu-vm 'csv[no-heading](state,health,acceleratorType)'
     IFS=, read -r NODE HEALTH TYPE <<< "$ANSWER"
+    case "$NODE" in GONE) MAY_EXIST='' ;; NO_ANSWER) ;; *) MAY_EXIST=yes ;; esac
 }
 
 # check_type: end where the slice of this name is of another type than the configuration's
@@ -164,8 +167,11 @@ delete_slice() {
         call_gcloud 0 compute tpus queued-resources delete "$TPU_NAME" "${LOCATION[@]}" --force || fail 1 "$failed"
     fi
     describe tpu-vm 'value(state)'
-    case "$DRY_RUN$ANSWER" in GONE|DELETING) return ;; esac
-    call_gcloud 0 compute tpus tpu-vm delete "$TPU_NAME" "${LOCATION[@]}" || fail 1 "$failed"
+    case "$DRY_RUN$ANSWER" in
+        GONE|DELETING) ;;
+        *) call_gcloud 0 compute tpus tpu-vm delete "$TPU_NAME" "${LOCATION[@]}" || fail 1 "$failed" ;;
+    esac
+    MAY_EXIST=''
 }
 
 # ----- its hosts -----
