@@ -109,13 +109,14 @@ need_gcloud
 say "$RUN_NAME: commit $COMMIT on $TPU_NAME ($TPU_ACCELERATOR, $TPU_HOSTS host(s)), to $RUN_URL"
 
 # ----- whether it can -----
+same="$CONFIG${OVERRIDES[*]:+ ${OVERRIDES[*]}}"
 if [ -z "$DRY_RUN" ]; then
     look_at_run
     check_type
     case "$NODE" in
         READY) ;;
         NO_ANSWER) fail 1 "gcloud gives no answer about the slice $TPU_NAME" ;;
-        *) fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $CONFIG${OVERRIDES[*]:+ ${OVERRIDES[*]}} (with --spot where the grant is for spot slices)" ;;
+        *) fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $same (with --spot where the grant is for spot slices)" ;;
     esac
     if [ -n "$SILENT" ]; then fail 1 "$RUN_WHY: look by $(how_to_look)"; fi
     case "$RUN_STATE" in running) fail 2 "$RUN_NAME runs on $TPU_NAME already ($RUN_WHY): see its log by bash scripts/launch_experiment.sh logs $RUN_NAME" ;; esac
