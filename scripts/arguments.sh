@@ -12,9 +12,8 @@ need_number() {
     if ! [[ $2 =~ ^[0-9]*\.?[0-9]+$ && $2 =~ [1-9] ]]; then mistake "$1 $2: must be a number above 0"; fi
 }
 
-# one_config FILE: sets CONFIG to the absolute path of this configuration, the only one
+# one_config FILE: sets CONFIG to the absolute path of this configuration, the only one. It may be there in a commit alone
 one_config() {
     if [ -n "$CONFIG" ]; then mistake "$1: one configuration at a time, after $CONFIG"; fi
-    if [ ! -e "$1" ]; then mistake "$1: there is no such configuration in $PWD"; fi
-    CONFIG=$(realpath "$1")
+    CONFIG=$(realpath --canonicalize-missing "$1")
 }

@@ -10,7 +10,7 @@ Makes the slice ready (scripts/setup_tpu.sh), starts the run (scripts/launch_exp
 preempted or is gone, it is asked for again, and the run goes on from its last checkpoint; a maintenance is waited for; a run that
 failed is started again, after a wait: one --poll, then 2, 4, 8, at most ten; it is short again once a run was up for ten looks. Not started again: one that ended by its user's mistake (status 2), or by `launch_experiment.sh stop`. What waiting does
 not mend (quota, permission, login) ends this at once, and leaves the run alone. So does a slice that Google calls healthy and whose
-hosts do not answer ten looks in a row: it is not deleted. The code is the commit that HEAD names now, whatever happens to it later.
+hosts do not answer ten looks in a row: it is not deleted. Code and configuration are those of the commit that HEAD names now, whatever happens to it later.
 May be stopped (Ctrl-C) and started again at any time: the run does not notice. Best run in tmux, or on a small VM.
 
   --run_name NAME     folder under logging.output_dir (default: the configuration's name)
@@ -24,8 +24,8 @@ May be stopped (Ctrl-C) and started again at any time: the run does not notice. 
   --dry_run           print the commands of one attempt, execute none
   -- FLAGS            more flags for train_tpu.py
 
-exit status: 0 the run is finished; 2 a mistake that waiting does not mend; 1 hours or attempts are spent, or a healthy slice does not
-answer; 143 the run was stopped by its user
+exit status: 0 the run is finished; 2 what waiting does not mend: a mistake, a refusal of Google's, a healthy slice that does not answer;
+1 hours or attempts are spent; 143 the run was stopped by its user
 
 settings: tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
 TPU_NAME, TPU_BUCKET; others as for scripts/setup_tpu.sh
@@ -63,8 +63,18 @@ case "$COMMIT" in *-dirty) refuse_uncommitted "commit them, a run of days must h
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
 need_gcloud
 
-setup() { TRM_KEPT_ALIVE=yes bash scripts/setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
-launch() { TRM_KEPT_ALIVE=yes bash scripts/launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
+setup() { part setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
+launch() { part launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
+# part SCRIPT ARGUMENTS...: what it prints is shown, and kept in $SCRATCH/attempt. It ends when this script does
+part() {
+    local status=0 shown
+    rm -f "$SCRATCH/part"
+    mkfifo "$SCRATCH/part"
+    tee "$SCRATCH/attempt" <"$SCRATCH/part" & shown=$!
+    TRM_KEPT_ALIVE=yes apart 0 bash scripts/"$1" "${@:2}" >"$SCRATCH/part" 2>&1 || status=$?
+    wait "$shown" || true
+    return "$status"
+}
 note() { echo "$(date -u '+%Y-%m-%d %H:%M:%S UTC') $RUN_NAME: $*" | tee -a "$log"; }
 
 if [ -n "$DRY_RUN" ]; then
@@ -84,13 +94,10 @@ fail() { local status=$1; shift; note "$*" >/dev/null; echo "error: $*" >&2; exi
 ended() {
     note "$2"
     MAY_EXIST=''
+    case "$1" in 1|2) echo "error: $2" >&2 ;; esac
     if [ -n "$delete_when_done" ] && [ "$1" = 0 ]; then
         # shellcheck disable=SC2086     # several words
-        if why=$(bash scripts/delete_tpu.sh $SLICE --yes --if_idle 2>&1 | tee /dev/stderr | tail -n 1); then
-            note "$TPU_NAME is deleted"
-        else
-            note "${why#error: }"
-        fi
+        if part delete_tpu.sh $SLICE --yes --if_idle; then note "$TPU_NAME is deleted"; else note "$(tail -n 1 "$SCRATCH/attempt" | sed 's/^error: //')"; fi
     else
         note "the slice $TPU_NAME, where it is there, uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"
     fi
@@ -116,7 +123,7 @@ worth_an_attempt() {
     if [ "$silent" -lt 10 ]; then return 1; fi
     case " ${slice_flags[*]} " in *" --replace_silent "*) return 0 ;; esac
     note "look by: $(how_to_look)"
-    ended 1 "$TPU_NAME is READY and $SILENT, and its hosts have not answered ten times: nothing is deleted, and the run may be well. --replace_silent deletes such a slice and asks for another"
+    ended 2 "Google Cloud: $TPU_NAME is READY and $SILENT, and its hosts have not answered ten times: nothing is deleted, and the run may be well. --replace_silent deletes such a slice and asks for another"
 }
 
 note "commit $COMMIT, slice $TPU_NAME, at most $max_attempts attempts and $max_hours hours"
@@ -136,17 +143,20 @@ while :; do
     if [ "$RUN_STATE" = running ]; then sleep "$poll"; continue; fi
     if [ "$RUN_STATE" = unknown ] && ! worth_an_attempt; then sleep "$poll"; continue; fi
     if [ "$attempts" -ge "$max_attempts" ]; then ended 1 "the $max_attempts attempts are spent; the slice is left as it is"; fi
-    if [ "$RUN_STATE" = failed ] && [ -n "$seen" ] && [ "$waited" != "$attempts" ]; then back_off; continue; fi
+    # one that ends at once by SIGTERM, as on a host that is about to go, is no better than one that crashes
+    case "$RUN_STATE $NODE" in failed*|"preempted READY")
+        if [ -n "$seen" ] && [ "$waited" != "$attempts" ] && { [ "$RUN_STATE" = failed ] || [ "$up" -lt 10 ]; }; then back_off; continue; fi ;;
+    esac
     attempts=$((attempts + 1)) status=0 silent=0
     left=$(awk -v now="$(date +%s)" -v end="$end" 'BEGIN {printf "%.4f", (end - now) / 3600}')
     note "attempt $attempts"
-    setup "$left" 2>&1 | tee "$SCRATCH/attempt" || status=$?
-    if [ "$status" = 0 ]; then launch 2>&1 | tee "$SCRATCH/attempt" || status=$?; fi
+    setup "$left" || status=$?
+    if [ "$status" = 0 ]; then launch || status=$?; fi
     why=$(grep '^error: ' "$SCRATCH/attempt" | tail -n 1 | cut -c8-) || true
     case "$status" in
         0) note "attempt $attempts: started"; seen=yes ;;
         2) look_at_run      # it may have been started from elsewhere meanwhile
-           if [ "$RUN_STATE" != running ]; then ended 2 "attempt $attempts: not tried again: $why"; fi ;;
+           if [ "$RUN_STATE" != running ]; then note "attempt $attempts: not tried again"; ended 2 "$why"; fi ;;
         3) note "attempt $attempts: no room for the slice; it is asked for again ($why)"; attempts=$((attempts - 1)); sleep "$poll" ;;
         *) note "attempt $attempts: did not start (status $status: $why)"; back_off ;;
     esac

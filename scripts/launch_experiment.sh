@@ -101,9 +101,7 @@ fi
 CONFIG=$(in_repository "$CONFIG")
 choose_code "$commit"
 case "$COMMIT$dirty" in *-dirty) refuse_uncommitted "commit them, or give --dirty to run them as they are" ;; esac
-CODE_HERE=$SCRATCH/code
-mkdir "$CODE_HERE"
-tar -xf "$SCRATCH/trm-code.tar" -C "$CODE_HERE"
+unpack_here
 read_settings "$CONFIG" --need project,name --run_name "$RUN_NAME" --to_launch "${OVERRIDES[@]}"
 need_gcloud
 say "$RUN_NAME: commit $COMMIT on $TPU_NAME ($TPU_ACCELERATOR, $TPU_HOSTS host(s)), to $RUN_URL"
@@ -116,7 +114,8 @@ if [ -z "$DRY_RUN" ]; then
     case "$NODE" in
         READY) ;;
         NO_ANSWER) fail 1 "gcloud gives no answer about the slice $TPU_NAME" ;;
-        *) fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $same (with --spot where the grant is for spot slices)" ;;
+        # under scripts/keep_alive.sh it has gone since that made it, and is asked for again
+        *) fail "$([ -n "${TRM_KEPT_ALIVE:-}" ] && echo 3 || echo 2)" "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $same (with --spot where the grant is for spot slices)" ;;
     esac
     if [ -n "$SILENT" ]; then fail 1 "$RUN_WHY: look by $(how_to_look)"; fi
     case "$RUN_STATE" in running) fail 2 "$RUN_NAME runs on $TPU_NAME already ($RUN_WHY): see its log by bash scripts/launch_experiment.sh logs $RUN_NAME" ;; esac
@@ -126,7 +125,11 @@ case "$DATASET" in gs://*)
     if [ "$DATASET" != "$DATASET_HERE" ] && [ -d "$DATASET_HERE" ]; then
         say "copying $DATASET_HERE to $DATASET, what is not there yet"
         call_gcloud 0 storage rsync --recursive "$DATASET_HERE" "$DATASET" || fail 1 "$DATASET_HERE could not be copied to $DATASET: gcloud's message is above"
-    elif ! call_gcloud "$ANSWER_SECONDS" storage ls "$DATASET/train/dataset.json" >/dev/null; then
+    elif ! call_gcloud "$ANSWER_SECONDS" storage ls "$DATASET/train/dataset.json" >/dev/null 2>"$SCRATCH/ls"; then
+        if ! grep -qE "matched no objects|not found: 404" "$SCRATCH/ls"; then
+            cat "$SCRATCH/ls" >&2
+            fail 1 "$DATASET: gcloud storage does not say what is there"
+        fi
         fail 2 "data.dataset_path: there is no dataset in $DATASET: build one by scripts/build_sudoku_dataset.py --output_dir $DATASET_HERE"
     fi ;;
 esac

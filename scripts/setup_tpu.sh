@@ -64,13 +64,14 @@ here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/tpu.sh
 CONFIG=$(in_repository "${CONFIG:-configs/base_sudoku_tpu.yaml}")
+choose_code "$commit"
+if [ -n "$commit" ]; then unpack_here; fi       # the configuration as it is in the code that is sent
 read_settings "$CONFIG" --need project,name "${OVERRIDES[@]}"
 need_gcloud
-choose_code "$commit"
 deadline=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", now + 3600 * hours}')
 
 ask_for_slice() {
-    local status=0 ticks=''
+    local status=0
     MAY_EXIST=yes
     say "asking for $TPU_NAME: $TPU_ACCELERATOR in $TPU_ZONE${create_flags[*]:+, ${create_flags[*]#--}}${queued:+, queued}"
     if [ -n "$queued" ]; then
@@ -78,18 +79,21 @@ ask_for_slice() {
             "--accelerator-type=$TPU_ACCELERATOR" "--runtime-version=$TPU_RUNTIME" "${create_flags[@]}" >"$SCRATCH/create" 2>&1 || status=1
     else
         if [ -z "$DRY_RUN" ]; then
-            while sleep "$poll" >/dev/null 2>&1 3>&-; do say "$TPU_NAME: being made"; done & ticks=$!
+            while sleep "$poll" >/dev/null 2>&1 3>&-; do say "$TPU_NAME: being made"; done & TICKS=$!
         fi
         call_gcloud 0 "${track[@]}" compute tpus tpu-vm create "$TPU_NAME" "${LOCATION[@]}" \
             "--accelerator-type=$TPU_ACCELERATOR" "--version=$TPU_RUNTIME" "${create_flags[@]}" >"$SCRATCH/create" 2>&1 || status=1
-        if [ -n "$ticks" ]; then
-            kill "$ticks"
-            wait "$ticks" 2>/dev/null || true
+        if [ -n "$TICKS" ]; then
+            kill "$TICKS"
+            wait "$TICKS" 2>/dev/null || true
+            TICKS=''
         fi
     fi
     if [ "$status" = 0 ]; then return; fi
     if grep -q 'ALREADY_EXISTS' "$SCRATCH/create"; then say "$TPU_NAME: somebody has asked for it meanwhile"; return; fi
-    stop_if_final "$SCRATCH/create"
+    # gcloud waits for half an hour at most
+    if grep -qE 'has not finished in [0-9]+ seconds' "$SCRATCH/create"; then say "$TPU_NAME: gcloud does not wait any longer"; return; fi
+    stop_if_final "$SCRATCH/create" create
     cat "$SCRATCH/create" >&2
     if [ "$VERDICT" = gone ]; then fail 2 "Google Cloud: something that the slice needs is not there, such as the network of tpu.project = $TPU_PROJECT: gcloud's message is above"; fi
     if [ "$VERDICT" = room ]; then MAY_EXIST=''; fail 3 "there is no room for $TPU_NAME now: $WHY. Try again later, or wait in the queue by --queued"; fi
@@ -120,6 +124,8 @@ wait_more() {
 replace() {
     case "$QUEUED" in FAILED|SUSPENDED) say_reason ;; esac
     if [ -n "$asked" ]; then
+        { echo "ERROR: "; echo "$ANSWER"; } > "$SCRATCH/problem"
+        stop_if_final "$SCRATCH/problem"
         # how a request ends that Google could not fill, or a slice that was taken away at once
         case "$QUEUED" in FAILED) fail 1 "$TPU_NAME: the request FAILED, for the reason above; the same command deletes it and asks again" ;; esac
         fail 3 "$TPU_NAME is $1 before it could be used"
@@ -139,6 +145,7 @@ while [ -z "$DRY_RUN" ]; do
     case "$QUEUED $NODE" in
         *NO_ANSWER*) wait_more "gcloud gives no answer" ;;
         "GONE GONE")
+            MAY_EXIST=''
             if [ -n "$diagnose" ]; then fail 2 "$TPU_NAME is not there: bash scripts/setup_tpu.sh $CONFIG $SLICE makes it"; fi
             if [ -n "$asked" ]; then fail 3 "$TPU_NAME went away before it could be used"; fi
             ask_for_slice
@@ -147,11 +154,13 @@ while [ -z "$DRY_RUN" ]; do
             fail 1 "$TPU_NAME is $NODE, which no preemption leaves behind: nothing is deleted. bash scripts/delete_tpu.sh $SLICE deletes it; then the same command" ;;
         *" READY")
             case "$HEALTH" in UNHEALTHY_MAINTENANCE) wait_more "in maintenance, and goes on by itself"; continue ;; esac
+            before=$HEALTH
             if hosts_answer; then break; fi
             look_at_slice
-            case "$NODE $HEALTH $replace_silent" in
+            case "$NODE $HEALTH $before $replace_silent" in
                 "READY UNHEALTHY_MAINTENANCE "*) ;;
-                "READY TIMEOUT "*) replace "in health TIMEOUT, and its hosts have not answered for $CONTACT_SECONDS s" ;;
+                "READY TIMEOUT TIMEOUT "*) replace "in health TIMEOUT, and its hosts have not answered for $CONTACT_SECONDS s" ;;
+                "READY TIMEOUT "*) say "$TPU_NAME: in health TIMEOUT now" ;;
                 "READY "*yes) replace "silent: its hosts have not answered for $CONTACT_SECONDS s" ;;
                 "READY "*)
                     say "look by: $(how_to_look)"
@@ -159,7 +168,13 @@ while [ -z "$DRY_RUN" ]; do
                         "the way to it may be wrong (TRM_GCLOUD_SSH_FLAGS); --replace_silent deletes such a slice and asks for another" ;;
             esac ;;
         FAILED*|SUSPENDED*|*" PREEMPTED"|*" TERMINATED") replace "$QUEUED $NODE" ;;
-        "ACTIVE GONE") if [ "$ghost" -ge 3 ]; then replace "ACTIVE in the queue, and there is no slice"; else wait_more "ACTIVE in the queue, and no slice yet"; fi ;;
+        "ACTIVE GONE")
+            if [ "$ghost" -lt 3 ]; then wait_more "ACTIVE in the queue, and no slice yet"; continue; fi
+            describe queued-resources 'value(tpu.nodeSpec[].nodeId)'
+            if [ "$ANSWER" != "$TPU_NAME" ]; then
+                fail 2 "Google Cloud: the queued resource $TPU_NAME is for slices of other names ($ANSWER): nothing is deleted; give the new slice another name (TPU_NAME, tpu.name=...)"
+            fi
+            replace "ACTIVE in the queue, and its slice is gone" ;;
         *) wait_more "$([ "$QUEUED" = GONE ] && echo "$NODE" || echo "$QUEUED in the queue, slice $NODE")" ;;
     esac
 done

@@ -5,6 +5,7 @@
 
 SCRATCH=$(mktemp -d)
 APART=''                                        # the process group of the gcloud command that runs now
+TICKS=''                                        # the process that says that there is no news
 OUR_AGENT=''                                    # the process of our ssh-agent
 MAY_EXIST=''                                    # not empty: there may be a slice, and the end of this script is to say how to delete it
 ANSWER_SECONDS=${TRM_ANSWER_SECONDS:-120}       # for gcloud or a host to answer; gcloud by itself tries a dead host ten times
@@ -15,10 +16,12 @@ exec 3>&1                                       # for what a dry run prints whil
 # BASHPID: a process in the background that is killed just after its start would do this, too
 trap 'if [ "$BASHPID" = "$$" ]; then clean_up; fi' EXIT
 clean_up() {
-    if [ -n "$MAY_EXIST" ]; then how_to_delete 2>/dev/null || true; fi      # whose terminal may be gone
+    trap '' PIPE        # who reads what is printed may be gone already, as a tee that Ctrl-C has ended
+    if [ -n "$TICKS" ]; then kill "$TICKS" 2>/dev/null || true; fi
     if [ -n "$APART" ]; then kill -TERM -- "-$APART" 2>/dev/null || kill -TERM "$APART" 2>/dev/null || true; fi
     if [ -n "$OUR_AGENT" ]; then kill "$OUR_AGENT" 2>/dev/null || true; fi
     rm -rf "$SCRATCH"
+    if [ -n "$MAY_EXIST" ]; then how_to_delete >&3 2>/dev/null || true; fi
 }
 
 say() { echo "$(date -u +%H:%M:%S) $*"; }
@@ -75,11 +78,12 @@ need_gcloud() {
     if [ -n "$DRY_RUN" ]; then return; fi
     command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
     call_gcloud "$ANSWER_SECONDS" auth list --filter=status:ACTIVE '--format=value(account)' >"$SCRATCH/account" 2>/dev/null || true
-    [ -s "$SCRATCH/account" ] || fail 2 "gcloud has no active account: gcloud auth login"
+    [ -s "$SCRATCH/account" ] || fail 2 "Google Cloud: gcloud has no active account: gcloud auth login"
 }
 
-# judge FILE: whether waiting mends what gcloud says there. VERDICT: gone (there is no such thing), room (none now), later (try again),
-# final (it does not; WHY says what does). Only gcloud's own errors are read: a host may print anything.
+# judge FILE [create]: whether waiting mends what gcloud says there. VERDICT: gone (there is no such thing), room (none now), later (try
+# again), final (it does not; WHY says what does). Only gcloud's own errors are read: a host may print anything. create: of a request for
+# a slice, whose conditions do not change as those of a slice do that is just being taken away.
 judge() {
     local text quota="Quota (limit )?'([^']+)' (has been exceeded|exhausted)\. +Limit:? ([0-9]+) in [a-z]* ?([a-z0-9-]+)"
     text=$(sed -n '/^ERROR: /,$p' "$1" | tr -s '\n ' ' ')
@@ -96,14 +100,16 @@ judge() {
     elif [[ $text =~ "no more capacity"|"not enough resources"|"Insufficient reserved capacity"|RESOURCE_EXHAUSTED|'"code": 8,' ]]; then
         VERDICT=room WHY="Google has no $TPU_ACCELERATOR free in $TPU_ZONE"
     elif [[ $text =~ SERVICE_DISABLED|"has not been used in project" ]]; then
-        final "the Cloud TPU API is off in $TPU_PROJECT: gcloud services enable tpu.googleapis.com --project=$TPU_PROJECT, and a minute later the same command"
+        local api=tpu.googleapis.com
+        if [[ $text =~ ([a-z]+\.googleapis\.com) ]]; then api=${BASH_REMATCH[1]}; fi
+        final "the service $api is off in $TPU_PROJECT: gcloud services enable $api --project=$TPU_PROJECT, and a minute later the same command"
     elif [[ $text =~ "Location "[^\ ]+" is not found" ]]; then
         final "tpu.zone = $TPU_ZONE: Google knows no such zone for TPUs, or $TPU_PROJECT may not use it: take the zone that the grant names (gcloud compute tpus locations list --project=$TPU_PROJECT)"
-    elif [[ $text =~ PERMISSION_DENIED ]]; then
+    elif [[ $text =~ PERMISSION_DENIED|"Required '"[a-z.A-Z]+"' permission" ]]; then
         final "the account may not do this in tpu.project = $TPU_PROJECT: check the project's id and 'gcloud auth list'; the account needs the roles TPU Admin and Compute Viewer there"
     elif [[ $text =~ UNAUTHENTICATED|invalid_grant|invalid_rapt|[Rr]eauth|"do not currently have an active account" ]]; then
         final "gcloud's login has expired: gcloud auth login, then the same command"
-    elif [[ $text =~ INVALID_ARGUMENT|FAILED_PRECONDITION|NOT_FOUND|'"code": '([3579]|16), ]]; then
+    elif [[ $text =~ INVALID_ARGUMENT ]] || [[ ${2:-} = create && $text =~ FAILED_PRECONDITION|NOT_FOUND|'"code": '([3579]|16), ]]; then
         final "Google refuses the request: its message is above; check tpu.accelerator_type = $TPU_ACCELERATOR, tpu.zone = $TPU_ZONE, tpu.runtime_version = $TPU_RUNTIME, and the project's network"
     elif [[ $text =~ "unrecognized arguments"|"Invalid choice"|"expected one argument"|"Must be specified" ]]; then
         final "this gcloud does not know the command: gcloud components update, or look at TRM_GCLOUD_SSH_FLAGS"
@@ -111,10 +117,10 @@ judge() {
 }
 final() { VERDICT=final WHY="$*"; }
 
-# stop_if_final FILE: end where waiting does not mend what gcloud says there. By the first words of the message scripts/sweep.py knows
+# stop_if_final FILE [create]: end where waiting does not mend what gcloud says there. By the first words of the message scripts/sweep.py knows
 # that it is not the run's fault
 stop_if_final() {
-    judge "$1"
+    judge "$@"
     if [ "$VERDICT" = final ]; then cat "$1" >&2; fail 2 "Google Cloud: $WHY"; fi
 }
 
@@ -136,13 +142,13 @@ describe() {
 look_at_slice() {
     describe tpu-vm 'csv[no-heading](state,health,acceleratorType)'
     IFS=, read -r NODE HEALTH TYPE <<< "$ANSWER"
-    case "$NODE" in GONE) MAY_EXIST='' ;; NO_ANSWER) ;; *) MAY_EXIST=yes ;; esac
+    case "$NODE" in GONE|NO_ANSWER) ;; *) MAY_EXIST=yes ;; esac
 }
 
 # check_type: end where the slice of this name is of another type than the configuration's
 check_type() {
     if [ -n "$TYPE" ] && [ "$TYPE" != "$TPU_ACCELERATOR" ]; then
-        fail 2 "the slice $TPU_NAME is a $TYPE, and tpu.accelerator_type asks for $TPU_ACCELERATOR: say tpu.accelerator_type=$TYPE, or give the new slice another name (TPU_NAME, tpu.name=...)"
+        fail 2 "Google Cloud: the slice $TPU_NAME is a $TYPE, and tpu.accelerator_type asks for $TPU_ACCELERATOR: say tpu.accelerator_type=$TYPE, or give the new slice another name (TPU_NAME, tpu.name=...)"
     fi
 }
 
@@ -150,6 +156,7 @@ check_type() {
 look_at_queue() {
     describe queued-resources 'value(state.state)'
     QUEUED=$ANSWER
+    case "$QUEUED" in GONE|NO_ANSWER) ;; *) MAY_EXIST=yes ;; esac
 }
 
 # say_reason: why the queued resource is in its state, as Google says it
@@ -178,7 +185,10 @@ delete_slice() {
 # use_ssh_key: an ssh-agent of this command's own that holds gcloud's key: gcloud reaches several hosts at once only with one, and the
 # agent that SSH_AUTH_SOCK names may be one of a login that has ended
 use_ssh_key() {
-    local key=~/.ssh/google_compute_engine
+    local key=~/.ssh/google_compute_engine flag
+    for flag in "${SSH_FLAGS[@]}"; do
+        case "$flag" in --ssh-key-file=*) key=${flag#*=} ;; esac
+    done
     if [ "$TPU_HOSTS" = 1 ] || [ -n "$OUR_AGENT" ]; then return; fi
     if [ -n "$DRY_RUN" ]; then execute ssh-add -q "$key"; return; fi
     if [ ! -e "$key" ]; then    # as gcloud makes it
@@ -199,12 +209,13 @@ on_hosts() {
     reach "$1" ssh "$TPU_NAME" "${LOCATION[@]}" "--worker=$2" "--command=$3"
 }
 
-# reach SECONDS ssh|scp ARGUMENTS...
+read -r -a SSH_FLAGS <<< "${TRM_GCLOUD_SSH_FLAGS:-}"
+SSH_TRACK=()
+case " ${SSH_FLAGS[*]} " in *" --tunnel-through-iap "*) SSH_TRACK=(alpha) ;; esac       # no other track has this flag
+
+# reach SECONDS ssh|scp ARGUMENTS...: a host that has vanished is noticed after 90 s; by itself ssh would wait for hours
 reach() {
-    local flags=() track=()
-    read -r -a flags <<< "${TRM_GCLOUD_SSH_FLAGS:-}"
-    case " ${flags[*]} " in *" --tunnel-through-iap "*) track=(alpha) ;; esac       # no other track has this flag
-    call_gcloud "$1" "${track[@]}" compute tpus tpu-vm "${@:2}" "${flags[@]}"
+    call_gcloud "$1" "${SSH_TRACK[@]}" compute tpus tpu-vm "${@:2}" "--$2-flag=-oServerAliveInterval=30" "${SSH_FLAGS[@]}"
 }
 
 # ask_hosts SECONDS WORKER|all COMMAND: sets ANSWER to what they print; what gcloud says is shown if it fails
@@ -218,7 +229,7 @@ ask_hosts() {
     return "$status"
 }
 
-how_to_look() { echo "gcloud compute tpus tpu-vm ssh $TPU_NAME ${LOCATION[*]}${TRM_GCLOUD_SSH_FLAGS:+ $TRM_GCLOUD_SSH_FLAGS}"; }
+how_to_look() { echo "gcloud ${SSH_TRACK[*]:+${SSH_TRACK[*]} }compute tpus tpu-vm ssh $TPU_NAME ${LOCATION[*]}${TRM_GCLOUD_SSH_FLAGS:+ $TRM_GCLOUD_SSH_FLAGS}"; }
 
 # ----- the code -----
 # uncommitted: the changes that a run would have, or miss, against the commit; other files that git does not know are no code
@@ -247,20 +258,30 @@ choose_code() {
         TREE=$(export GIT_INDEX_FILE=$SCRATCH/index; git read-tree HEAD; git add --all; git write-tree)
     fi
     CODE=trm/code/${COMMIT:0:12}-${TREE:0:12}
-    git archive --format=tar --output="$SCRATCH/trm-code.tar" "$TREE"
+    # a name of its own for each tree: two commands at once do not unpack each other's
+    ARCHIVE=trm-code-${TREE:0:12}.tar
+    git archive --format=tar --output="$SCRATCH/$ARCHIVE" "$TREE"
     echo "$COMMIT" > "$SCRATCH/COMMIT"
-    tar --append --file="$SCRATCH/trm-code.tar" --directory="$SCRATCH" COMMIT
+    tar --append --file="$SCRATCH/$ARCHIVE" --directory="$SCRATCH" COMMIT
+}
+
+# unpack_here: what is sent, into CODE_HERE
+unpack_here() {
+    CODE_HERE=$SCRATCH/code
+    mkdir "$CODE_HERE"
+    tar -xf "$SCRATCH/$ARCHIVE" -C "$CODE_HERE"
 }
 
 # send_code: to all hosts, where unpack_code, the beginning of a command for them, finds it
 send_code() {
     use_ssh_key
-    if reach 0 scp "$SCRATCH/trm-code.tar" "$TPU_NAME:" "${LOCATION[@]}" --worker=all 2>"$SCRATCH/problem"; then return; fi
+    if reach 0 scp "$SCRATCH/$ARCHIVE" "$TPU_NAME:" "${LOCATION[@]}" --worker=all 2>"$SCRATCH/problem"; then return; fi
     stop_if_final "$SCRATCH/problem"
     cat "$SCRATCH/problem" >&2
     fail 1 "the code could not be sent to all hosts of $TPU_NAME: gcloud's message is above"
 }
-unpack_code() { echo "mkdir -p $CODE && tar -xf trm-code.tar -C $CODE && ln -sfn ~/$CODE trm/current"; }
+# status 1, not tar's own 2: that is for mistakes of the user
+unpack_code() { echo "mkdir -p $CODE && { tar -xf $ARCHIVE -C $CODE || exit 1; } && ln -sfn ~/$CODE trm/current"; }
 
 # host_command ARGUMENTS: a command for hosts, scripts/tpu_host.sh with these
 host_command() { echo "bash trm/current/scripts/tpu_host.sh$(printf ' %q' "$@")"; }
@@ -319,7 +340,7 @@ check_bucket() {
     bucket=$(cut -d/ -f1-3 <<< "$RUN_URL")
     if ! call_gcloud "$ANSWER_SECONDS" storage buckets describe "$bucket" '--format=value(location)' >"$SCRATCH/answer" 2>"$SCRATCH/problem"; then
         if grep -q 'not found: 404' "$SCRATCH/problem"; then
-            fail 2 "tpu.bucket: there is no bucket $bucket: gcloud storage buckets create $bucket --project=$TPU_PROJECT --location=$region"
+            fail 2 "Google Cloud: there is no bucket $bucket: gcloud storage buckets create $bucket --project=$TPU_PROJECT --location=$region"
         fi
         say "warning: gcloud does not say in which region $bucket is; it should be in $region"
         return

@@ -38,15 +38,18 @@ setup() {
     INSTALL_WITH=uv set_up_environment "${files[@]}"
 }
 
-# take_chips WHAT: for this process and what it starts, or status 2
+# take_chips WHAT: for this process and what it starts, or status 2. A check or a diagnosis, in brackets, is waited for: it may be the
+# one that ssh began before its connection broke
 take_chips() {
     exec 9>>"$lock"
-    flock --timeout 2 9 || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
+    flock --timeout 2 9 || { [[ $(cat "$lock") = "("* ]] && waited=yes && flock --timeout 1500 9; } || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
     echo "$1" > "$lock"
 }
 
 check() {
+    local waited=''
     take_chips "(a check of the devices)"
+    if [ -n "$waited" ] && [ -e "$checked" ]; then return; fi
     "$TRM_VENV/bin/python" scripts/check_devices.py "$@"
     touch "$checked"
 }
@@ -62,7 +65,8 @@ start() {
     shift
     mkdir -p "$folder"
     exec 9>>"$lock"
-    if ! flock --timeout 2 9; then      # longer than somebody's look at it takes
+    # 2 s: longer than somebody's look at it takes; a check or a diagnosis ends by itself
+    if ! flock --timeout 2 9 && ! { [[ $(cat "$lock") = "("* ]] && flock --timeout 1500 9; }; then
         if up && [ "$(cat "$folder/id")" = "$id" ]; then return; fi
         echo "error: $(hostname): the run $(cat "$lock") is up already, and one at a time has the chips: wait for it, or stop it" >&2
         return 2

@@ -103,6 +103,7 @@ def python3(environment_python, words):
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         case [script, *rest] if not script.startswith("-"):
             pretend([script, *rest])
+            sys.path.insert(0, str(Path(script).resolve().parent))      # as an interpreter does
             runpy.run_path(script, run_name="__main__")
         case _:
             fail(f"the host's python3 does not know {words}", 2)

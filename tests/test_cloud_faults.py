@@ -34,7 +34,7 @@ class Refusals(SliceTest):
                 ("late_no_quota", f"the limit of {quota} is 0"),
                 ("little_quota", f"the limit of {quota} is 2"),
                 ("denied", "the account may not do this in tpu.project = my-project-1", "TPU Admin"),
-                ("api_off", "the Cloud TPU API is off in my-project-1: gcloud services enable tpu.googleapis.com --project=my-project-1"),
+                ("api_off", "the service tpu.googleapis.com is off in my-project-1: gcloud services enable tpu.googleapis.com --project=my-project-1"),
                 ("no_zone", "tpu.zone = us-central2-b: Google knows no such zone"),
                 ("wrong_type", "Google refuses the request: its message is above; check tpu.accelerator_type = v4-8"),
                 ("late_wrong_type", "Google refuses the request"),
@@ -62,7 +62,8 @@ class Refusals(SliceTest):
     def test_keep_alive_ends_where_waiting_does_not_help(self):
         self.refuse("create", "no_quota")
         output = self.script("keep_alive", "configs/tiny.yaml", "--poll", "0.1", "--log_dir", str(self.folder / "log"), status=2)
-        self.assertIn("attempt 1: not tried again: Google Cloud: my-project-1 has no quota for v4-8", output)
+        self.assertIn("attempt 1: not tried again\n", output)
+        self.assertIn("error: Google Cloud: my-project-1 has no quota for v4-8", output.splitlines()[-1])
         self.assertEqual(self.changes(), ["tpu-vm create"])
         self.assertIn(DELETE.replace("uses", "where it is there, uses"), (self.folder / "log" / "tiny.log").read_text())
 
@@ -93,6 +94,41 @@ class Refusals(SliceTest):
         self.setup_tpu()            # it holds quota, and is deleted first
         self.assertEqual(self.changes(), ["queued-resources create", "queued-resources delete", "tpu-vm create", "tpu-vm scp"])
 
+    def test_a_request_that_failed_for_want_of_quota_ends_at_once(self):
+        (self.cloud / "later").mkdir()
+        (self.cloud / "later" / "queued").write_text("WAITING_FOR_RESOURCES\nFAILED")
+        process = self.begin("setup_tpu", "configs/tiny.yaml", "--queued", "--poll", "0.5")
+        self.wait_for((self.cloud / "queued" / NAME / "state").exists)
+        (self.cloud / "queued" / NAME / "why").write_text("no_quota")
+        output, _ = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 2, output)
+        self.assertIn("error: Google Cloud: my-project-1 has no quota for v4-8", output)
+
+    def test_a_queued_resource_of_other_slices_is_left_alone(self):
+        for nodes, status in (("other", 2), (f"{NAME};other", 2), (NAME, 0)):
+            queued = self.cloud / "queued" / NAME
+            queued.mkdir(parents=True, exist_ok=True)
+            (queued / "state").write_text("ACTIVE")
+            (queued / "nodes").write_text(nodes)
+            output = self.setup_tpu(status=status)
+            self.assertEqual("is for slices of other names" in output, status == 2, output)
+            self.assertEqual("queued-resources delete" in self.changes(), status == 0)
+
+    def test_a_slice_that_goes_between_setup_and_launch(self):
+        """It is asked for again, and nobody's mistake."""
+        (self.cloud / "later").mkdir()
+        (self.cloud / "later" / "slices").write_text("READY\nPREEMPTED")
+        self.stand_in("exit 0")
+        output = self.script("keep_alive", "configs/tiny.yaml", "--poll", "0.1", "--log_dir", str(self.folder / "log"))
+        self.assertIn("the slice my-tpu is PREEMPTED, not READY", output)
+        self.assertEqual(self.changes().count("tpu-vm create"), 2)
+
+    def test_a_bucket_that_does_not_answer_is_no_mistake(self):
+        self.make_slice()
+        self.refuse("ls", "unavailable")
+        output = self.script("launch_experiment", "configs/tiny.yaml", f"data.dataset_path={self.url}/other", status=1)
+        self.assertIn("/other: gcloud storage does not say what is there", output)
+
     def test_the_reason_for_waiting_is_shown_from_time_to_time(self):
         with mock.patch.dict(os.environ, TRM_REASON_SECONDS="1"):
             output = self.setup_tpu("--queued", "--max_hours", "0.0015", status=3)
@@ -103,7 +139,7 @@ class Refusals(SliceTest):
 
     def test_another_slice_has_the_name(self):
         self.make_slice()
-        self.mistake("setup_tpu", "configs/tiny.yaml", "tpu.accelerator_type=v4-16", says=["the slice my-tpu is a v4-8, and tpu.accelerator_type asks for v4-16"])
+        self.mistake("setup_tpu", "configs/tiny.yaml", "tpu.accelerator_type=v4-16", says=["Google Cloud: the slice my-tpu is a v4-8, and tpu.accelerator_type asks for v4-16"])
         self.mistake("launch_experiment", "configs/tiny.yaml", "tpu.accelerator_type=v4-16", says=["the slice my-tpu is a v4-8"])
 
     def test_buckets(self):
@@ -156,6 +192,17 @@ class Health(SliceTest):
         self.assertEqual(output.count("my-tpu: in maintenance, and goes on by itself, waiting"), 1)
         self.assertEqual(self.changes(), ["tpu-vm scp"])
 
+    def test_one_look_at_timeout_deletes_nothing(self):
+        """The slice was HEALTHY before; only one that was in TIMEOUT for all the time of silence is deleted."""
+        self.gcloud.make_slice(NAME, "v4-8")
+        (self.cloud / "later").mkdir()
+        (self.cloud / "later" / "slices").write_text("READY HEALTHY\nREADY TIMEOUT\nREADY HEALTHY\nREADY HEALTHY")
+        (self.cloud / "silent").write_text("999")
+        with mock.patch.dict(os.environ, TRM_CONTACT_SECONDS="1"):
+            output = self.setup_tpu(status=1)
+        self.assertIn("my-tpu: in health TIMEOUT now", output)
+        self.assertEqual(self.changes(), [])
+
     def test_keep_alive_in_a_maintenance_and_in_a_timeout(self):
         begun = self.stand_in(ENDLESS, ENDLESS)
         with mock.patch.dict(os.environ, TRM_CONTACT_SECONDS="1"):
@@ -172,6 +219,16 @@ class Health(SliceTest):
             begun(2)
         self.assertIn("tpu-vm delete", self.changes())
         process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+    def test_keep_alive_that_is_killed_leaves_nobody_at_work(self):
+        (self.cloud / "first_contact").write_text("60")
+        process = self.begin("keep_alive", "configs/tiny.yaml", "--poll", "0.1", "--log_dir", str(self.folder / "log"))
+        self.wait_for(lambda: any(call["command"].endswith("ssh") for call in self.calls()))
+        os.kill(process.pid, signal.SIGTERM)        # its own process alone
+        output, _ = process.communicate(timeout=60)     # until nobody has its output any more
+        self.assertEqual(process.returncode, -signal.SIGTERM, output)
+        self.assertIn(DELETE, output)
 
     def test_the_first_contact_may_take_longer_than_an_answer(self):
         (self.cloud / "first_contact").write_text("3")
@@ -315,8 +372,9 @@ class Words(SliceTest):
                 ("launch_experiment", ["stop"], "stop needs the name of a run; bash scripts/launch_experiment.sh status lists them"),
                 ("launch_experiment", ["status", "configs/tiny.yaml"], "configs/tiny.yaml: is no name of a run; did you mean tiny?"),
                 ("launch_experiment", ["stop", "a", "b"], "stop a b: one run at a time"),
-                ("launch_experiment", ["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: there is no such configuration in"),
-                ("keep_alive", ["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: there is no such configuration in")):
+                ("launch_experiment", ["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: cannot read this configuration"),
+                ("setup_tpu", ["../tiny.yaml"], "tiny.yaml: the hosts get this repository, and it is not in there"),
+                ("keep_alive", ["elsewhere/tiny.yaml"], "elsewhere/tiny.yaml: cannot read this configuration")):
             self.mistake(script, *words, says=[says])
 
     def test_uncommitted_files_are_named(self):

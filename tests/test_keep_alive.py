@@ -117,7 +117,7 @@ class KeepAlive(SliceTest):
         self.wait_for(lambda: "running" in (self.folder / "log" / "tiny.log").read_text().splitlines()[-1])
         self.assertNotIn("tpu-vm delete", self.changes())
         (self.cloud / "silent").write_text("99")
-        log = self.ends(process, 1)
+        log = self.ends(process, 2)
         self.assertEqual(self.attempts(log), [1, 2])
         for text in ("failed (hosts: status 137)", "failure 1 in a row: the next attempt is in 0.5 s", "unknown (gcloud gives no answer",
                      f"unknown (the hosts of {NAME} do not answer, and Google calls it READY and HEALTHY)",

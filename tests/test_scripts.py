@@ -135,7 +135,7 @@ class Settings(SliceTest):
         (self.cloud / "no_account").touch()
         for words in (("setup_tpu", "configs/tiny.yaml"), ("launch_experiment", "configs/tiny.yaml"), ("launch_experiment", "status", "tiny"),
                       ("keep_alive", "configs/tiny.yaml"), ("download_results",), ("delete_tpu", "--yes")):
-            self.mistake(*words, says=["gcloud has no active account: gcloud auth login"])
+            self.mistake(*words, says=["Google Cloud: gcloud has no active account: gcloud auth login"])
         self.assertEqual({call["command"] for call in self.calls()}, {"auth list"})
 
 
@@ -366,9 +366,10 @@ class Runs(SliceTest):
     def test_two_hosts(self):
         self.make_slice("v4-16")
         two = ("tpu.accelerator_type=v4-16", "--run_name", "two")
-        (self.host(1) / "trm-code.tar").mkdir()         # nothing can be sent to this host
+        tree = self.git("rev-parse", "HEAD^{tree}")[:12]
+        (self.host(1) / f"trm-code-{tree}.tar").mkdir()         # nothing can be sent to this host
         self.assertIn("error: the code could not be sent", self.launch(*two, status=1))
-        (self.host(1) / "trm-code.tar").rmdir()
+        (self.host(1) / f"trm-code-{tree}.tar").rmdir()
         (self.host(1) / "trm" / "runs").touch()         # nor can a run begin there
         self.stand_in(ENDLESS, ENDLESS)                 # on host 0
         output = self.launch(*two, status=1)

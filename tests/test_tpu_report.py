@@ -327,9 +327,10 @@ class CompileTest(ReportTest):
         self.assertEqual(kernels["count"], 8 + 2)       # two SwiGLUs, two calls in each of two cycles; and the backward of the token mixing
         self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"] < 1e-3 * report["estimated_ms_per_step"])
         self.assertTrue(0 < report["estimated_mfu"] < 1)
-        for products in report["matrix_products"].values():
-            self.assertGreater(products["bfloat16"], 10)
-            self.assertEqual(products["float32"], 0)
+        # besides the kernels' own: the output head, in evaluation nothing but that; and what has a gradient, in training
+        self.assertEqual({products["float32"] for products in report["matrix_products"].values()}, {0})
+        self.assertGreater(report["matrix_products"]["train"]["bfloat16"], report["matrix_products"]["evaluation"]["bfloat16"])
+        self.assertGreater(report["matrix_products"]["evaluation"]["bfloat16"], 0)
         self.assertGreater(report["host_ms_per_step"], 0)
         self.assertGreater(report["estimated_hours"], 0)
         self.assertTrue(any(re.fullmatch(r"trm_model\.py:\d+", source) for _, _, source, _, _ in report["where"]), report["where"])
