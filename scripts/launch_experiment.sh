@@ -114,8 +114,9 @@ if [ -z "$DRY_RUN" ]; then
     case "$NODE" in
         READY) ;;
         NO_ANSWER) fail 1 "gcloud gives no answer about the slice $TPU_NAME" ;;
-        # under scripts/keep_alive.sh it has gone since that made it, and is asked for again
-        *) fail "$([ -n "${TRM_KEPT_ALIVE:-}" ] && echo 3 || echo 2)" "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $same (with --spot where the grant is for spot slices)" ;;
+        *)  # under scripts/keep_alive.sh it has gone since that made it, and is asked for again
+            if [ -n "${TRM_KEPT_ALIVE:-}" ]; then fail 3 "the slice $TPU_NAME is $NODE before the run could start"; fi
+            fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $same (with --spot where the grant is for spot slices)" ;;
     esac
     if [ -n "$SILENT" ]; then fail 1 "$RUN_WHY: look by $(how_to_look)"; fi
     case "$RUN_STATE" in running) fail 2 "$RUN_NAME runs on $TPU_NAME already ($RUN_WHY): see its log by bash scripts/launch_experiment.sh logs $RUN_NAME" ;; esac

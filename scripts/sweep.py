@@ -9,6 +9,7 @@ The same command goes on where it was stopped: sweep_ledger.py remembers.
 import dataclasses
 import glob
 import os
+import re
 import shlex
 import signal
 import socket
@@ -70,8 +71,9 @@ def make_cells(patterns, seeds, overrides, slices):
                 break
             cells.append(Cell(name, path, changes, config, join(output_dir, name), places))
     if wrong:
-        # a wrong variable of the environment is one mistake, not one of each
-        raise UserError("\nerror: ".join(dict.fromkeys(wrong)))
+        # a wrong variable of the environment is one mistake, not one of each configuration
+        lines = [line for text in wrong for line in text.split("\nerror: ")]
+        raise UserError("\nerror: ".join({re.sub(r".*?: (?=TPU_)", "", line): None for line in lines}))
     check_one_kind(cells)
     return cells
 

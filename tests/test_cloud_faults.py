@@ -120,7 +120,7 @@ class Refusals(SliceTest):
         (self.cloud / "later" / "slices").write_text("READY\nPREEMPTED")
         self.stand_in("exit 0")
         output = self.script("keep_alive", "configs/tiny.yaml", "--poll", "0.1", "--log_dir", str(self.folder / "log"))
-        self.assertIn("the slice my-tpu is PREEMPTED, not READY", output)
+        self.assertIn("the slice my-tpu is PREEMPTED before the run could start", output)
         self.assertEqual(self.changes().count("tpu-vm create"), 2)
 
     def test_a_bucket_that_does_not_answer_is_no_mistake(self):

@@ -20,6 +20,7 @@ class Rehearsal(SliceTest):
         with mock.patch.dict(os.environ, TRM_CONTACT_SECONDS="3"):      # as long as a slice in TIMEOUT is waited for
             keeper = self.begin("keep_alive", *two, "--spot", "--poll", "0.5", "--delete_when_done", "--log_dir", str(self.folder / "log"))
         self.arrived(10)
+        self.wait_for(lambda: "checkpoint_step_7.json" in self.gcloud.listed(f"{self.url}/runs/tiny/checkpoints"))
         self.preempt()                                                  # without time for a checkpoint
         self.arrived(20)
         self.preempt("PREEMPTED", noticed=lambda: self.release(10))     # with it
