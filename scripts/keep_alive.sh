@@ -150,6 +150,7 @@ while :; do
     attempts=$((attempts + 1)) status=0 silent=0
     left=$(awk -v now="$(date +%s)" -v end="$end" 'BEGIN {printf "%.4f", (end - now) / 3600}')
     note "attempt $attempts"
+    MAY_EXIST=yes       # setup_tpu.sh says nothing of it under this script
     setup "$left" || status=$?
     if [ "$status" = 0 ]; then launch || status=$?; fi
     why=$(grep '^error: ' "$SCRATCH/attempt" | tail -n 1 | cut -c8-) || true

@@ -49,7 +49,7 @@ read_settings() {
 # in_repository FILE: its path in the repository, where this runs
 in_repository() {
     local path
-    path=$(realpath --relative-to=. "$1")
+    path=$(realpath --canonicalize-missing --relative-to=. "$1")
     case "$path" in ../*) fail 2 "$1: the hosts get this repository, and it is not in there: copy it to configs/" ;; esac
     echo "$path"
 }

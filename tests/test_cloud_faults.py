@@ -63,7 +63,7 @@ class Refusals(SliceTest):
         self.refuse("create", "no_quota")
         output = self.script("keep_alive", "configs/tiny.yaml", "--poll", "0.1", "--log_dir", str(self.folder / "log"), status=2)
         self.assertIn("attempt 1: not tried again\n", output)
-        self.assertIn("error: Google Cloud: my-project-1 has no quota for v4-8", output.splitlines()[-1])
+        self.assertIn("error: Google Cloud: my-project-1 has no quota for v4-8", output)
         self.assertEqual(self.changes(), ["tpu-vm create"])
         self.assertIn(DELETE.replace("uses", "where it is there, uses"), (self.folder / "log" / "tiny.log").read_text())
 
