@@ -71,7 +71,7 @@ part() {
     rm -f "$SCRATCH/part"
     mkfifo "$SCRATCH/part"
     tee "$SCRATCH/attempt" <"$SCRATCH/part" & shown=$!
-    TRM_KEPT_ALIVE=yes apart 0 bash scripts/"$1" "${@:2}" >"$SCRATCH/part" 2>&1 || status=$?
+    apart 0 env TRM_KEPT_ALIVE=yes bash scripts/"$1" "${@:2}" >"$SCRATCH/part" 2>&1 || status=$?
     wait "$shown" || true
     return "$status"
 }
