@@ -129,6 +129,7 @@ worth_an_attempt() {
 note "commit $COMMIT, slice $TPU_NAME, at most $max_attempts attempts and $max_hours hours"
 while :; do
     look_at_run
+    check_type
     if [ "$RUN_STATE $RUN_WHY" != "$before" ]; then note "$RUN_STATE ($RUN_WHY)"; fi
     before="$RUN_STATE $RUN_WHY"
     if [ -n "$SILENT" ] && [ "$RUN_STATE" = unknown ]; then silent=$((silent + 1)); else silent=0; fi

@@ -76,7 +76,7 @@ call_gcloud() {
 
 need_gcloud() {
     if [ -n "$DRY_RUN" ]; then return; fi
-    command -v gcloud >/dev/null || fail 2 "gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
+    command -v gcloud >/dev/null || fail 2 "Google Cloud: gcloud is not on the PATH: install the Google Cloud CLI, then gcloud auth login"
     call_gcloud "$ANSWER_SECONDS" auth list --filter=status:ACTIVE '--format=value(account)' >"$SCRATCH/account" 2>/dev/null || true
     [ -s "$SCRATCH/account" ] || fail 2 "Google Cloud: gcloud has no active account: gcloud auth login"
 }
