@@ -1,4 +1,5 @@
 """The two optimizers: AdamATan2 for the network, sign descent for the puzzle embedding; and the schedule."""
+
 import math
 
 import torch
@@ -18,7 +19,9 @@ class AdamATan2(torch.optim.Optimizer):
 
     def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.0):
         # `capturable` makes load_state_dict put the step count on the parameter's device
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": True})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": True}
+        )
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = new_state(p)
@@ -29,7 +32,9 @@ class AdamATan2(torch.optim.Optimizer):
         for group in self.param_groups:
             params, lr, (beta1, beta2) = group["params"], group["lr"], group["betas"]
             grads = [p.grad for p in params]
-            m, v, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+            m, v, steps = (
+                [self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
+            )
             torch._foreach_add_(steps, 1)
             t = steps[0].squeeze(0)
             torch._foreach_lerp_(m, grads, 1 - beta1)
@@ -53,7 +58,11 @@ def new_state(p):
     # made on the CPU and moved, and the step count with one axis: zeros made on XLA, or a scalar 0 moved there, would
     # be constants of the first step's graph, and of no other's
     zeros = torch.zeros_like(p, device="cpu")
-    return {"step": torch.zeros(1).to(p.device), "exp_avg": zeros.to(p.device), "exp_avg_sq": zeros.clone().to(p.device)}
+    return {
+        "step": torch.zeros(1).to(p.device),
+        "exp_avg": zeros.to(p.device),
+        "exp_avg_sq": zeros.clone().to(p.device),
+    }
 
 
 class PuzzleEmbeddingSGD:
@@ -73,8 +82,10 @@ class PuzzleEmbeddingSGD:
         puzzle_identifiers: [B] integers; row_grads: [B, E] float32. With a one-hot matrix, no scatter.
         """
         ids = torch.arange(len(self.weights), device=self.weights.device)
-        occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)     # [N, B]
-        if row_grads.device.type == "xla":      # no product: a TPU would round the gradients to bfloat16
+        occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)  # [N, B]
+        if (
+            row_grads.device.type == "xla"
+        ):  # no product: a TPU would round the gradients to bfloat16
             return (occurs.unsqueeze(2) * row_grads).sum(1), occurs.sum(1)
         return occurs @ row_grads, occurs.sum(1)
 

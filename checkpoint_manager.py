@@ -1,8 +1,9 @@
 """Checkpoints that are whole or are not there: payload first, then the marker that makes it count.
 
-    checkpoints/checkpoint_step_{step}.pt     torch.save of plain tensors, numbers and text (weights_only=True loads it)
-    checkpoints/checkpoint_step_{step}.json   marker: step, bytes, sha256, evaluation metrics
+checkpoints/checkpoint_step_{step}.pt     torch.save of plain tensors, numbers and text (weights_only=True loads it)
+checkpoints/checkpoint_step_{step}.json   marker: step, bytes, sha256, evaluation metrics
 """
+
 import hashlib
 import io
 import json
@@ -30,10 +31,21 @@ class CheckpointManager:
     the checkpoint counts. Both may raise to prevent it.
     """
 
-    def __init__(self, folder, keep_last_n, staging, saver=None, before_payload=lambda: None, before_marker=lambda: None):
+    def __init__(
+        self,
+        folder,
+        keep_last_n,
+        staging,
+        saver=None,
+        before_payload=lambda: None,
+        before_marker=lambda: None,
+    ):
         self.folder, self.keep_last_n, self.staging = folder, keep_last_n, Path(staging)
         self.saver, self.before_payload, self.before_marker = saver, before_payload, before_marker
-        self.staged, self.unsaved = None, None      # unsaved: the job of the last save, while the storage has not taken it
+        self.staged, self.unsaved = (
+            None,
+            None,
+        )  # unsaved: the job of the last save, while the storage has not taken it
 
     def url(self, step):
         return join(self.folder.url, payload_name(step))
@@ -51,7 +63,12 @@ class CheckpointManager:
             self.staging.mkdir(parents=True, exist_ok=True)
             with open(staged, "wb") as file:
                 torch.save(state, file)
-            marker = {"step": step, "bytes": staged.stat().st_size, "sha256": _sha256(staged), "metrics": None}
+            marker = {
+                "step": step,
+                "bytes": staged.stat().st_size,
+                "sha256": _sha256(staged),
+                "metrics": None,
+            }
         except (OSError, RuntimeError) as error:
             staged.unlink(missing_ok=True)
             raise self._not_written(step, error) from None
@@ -60,9 +77,11 @@ class CheckpointManager:
             nonlocal taken
             self.unsaved = job
             try:
-                if not taken:       # otherwise an attempt before this one got as far as the marker
+                if not taken:  # otherwise an attempt before this one got as far as the marker
                     self.before_payload()
-                    self.folder.delete(marker_name(step))       # the marker of a damaged predecessor must not vouch for it
+                    self.folder.delete(
+                        marker_name(step)
+                    )  # the marker of a damaged predecessor must not vouch for it
                     self.folder.take(staged, payload_name(step))
                     taken = True
                 self.before_marker()
@@ -75,33 +94,42 @@ class CheckpointManager:
                 if not isinstance(error, OSError):
                     raise
                 if marker_name(step) not in self.folder.list():
-                    self.folder.delete(payload_name(step))      # nobody would use it, and the disk may be full
+                    self.folder.delete(
+                        payload_name(step)
+                    )  # nobody would use it, and the disk may be full
                 raise self._not_written(step, error) from None
             self.unsaved = None
+
         try:
             self.saver.submit(job)
         except BaseException:
             staged.unlink(missing_ok=True)
             raise
         if self.staged:
-            self.staged.unlink(missing_ok=True)     # of a save that was given up for this one
+            self.staged.unlink(missing_ok=True)  # of a save that was given up for this one
         self.staged = staged
 
     def _not_written(self, step, error):
         # torch reports a failed write as RuntimeError; the cause, where it has one, is the OSError in its context
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        return UserError(f"{self.url(step)}: the checkpoint could not be written ({cause}): free some space or set logging.output_dir; "
-                         f"{self.newest_text()}")
+        return UserError(
+            f"{self.url(step)}: the checkpoint could not be written ({cause}): free some space or set logging.output_dir; "
+            f"{self.newest_text()}"
+        )
 
     def add_metrics(self, step, metrics):
         """Note the evaluation of the checkpoint of `step` (a dict with exact_accuracy) in its marker, in the background."""
+
         def job():
-            if self.unsaved:    # this job has taken its place in the saver
+            if self.unsaved:  # this job has taken its place in the saver
                 self.unsaved()
             self.before_marker()
             marker = next((m for m in self.markers() if m["step"] == step), None)
-            if marker:      # else its save was given up for a newer one while the storage was out of reach
+            if (
+                marker
+            ):  # else its save was given up for a newer one while the storage was out of reach
                 self._mark({**marker, "metrics": metrics})
+
         self.saver.submit(job)
 
     def metrics(self, step):
@@ -120,7 +148,9 @@ class CheckpointManager:
                 continue
             try:
                 marker = json.loads(self.folder.read(name))
-                step, written, _, metrics = (marker[key] for key in ("step", "bytes", "sha256", "metrics"))
+                step, written, _, metrics = (
+                    marker[key] for key in ("step", "bytes", "sha256", "metrics")
+                )
                 payload = payload_name(step)
                 if type(step) is not int or marker_name(step) != name:
                     raise ValueError(f"its step is {step!r}")
@@ -131,13 +161,19 @@ class CheckpointManager:
                 size = sizes[payload]
             except StorageError:
                 raise
-            except FileNotFoundError:       # retired since it was listed
+            except FileNotFoundError:  # retired since it was listed
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
-                print(f"warning: {join(self.folder.url, name)} is passed over: {type(error).__name__}: {error}", file=sys.stderr)
+                print(
+                    f"warning: {join(self.folder.url, name)} is passed over: {type(error).__name__}: {error}",
+                    file=sys.stderr,
+                )
                 continue
             if size != written:
-                print(f"warning: {join(self.folder.url, payload)} is passed over: it has {size} bytes, its marker says {written}", file=sys.stderr)
+                print(
+                    f"warning: {join(self.folder.url, payload)} is passed over: it has {size} bytes, its marker says {written}",
+                    file=sys.stderr,
+                )
                 continue
             found.append(marker)
         return sorted(found, key=lambda marker: marker["step"])
@@ -146,9 +182,13 @@ class CheckpointManager:
         """For messages: where the last good checkpoint is."""
         try:
             markers = self.markers()
-        except StorageError as error:       # the message it is for matters more
+        except StorageError as error:  # the message it is for matters more
             return f"the last good checkpoint could not be looked up ({error})"
-        return f"the last good checkpoint is {self.url(markers[-1]['step'])}" if markers else "there is no checkpoint yet"
+        return (
+            f"the last good checkpoint is {self.url(markers[-1]['step'])}"
+            if markers
+            else "there is no checkpoint yet"
+        )
 
     def best_marker(self):
         """The marker with the highest exact accuracy (the later one of equals), or None."""
@@ -183,24 +223,36 @@ class CheckpointManager:
             return fetch_file(name, self.staging)
         path = self._first_whole(self._best_first() if name == "best" else reversed(self.markers()))
         if path is None:
-            raise UserError(f"--checkpoint {name}: there is no such checkpoint in {self.folder.url}: give a file, or train first")
+            raise UserError(
+                f"--checkpoint {name}: there is no such checkpoint in {self.folder.url}: give a file, or train first"
+            )
         return path
 
     def _retire(self):
         """Delete what is not to be kept, and older payloads without a marker, which a save or a deletion that broke off has left."""
         markers = self.markers()
-        keep = {m["step"] for m in markers[-self.keep_last_n:]}
+        keep = {m["step"] for m in markers[-self.keep_last_n :]}
         best = self.best_marker()
         keep.add(best["step"] if best else None)
         files, newest = self.folder.list(), markers[-1]["step"] if markers else 0
-        payloads = [int(found[1]) for name in files if (found := re.fullmatch(r"checkpoint_step_(\d+)\.pt", name))]
+        payloads = [
+            int(found[1])
+            for name in files
+            if (found := re.fullmatch(r"checkpoint_step_(\d+)\.pt", name))
+        ]
         unmarked = [step for step in payloads if step < newest and marker_name(step) not in files]
         for step in [marker["step"] for marker in markers if marker["step"] not in keep] + unmarked:
-            for name in (marker_name(step), payload_name(step)):    # marker first: no moment offers a missing payload
+            for name in (
+                marker_name(step),
+                payload_name(step),
+            ):  # marker first: no moment offers a missing payload
                 try:
                     self.folder.delete(name)
                 except OSError as error:
-                    print(f"warning: {join(self.folder.url, name)} could not be deleted: {error}", file=sys.stderr)
+                    print(
+                        f"warning: {join(self.folder.url, name)} could not be deleted: {error}",
+                        file=sys.stderr,
+                    )
                     break
 
 
@@ -226,7 +278,9 @@ def fetch_file(url, staging):
     folder, name = os.path.split(url)
     try:
         # a folder for each URL: another process may fetch a file of the same name from elsewhere
-        path = local_copy(open_folder(folder or "."), name, Path(staging) / digest(str(url).encode())[:16])
+        path = local_copy(
+            open_folder(folder or "."), name, Path(staging) / digest(str(url).encode())[:16]
+        )
     except FileNotFoundError:
         path = None
     if path is None or not path.is_file():
@@ -240,14 +294,20 @@ def load_checkpoint(source, name=None):
     Raises UserError where it is missing, damaged, or holds anything but tensors and plain data.
     """
     try:
-        return torch.load(io.BytesIO(source) if isinstance(source, bytes) else source, map_location="cpu", weights_only=True)
+        return torch.load(
+            io.BytesIO(source) if isinstance(source, bytes) else source,
+            map_location="cpu",
+            weights_only=True,
+        )
     except FileNotFoundError:
         raise UserError(f"{source}: there is no such checkpoint") from None
-    except Exception as error:      # bytes that are no checkpoint make the unpickler raise anything, KeyError and struct.error too
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything, KeyError and struct.error too
         reason = (str(error).strip().splitlines() or [""])[0]
         what = name or ("the newest checkpoint" if isinstance(source, bytes) else source)
-        raise UserError(f"{what}: not a readable checkpoint ({type(error).__name__}: {reason}): "
-                        "it may be cut off, or hold more than tensors; take another one") from None
+        raise UserError(
+            f"{what}: not a readable checkpoint ({type(error).__name__}: {reason}): "
+            "it may be cut off, or hold more than tensors; take another one"
+        ) from None
 
 
 def _sha256(path):

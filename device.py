@@ -5,6 +5,7 @@ Two kinds of collectives. `all_reduce` sums tensors on their device (XLA, nccl o
 step. Everything else passes host memory between the hosts over gloo, whatever the device: on XLA a collective in a
 graph that not all replicas run alike would hang the slice.
 """
+
 import contextlib
 import datetime
 import importlib.util
@@ -20,16 +21,23 @@ import tpu_types
 from utils import UserError, WorkerGone
 
 # dense bfloat16 FLOP/s of the data sheets; TPUs are in tpu_types.py, and any other device is measured when the run starts
-PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
-LOST_SECONDS = 300              # without a word from a fellow worker; more than any of them takes on its own
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L40S": 362e12,
+}
+LOST_SECONDS = 300  # without a word from a fellow worker; more than any of them takes on its own
 
 
 def resolve_device(name):
-    """"auto" as "tpu", "cuda" or "cpu", the first that is here; any other name as it is. Starts no device.
+    """ "auto" as "tpu", "cuda" or "cpu", the first that is here; any other name as it is. Starts no device.
     Raises UserError where it needs torch_xla and that is not installed."""
     has_xla = importlib.util.find_spec("torch_xla") is not None
     if name in ("tpu", "xla_cpu") and not has_xla:
-        raise UserError(f"device = {name!r}: torch_xla is not installed: pip install -r requirements.txt, or use device=cpu or cuda")
+        raise UserError(
+            f"device = {name!r}: torch_xla is not installed: pip install -r requirements.txt, or use device=cpu or cuda"
+        )
     if name != "auto":
         return name
     on_tpu_vm = has_xla and tpu_types.chips_here()[0]
@@ -37,8 +45,12 @@ def resolve_device(name):
 
 
 def native_dtype(name):
-    """"bfloat16", or "float32" where device `name` is a CPU that has no instructions for bfloat16: it takes ten times as long and more."""
-    slow = name in ("auto", "cpu") and resolve_device(name) == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """ "bfloat16", or "float32" where device `name` is a CPU that has no instructions for bfloat16: it takes ten times as long and more."""
+    slow = (
+        name in ("auto", "cpu")
+        and resolve_device(name) == "cpu"
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     return "float32" if slow else "bfloat16"
 
 
@@ -51,26 +63,40 @@ class Device:
     tensors, unless it is "float32".
     Raises UserError where the device is not to be had, WorkerGone where a worker does not come.
     """
-    generation = None           # of a TPU: its tpu_types.Generation
+
+    generation = None  # of a TPU: its tpu_types.Generation
 
     def __init__(self, name, forward_dtype="bfloat16"):
         self.name = name = resolve_device(name)
         self.is_xla = name in ("tpu", "xla_cpu")
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = (
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+        )
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.is_xla:
             self._start_xla(forward_dtype)
         elif name == "cuda":
             if not torch.cuda.is_available():
-                raise UserError("device = 'cuda': PyTorch sees no CUDA device here: use device=cpu, or install a CUDA build and its driver")
+                raise UserError(
+                    "device = 'cuda': PyTorch sees no CUDA device here: use device=cpu, or install a CUDA build and its driver"
+                )
             if local_rank >= torch.cuda.device_count():
-                raise UserError(f"training.num_workers: this host has {torch.cuda.device_count()} CUDA device(s), one for each worker: start fewer workers")
+                raise UserError(
+                    f"training.num_workers: this host has {torch.cuda.device_count()} CUDA device(s), one for each worker: start fewer workers"
+                )
             self.torch = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.torch)
         else:
             self.torch = torch.device(name)
-            if self.world_size > 1:     # workers of one host share its cores
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
+            if self.world_size > 1:  # workers of one host share its cores
+                torch.set_num_threads(
+                    max(
+                        1,
+                        (os.cpu_count() or 1)
+                        // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)),
+                    )
+                )
         if self.world_size > 1:
             self._join()
 
@@ -80,32 +106,47 @@ class Device:
         import torch_xla.core.xla_model
         import torch_xla.debug.metrics
         import torch_xla.runtime
+
         self._xla = torch_xla
         try:
             self.torch = torch_xla.device()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"device = {self.name!r}: no such device here ({reason}): run on a TPU VM, or use device=cpu") from None
+            raise UserError(
+                f"device = {self.name!r}: no such device here ({reason}): run on a TPU VM, or use device=cpu"
+            ) from None
         if forward_dtype == "float32":
             # before the first program is compiled, which torch_xla would not compile again for it; its public function for this prints
             # a warning at every call
             torch_xla._XLAC._xla_set_mat_mul_precision("highest")
-        self.rank, self.world_size = torch_xla.runtime.global_ordinal(), torch_xla.runtime.world_size()
+        self.rank, self.world_size = (
+            torch_xla.runtime.global_ordinal(),
+            torch_xla.runtime.world_size(),
+        )
         if self.name == "tpu":
             self.generation = tpu_types.chips_here()[1]
             if self.generation is None:
-                raise UserError(f"device = 'tpu': the chips of this host are none of {', '.join(tpu_types.GENERATIONS)}: ask for a slice such as "
-                                f"{tpu_types.EXAMPLES}")
+                raise UserError(
+                    f"device = 'tpu': the chips of this host are none of {', '.join(tpu_types.GENERATIONS)}: ask for a slice such as "
+                    f"{tpu_types.EXAMPLES}"
+                )
 
     def _join(self):
         if self.name == "tpu" and "MASTER_ADDR" not in os.environ:
             from torch_xla._internal.tpu import discover_master_worker_ip
+
             os.environ["MASTER_ADDR"] = discover_master_worker_ip()
         os.environ.setdefault("MASTER_PORT", "29500")
         backend = "cpu:gloo,cuda:nccl" if self.name == "cuda" else "gloo"
-        with _stdout_closed():      # gloo prints a line from each worker
-            self._collective(lambda: dist.init_process_group(backend, rank=self.rank, world_size=self.world_size,
-                                                             timeout=datetime.timedelta(seconds=LOST_SECONDS)))
+        with _stdout_closed():  # gloo prints a line from each worker
+            self._collective(
+                lambda: dist.init_process_group(
+                    backend,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    timeout=datetime.timedelta(seconds=LOST_SECONDS),
+                )
+            )
 
     def leave(self):
         """Wait for the fellow workers, then part from them: nobody takes its connections away while rank 0 still works."""
@@ -118,10 +159,12 @@ class Device:
         """operation(), in which a worker that is gone is a WorkerGone."""
         try:
             return operation()
-        except (RuntimeError, ValueError) as error:     # gloo, nccl and the store raise these
+        except (RuntimeError, ValueError) as error:  # gloo, nccl and the store raise these
             reason = str(error).strip().splitlines()[0][:200]
-            raise WorkerGone(f"worker {self.rank}: another worker is gone or does not answer ({reason}): "
-                             "run the same command again, it goes on from the last checkpoint") from None
+            raise WorkerGone(
+                f"worker {self.rank}: another worker is gone or does not answer ({reason}): "
+                "run the same command again, it goes on from the last checkpoint"
+            ) from None
 
     def all_reduce(self, tensors):
         """Sums over the workers of a list of float32 tensors on the device, as a list: one collective for all.
@@ -136,7 +179,10 @@ class Device:
             flat = self._xla.core.xla_model.all_reduce(self._xla.core.xla_model.REDUCE_SUM, flat)
         else:
             self._collective(lambda: dist.all_reduce(flat))
-        return [part.view(tensor.shape) for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)]
+        return [
+            part.view(tensor.shape)
+            for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors)
+        ]
 
     def gather(self, tensors):
         """[[tensor of worker 0, of worker 1, ...] for each of a list of CPU tensors] on rank 0, None elsewhere; the
@@ -145,12 +191,17 @@ class Device:
             return [[tensor] for tensor in tensors]
         ours = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
         flat = torch.cat(ours)
-        received = [torch.empty_like(flat) for _ in range(self.world_size)] if self.rank == 0 else None
+        received = (
+            [torch.empty_like(flat) for _ in range(self.world_size)] if self.rank == 0 else None
+        )
         self._collective(lambda: dist.gather(flat, received, dst=0))
         if self.rank:
             return None
         pieces = [worker.split([len(part) for part in ours]) for worker in received]
-        return [[worker[k].clone().view(tensor.dtype).view(tensor.shape) for worker in pieces] for k, tensor in enumerate(tensors)]
+        return [
+            [worker[k].clone().view(tensor.dtype).view(tensor.shape) for worker in pieces]
+            for k, tensor in enumerate(tensors)
+        ]
 
     def broadcast_bytes(self, data):
         """The bytes (or None) that rank 0 gives, on every worker."""
@@ -160,7 +211,11 @@ class Device:
         self._collective(lambda: dist.broadcast(length, src=0))
         if length < 0:
             return None
-        buffer = torch.from_numpy(np.frombuffer(data, np.uint8).copy()) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+        buffer = (
+            torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+            if self.rank == 0
+            else torch.empty(int(length), dtype=torch.uint8)
+        )
         self._collective(lambda: dist.broadcast(buffer, src=0))
         return buffer.numpy().tobytes()
 
@@ -197,7 +252,9 @@ class Device:
         if failure:
             raise failure
         if any(failures):
-            raise WorkerGone(f"worker {self.rank}: another worker has failed ({next(filter(None, failures))[1]})")
+            raise WorkerGone(
+                f"worker {self.rank}: another worker has failed ({next(filter(None, failures))[1]})"
+            )
         return result
 
     def start_vote(self, votes):
@@ -212,8 +269,12 @@ class Device:
         """A connection of its own to the run's key-value store, for a thread; None with one worker."""
         if self.world_size == 1:
             return None
-        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        return dist.PrefixStore(f"preemption/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", client)
+        client = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
+        return dist.PrefixStore(
+            f"preemption/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", client
+        )
 
     def store_is_apart(self):
         """Whether the run's key-value store lies in a process that is no worker; else in the one of rank 0."""
@@ -222,15 +283,21 @@ class Device:
     # ----- tensors and programs -----
     def put(self, tree):
         """Copy CPU tensors and numpy arrays (also in dicts, lists and named tuples) to the device."""
+
         def copy(leaf):
             leaf = torch.as_tensor(leaf)
             # from pageable memory a copy to CUDA would wait for the kernels queued before it
-            return (leaf.pin_memory() if self.name == "cuda" else leaf).to(self.torch, non_blocking=True)
+            return (leaf.pin_memory() if self.name == "cuda" else leaf).to(
+                self.torch, non_blocking=True
+            )
+
         return tree_map(copy, tree)
 
     def fetch(self, tree):
         """Copy tensors (also in dicts, lists and named tuples) to the CPU; waits for what computes them."""
-        return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, tree)
+        return tree_map(
+            lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, tree
+        )
 
     def end_step(self):
         """On XLA: compile (the first time) and start what was traced since the last call. Does not wait for it."""
@@ -242,6 +309,7 @@ class Device:
         if not self.is_xla:
             return function
         from xla_program import XLAProgram
+
         return XLAProgram(function, state)
 
     def compiled(self, function, when):
@@ -261,8 +329,13 @@ class Device:
         def read(name, index):
             data = metrics.metric_data(name)
             return int(data[index]) if data else 0
-        return {"xla_compiles": read("CompileTime", 0), "xla_executions": read("ExecuteTime", 0),
-                "xla_bytes_to_device": read("OutboundData", 1), "xla_bytes_from_device": read("InboundData", 1)}
+
+        return {
+            "xla_compiles": read("CompileTime", 0),
+            "xla_executions": read("ExecuteTime", 0),
+            "xla_bytes_to_device": read("OutboundData", 1),
+            "xla_bytes_from_device": read("InboundData", 1),
+        }
 
     def peak_flops(self, dtype):
         """(FLOP/s, where the number comes from): the data sheet's for bfloat16, or a matrix product in `dtype` measured now."""
@@ -274,15 +347,22 @@ class Device:
                 return peak, f"{name} data sheet"
         size = 8192 if self.name == "cuda" else 512
         # a generator of its own: the global one is part of the run's state
-        a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to("cuda" if self.name == "cuda" else "cpu", dtype)
-        seconds, end = [], time.perf_counter() + 0.2        # the best of many: others may be using this machine
+        a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(
+            "cuda" if self.name == "cuda" else "cpu", dtype
+        )
+        seconds, end = (
+            [],
+            time.perf_counter() + 0.2,
+        )  # the best of many: others may be using this machine
         while time.perf_counter() < end or len(seconds) < 8:
             start = time.perf_counter()
             a @ a
             if self.name == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        return 2 * size ** 3 / min(seconds), f"a {str(dtype).removeprefix('torch.')} matrix product, measured here"
+        return 2 * size**3 / min(
+            seconds
+        ), f"a {str(dtype).removeprefix('torch.')} matrix product, measured here"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """Exponential moving average of the trained weights, on one worker or on all."""
+
 import copy
 
 import torch
@@ -38,7 +39,9 @@ class EMADistributed:
 
     @torch.no_grad()
     def _update(self, model):
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - self.rate)
+        torch._foreach_lerp_(
+            list(self.module.parameters()), list(model.parameters()), 1 - self.rate
+        )
 
     def ready_module(self):
         """`module` with the average on every worker; all of them must call it."""

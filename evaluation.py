@@ -1,4 +1,5 @@
 """How many puzzles a model solves: every puzzle exactly once, at any number of workers and any batch size."""
+
 import base64
 import dataclasses
 import json
@@ -11,8 +12,11 @@ import torch
 from data_loader_tpu import evaluation_batches
 from storage import join, open_folder
 
-RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)     # lower edges of the rating buckets
-PER_PUZZLE_KEYS = ("solved", "dataset_sha256")          # of a result: for eval.json, too long for a record of metrics.jsonl
+RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)  # lower edges of the rating buckets
+PER_PUZZLE_KEYS = (
+    "solved",
+    "dataset_sha256",
+)  # of a result: for eval.json, too long for a record of metrics.jsonl
 
 
 @torch.no_grad()
@@ -28,7 +32,9 @@ def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
     start, steps = time.perf_counter(), model.config.halt_max_steps
     carry = device.put(model.empty_carry(batch_size))
     rows, results, pending = [], [], deque()
-    for batch, batch_rows in evaluation_batches(dataset, batch_size, max_examples, device.rank, device.world_size):
+    for batch, batch_rows in evaluation_batches(
+        dataset, batch_size, max_examples, device.rank, device.world_size
+    ):
         batch = device.put(batch)
         scores = []
         for _ in range(steps):
@@ -37,11 +43,15 @@ def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
             scores.append(score)
         rows.append(np.pad(batch_rows, (0, batch_size - len(batch_rows)), constant_values=-1))
         pending.append(scores)
-        if len(pending) > 1:        # read one batch late: the device has the next one to work on meanwhile
+        if (
+            len(pending) > 1
+        ):  # read one batch late: the device has the next one to work on meanwhile
             results.append(device.fetch(pending.popleft()))
     results.append(device.fetch(pending.popleft()))
 
-    ours = torch.cat([torch.stack(batch) for batch in results], dim=2)                      # [N_sup, 5, puzzles and pads]
+    ours = torch.cat(
+        [torch.stack(batch) for batch in results], dim=2
+    )  # [N_sup, 5, puzzles and pads]
     gathered = device.gather([torch.from_numpy(np.concatenate(rows)), ours])
     if gathered is None:
         return None
@@ -49,15 +59,29 @@ def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
     rows, scores = np.concatenate(gathered[0]), np.concatenate(gathered[1], axis=2)
     real = rows >= 0
     rows, scores = rows[real], scores[:, :, real]
-    assert len(set(rows.tolist())) == len(rows) == min(max_examples or len(dataset), len(dataset)), "a puzzle was left out or evaluated twice"
-    order = np.argsort(rows)        # sums in one order, whatever the number of workers
+    assert (
+        len(set(rows.tolist())) == len(rows) == min(max_examples or len(dataset), len(dataset))
+    ), "a puzzle was left out or evaluated twice"
+    order = np.argsort(rows)  # sums in one order, whatever the number of workers
     rows, scores = rows[order], scores[:, :, order]
     final = scores[-1].astype(np.float64).mean(1)
-    return {"count": len(rows), **{key: final[k] for k, key in enumerate(("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss"))},
-            "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
-            "by_rating": accuracy_by_rating(None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]),
-            "eval_seconds": seconds, "puzzles_per_second": len(rows) / seconds,
-            "solved": pack_solved(scores[-1, 1] > 0), "dataset_sha256": dataset.fingerprint}
+    return {
+        "count": len(rows),
+        **{
+            key: final[k]
+            for k, key in enumerate(
+                ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss")
+            )
+        },
+        "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
+        "by_rating": accuracy_by_rating(
+            None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]
+        ),
+        "eval_seconds": seconds,
+        "puzzles_per_second": len(rows) / seconds,
+        "solved": pack_solved(scores[-1, 1] > 0),
+        "dataset_sha256": dataset.fingerprint,
+    }
 
 
 def evaluate_step(run, datasets, forward, files, logger):
@@ -73,20 +97,46 @@ def evaluate_step(run, datasets, forward, files, logger):
     look = min(config.max_examples or len(datasets[config.split]), len(datasets[config.split]))
     wanted = [(config.split, selects, look)]
     if final:
-        wanted = list(dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)]))
+        wanted = list(
+            dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)])
+        )
     results = []
     for split, name, count in wanted:
         if final:
             logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
-        metrics = evaluate(models[name], datasets[split], run.device, config.batch_size, forward, count)
+        metrics = evaluate(
+            models[name], datasets[split], run.device, config.batch_size, forward, count
+        )
         if metrics:
-            results.append({"step": run.step, "split": split, "weights": name, "wall_time": time.time(), "train_seconds": run.train_seconds, **metrics})
-            logger.log({key: value for key, value in results[-1].items() if key not in PER_PUZZLE_KEYS})
+            results.append(
+                {
+                    "step": run.step,
+                    "split": split,
+                    "weights": name,
+                    "wall_time": time.time(),
+                    "train_seconds": run.train_seconds,
+                    **metrics,
+                }
+            )
+            logger.log(
+                {key: value for key, value in results[-1].items() if key not in PER_PUZZLE_KEYS}
+            )
     logger.flush()
     if files:
         if final:
-            write_eval_json(open_folder(files.path), files.checkpoints.url(run.step), run.config, results[-len(models):])
-        files.checkpoints.add_metrics(run.step, {key: results[0][key] for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")})
+            write_eval_json(
+                open_folder(files.path),
+                files.checkpoints.url(run.step),
+                run.config,
+                results[-len(models) :],
+            )
+        files.checkpoints.add_metrics(
+            run.step,
+            {
+                key: results[0][key]
+                for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")
+            },
+        )
 
 
 def pack_solved(solved):
@@ -108,14 +158,24 @@ def accuracy_by_rating(ratings, exact):
     for low, high in zip(RATING_EDGES, (*RATING_EDGES[1:], None)) if ratings is not None else ():
         inside = (ratings >= low) & (ratings < (high or np.inf))
         if inside.any():
-            buckets.append({"rating_min": low, "rating_max": high and high - 1, "count": int(inside.sum()),
-                            "exact_accuracy": float(exact[inside].mean(dtype=np.float64))})
+            buckets.append(
+                {
+                    "rating_min": low,
+                    "rating_max": high and high - 1,
+                    "count": int(inside.sum()),
+                    "exact_accuracy": float(exact[inside].mean(dtype=np.float64)),
+                }
+            )
     return buckets
 
 
 def write_eval_json(folder, checkpoint, config, results):
     """The final evaluation as eval.json in a folder of storage.py: the checkpoint's place, the configuration it was evaluated
     with, and one record for each set of weights."""
-    content = {"checkpoint": str(checkpoint), "config": dataclasses.asdict(config), "results": results}
+    content = {
+        "checkpoint": str(checkpoint),
+        "config": dataclasses.asdict(config),
+        "results": results,
+    }
     folder.write("eval.json", (json.dumps(content, indent=1) + "\n").encode())
     print(f"evaluation: {join(folder.url, 'eval.json')}", flush=True)

@@ -9,6 +9,7 @@ the loop saves, at a step on which all workers agree.
 The same thread ends this worker when another has failed or is not heard of any more: a collective may not notice that
 for minutes, and one of a TPU not at all.
 """
+
 import contextlib
 import http.client
 import os
@@ -20,21 +21,25 @@ import time
 
 import torch
 
-EXIT_STATUS = 143               # 128 + SIGTERM
-AGREE_STEPS = 4                 # steps between two votes; the result of a vote is read when the next one is due
-POLL_SECONDS = 0.25             # between looks at the other workers
-BEAT_SECONDS = 5                # between two signs of life
-SILENT_LOOKS = 10               # in a row that met none, BEAT_SECONDS apart: with a look's own delay less than a minute
-METADATA_SERVER = "169.254.169.254"     # by number: where a name is not known, to ask for it may take half a minute
-METADATA_SECONDS = 60           # after which the metadata server answers though nothing has changed
-BACK_OFF_SECONDS = 10           # at most, between two requests to a metadata server that fails
+EXIT_STATUS = 143  # 128 + SIGTERM
+AGREE_STEPS = 4  # steps between two votes; the result of a vote is read when the next one is due
+POLL_SECONDS = 0.25  # between looks at the other workers
+BEAT_SECONDS = 5  # between two signs of life
+SILENT_LOOKS = (
+    10  # in a row that met none, BEAT_SECONDS apart: with a look's own delay less than a minute
+)
+METADATA_SERVER = (
+    "169.254.169.254"  # by number: where a name is not known, to ask for it may take half a minute
+)
+METADATA_SECONDS = 60  # after which the metadata server answers though nothing has changed
+BACK_OFF_SECONDS = 10  # at most, between two requests to a metadata server that fails
 
-_signals = None                 # read end of a pipe into which a signal's number is written as it arrives
+_signals = None  # read end of a pipe into which a signal's number is written as it arrives
 _arrived = threading.Event()
-_which, _cause = signal.SIGTERM, "SIGTERM"      # what arrived, once it has, and its name
+_which, _cause = signal.SIGTERM, "SIGTERM"  # what arrived, once it has, and its name
 _heeded = {signal.SIGTERM}
 _arriving = threading.Lock()
-_at_once = True                 # nothing here would be lost, and nobody else ends this process
+_at_once = True  # nothing here would be lost, and nobody else ends this process
 
 
 def listen():
@@ -61,7 +66,9 @@ def listen_to_keyboard():
     """From now on Ctrl-C, too, unless this process was told to ignore it; a second one is a KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _heeded.add(signal.SIGINT)
-        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))
+        signal.signal(
+            signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler)
+        )
 
 
 def _read_signals():
@@ -89,7 +96,9 @@ def _arrive(cause, which=signal.SIGTERM):
 
 
 def _say(text):
-    with contextlib.suppress(OSError):      # the terminal may be gone, and what follows must happen all the same
+    with contextlib.suppress(
+        OSError
+    ):  # the terminal may be gone, and what follows must happen all the same
         print(text, file=sys.stderr, flush=True)
 
 
@@ -124,8 +133,8 @@ def _read_metadata(host):
             value, etag = _metadata(host, etag)
             if value == b"TRUE":
                 return _arrive(f"the notice that {socket.gethostname()} is preempted")
-            pause = 1           # and not 0, for a server that does not wait
-        except (OSError, http.client.HTTPException):        # 503 while it is restarted; or it is none
+            pause = 1  # and not 0, for a server that does not wait
+        except (OSError, http.client.HTTPException):  # 503 while it is restarted; or it is none
             pause = min(2 * pause, BACK_OFF_SECONDS)
         time.sleep(pause)
 
@@ -133,9 +142,15 @@ def _read_metadata(host):
 def _metadata(host, etag):
     """(value, its ETag) of `instance/preempted`, once that is another than `etag` or METADATA_SECONDS have passed."""
     # http.client heeds no proxy's settings
-    with contextlib.closing(http.client.HTTPConnection(host, timeout=METADATA_SECONDS + 10)) as connection:
-        connection.request("GET", f"/computeMetadata/v1/instance/preempted?wait_for_change=true&last_etag={etag}"
-                           f"&timeout_sec={METADATA_SECONDS}", headers={"Metadata-Flavor": "Google"})
+    with contextlib.closing(
+        http.client.HTTPConnection(host, timeout=METADATA_SECONDS + 10)
+    ) as connection:
+        connection.request(
+            "GET",
+            f"/computeMetadata/v1/instance/preempted?wait_for_change=true&last_etag={etag}"
+            f"&timeout_sec={METADATA_SECONDS}",
+            headers={"Metadata-Flavor": "Google"},
+        )
         answer = connection.getresponse()
         # whoever else answers at that address does not know this header
         if answer.status != 200 or answer.getheader("Metadata-Flavor") != "Google":
@@ -181,12 +196,15 @@ class Preemption:
         self.device, self.hurry, self.leave = device, hurry, leave
         # nothing trained is unsaved: true before the first step is done, and while a saved state is evaluated
         self.nothing_to_lose = True
-        self.vote, self.met = None, False       # (work, votes) under way, and whether a checkpoint has been made since it began
+        self.vote, self.met = (
+            None,
+            False,
+        )  # (work, votes) under way, and whether a checkpoint has been made since it began
         self.store = device.second_store()
-        self.beats = 0                  # of this worker
-        self.heard = {}                 # rank: what its last sign of life was, "number host"
-        self.silent = {}                # rank: looks in a row at which there was no new one
-        self.asked = None               # the round of questions that the store has to answer, while it does
+        self.beats = 0  # of this worker
+        self.heard = {}  # rank: what its last sign of life was, "number host"
+        self.silent = {}  # rank: looks in a row at which there was no new one
+        self.asked = None  # the round of questions that the store has to answer, while it does
         self.closed, self.ended = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
         self.guard = threading.Thread(target=self._watch_store, name="store", daemon=True)
@@ -276,7 +294,9 @@ class Preemption:
                 if store and not said:
                     store.set(f"nothing to lose/{self.device.rank}", "1")
                 said = True
-                if store and not store.check([f"nothing to lose/{rank}" for rank in range(self.device.world_size)]):
+                if store and not store.check(
+                    [f"nothing to lose/{rank}" for rank in range(self.device.world_size)]
+                ):
                     continue
             except RuntimeError:
                 # who holds the store is gone: the training's next collective says so, or waits without end
@@ -284,10 +304,14 @@ class Preemption:
                 continue
             self.asked = None
             unsaved = "" if self.leave() else "what the warning names but "
-            _say(f"{cause()}: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {exit_status()}")
+            _say(
+                f"{cause()}: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {exit_status()}"
+            )
             os._exit(exit_status())
         if self.store:
-            with contextlib.suppress(RuntimeError):     # the others may be at work for long, and wait for no more
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the others may be at work for long, and wait for no more
                 self.store.set(f"beat/{self.device.rank}", "ended")
 
     def _look(self, store):
@@ -299,10 +323,12 @@ class Preemption:
         self.beats += 1
         store.set(f"beat/{self.device.rank}", f"{self.beats} {socket.gethostname()}")
         keys = [f"beat/{rank}" for rank in range(self.device.world_size)]
-        if not store.check(keys):       # multi_get would wait for those that have not begun
+        if not store.check(keys):  # multi_get would wait for those that have not begun
             return
         for rank, beat in enumerate(text.decode() for text in store.multi_get(keys)):
-            self.silent[rank] = 0 if beat == "ended" or beat != self.heard.get(rank) else self.silent[rank] + 1
+            self.silent[rank] = (
+                0 if beat == "ended" or beat != self.heard.get(rank) else self.silent[rank] + 1
+            )
             self.heard[rank] = beat
         if max(self.silent.values()) >= SILENT_LOOKS:
             # the others of its host vanish with it, and may have given their last sign a moment later
@@ -332,8 +358,10 @@ class Preemption:
         status = self.first_failure(1) if tell else None
         if status is None:
             seconds, who = BEAT_SECONDS * SILENT_LOOKS, ", ".join(silent)
-            _say(f"error: no sign of life for {seconds:g} s from {who}: gone, or stopped: "
-                 "run the same command again, it goes on from the last checkpoint")
+            _say(
+                f"error: no sign of life for {seconds:g} s from {who}: gone, or stopped: "
+                "run the same command again, it goes on from the last checkpoint"
+            )
         self.asked = None
         self.leave()
         os._exit(status or 1)

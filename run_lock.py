@@ -3,6 +3,7 @@
 Clocks of two hosts are never compared: an owner that cannot be looked at from here is watched, by this host's monotonic
 clock, for whether it renews the lock. What is held is one version of the lock: whoever replaces it has taken it.
 """
+
 import json
 import os
 import secrets
@@ -16,8 +17,10 @@ from storage import digest, join
 from utils import RunFailure, UserError
 
 NAME = "run.lock"
-GRACE_SECONDS = 5.0         # for an owner on this host to end: workers end a moment after a parent that was killed
-WATCHED_BEATS = 3           # an owner elsewhere that renews nothing for so long is dead
+GRACE_SECONDS = (
+    5.0  # for an owner on this host to end: workers end a moment after a parent that was killed
+)
+WATCHED_BEATS = 3  # an owner elsewhere that renews nothing for so long is dead
 
 
 class RunLock:
@@ -32,7 +35,11 @@ class RunLock:
 
     def __init__(self, folder, take_over=False, beat_seconds=10.0):
         self.folder, self.url, self.beat_seconds = folder, join(folder.url, NAME), beat_seconds
-        self.owner = {"token": secrets.token_hex(16), "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), **_this_process()}
+        self.owner = {
+            "token": secrets.token_hex(16),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            **_this_process(),
+        }
         self.beats, self.failure, self.ended, self.released = 0, None, threading.Event(), False
         self.version = self._acquire(take_over)
         self.thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
@@ -57,7 +64,7 @@ class RunLock:
         """Stop renewing, and delete the lock if it is still this one. Where the folder cannot be reached, that costs up to
         three of its deadlines and a warning: what stays there is a dead owner's lock once this process has ended."""
         self.stop()
-        self.thread.join()      # a renewal between the look and the deletion would keep the lock
+        self.thread.join()  # a renewal between the look and the deletion would keep the lock
         if self.released:
             return
         self.released = True
@@ -66,7 +73,10 @@ class RunLock:
             if owner["token"] == self.owner["token"]:
                 self.folder.delete(NAME, version)
         except (OSError, UserError) as error:
-            print(f"warning: {self.url} could not be released ({error}); the run can be taken up again when this process has ended", file=sys.stderr)
+            print(
+                f"warning: {self.url} could not be released ({error}); the run can be taken up again when this process has ended",
+                file=sys.stderr,
+            )
 
     def _acquire(self, take_over):
         seen, watch = None, WATCHED_BEATS * self.beat_seconds
@@ -78,21 +88,26 @@ class RunLock:
                 forced = take_over and seen is None and version is not None
                 seen, seen_version, began = owner, version, time.monotonic()
                 if alive is None and not forced:
-                    print(f"{self.url}: held by {_who(owner)}: watching for {watch:g} s whether it is alive", file=sys.stderr)
+                    print(
+                        f"{self.url}: held by {_who(owner)}: watching for {watch:g} s whether it is alive",
+                        file=sys.stderr,
+                    )
             waited = time.monotonic() - began
             if alive is None:
                 alive = True if version != seen_version else None if waited < watch else False
             elif alive and waited < GRACE_SECONDS:
-                alive = None            # it may be about to end
+                alive = None  # it may be about to end
             if alive is False or forced:
                 taken = self.folder.replace_if(NAME, self._content(), version)
                 if taken is not None and forced:
                     print(f"{self.url}: taken over from {_who(owner)}", file=sys.stderr)
                 if taken is not None:
-                    return taken        # otherwise somebody was faster: look again
+                    return taken  # otherwise somebody was faster: look again
             elif alive:
-                raise UserError(f"{self.folder.url}: another training, {_who(owner)}, holds this run ({NAME}), and one at a time may write to it: "
-                                "wait until it has ended, give another --run_name, or take the run from it by --take_over")
+                raise UserError(
+                    f"{self.folder.url}: another training, {_who(owner)}, holds this run ({NAME}), and one at a time may write to it: "
+                    "wait until it has ended, give another --run_name, or take the run from it by --take_over"
+                )
             else:
                 time.sleep(min(self.beat_seconds / 4, 0.5))
 
@@ -106,7 +121,12 @@ class RunLock:
             owner = json.loads(data)
         except ValueError:
             owner = None
-        whole = isinstance(owner, dict) and owner.keys() >= self.owner.keys() and type(owner["token"]) is str and type(owner["pid"]) is int
+        whole = (
+            isinstance(owner, dict)
+            and owner.keys() >= self.owner.keys()
+            and type(owner["token"]) is str
+            and type(owner["pid"]) is int
+        )
         return owner if whole else {"token": ""}, version
 
     def _alive(self, owner):
@@ -116,9 +136,13 @@ class RunLock:
             return None if owner["token"] == "" else False
         if owner["host"] != mine["host"] or None in (owner["boot"], mine["boot"]):
             return None
-        if owner["boot"] != mine["boot"]:               # a reboot, unless another machine has that name: "localhost" is a frequent one
+        if (
+            owner["boot"] != mine["boot"]
+        ):  # a reboot, unless another machine has that name: "localhost" is a frequent one
             return False if owner["machine"] == mine["machine"] is not None else None
-        if owner["namespace"] != mine["namespace"]:     # a container of this host: its pids mean nothing here
+        if (
+            owner["namespace"] != mine["namespace"]
+        ):  # a container of this host: its pids mean nothing here
             return None
         started = _started(owner["pid"])
         if started is not None:
@@ -129,10 +153,10 @@ class RunLock:
             return False
         except PermissionError:
             pass
-        return None                                     # hidden: it may be another process with that pid
+        return None  # hidden: it may be another process with that pid
 
     def _content(self):
-        self.beats += 1         # every renewal is to be seen
+        self.beats += 1  # every renewal is to be seen
         return json.dumps({**self.owner, "beat": self.beats}).encode()
 
     def _still_ours(self):
@@ -141,35 +165,56 @@ class RunLock:
         if owner["token"] == self.owner["token"]:
             return version
         how = "deleted" if version is None else f"taken over by {_who(owner)}"
-        self.failure = RunFailure(f"{self.url} was {how}: this training no longer holds the run, and writes nothing more to it")
+        self.failure = RunFailure(
+            f"{self.url} was {how}: this training no longer holds the run, and writes nothing more to it"
+        )
 
     def _beat(self):
         told = False
         while self.failure is None and not self.ended.wait(self.beat_seconds):
             try:
                 # None alone is no loss: a renewal whose answer was lost has made our version an old one
-                self.version = self.folder.replace_if(NAME, self._content(), self.version) or self._still_ours()
+                self.version = (
+                    self.folder.replace_if(NAME, self._content(), self.version)
+                    or self._still_ours()
+                )
                 told = False
             except (OSError, UserError) as error:
                 if not told:
-                    print(f"warning: {self.url} could not be renewed ({error}); tried again every {self.beat_seconds:g} s", file=sys.stderr)
+                    print(
+                        f"warning: {self.url} could not be renewed ({error}); tried again every {self.beat_seconds:g} s",
+                        file=sys.stderr,
+                    )
                 told = True
-            except Exception as error:      # raised by check
+            except Exception as error:  # raised by check
                 self.failure = error
 
 
 def _this_process():
     """What tells this process from all others. boot is None where pids could not be judged (no /proc)."""
-    boot, started, machine = _text("/proc/sys/kernel/random/boot_id"), _started(os.getpid()), _text("/etc/machine-id")
+    boot, started, machine = (
+        _text("/proc/sys/kernel/random/boot_id"),
+        _started(os.getpid()),
+        _text("/etc/machine-id"),
+    )
     namespace = os.readlink("/proc/self/ns/pid") if started else None
-    return {"host": socket.gethostname(), "machine": machine and digest(machine.encode())[:16],     # the id itself is not for others' eyes
-            "boot": started and boot, "namespace": namespace, "pid": os.getpid(), "start": started}
+    return {
+        "host": socket.gethostname(),
+        "machine": machine
+        and digest(machine.encode())[:16],  # the id itself is not for others' eyes
+        "boot": started and boot,
+        "namespace": namespace,
+        "pid": os.getpid(),
+        "start": started,
+    }
 
 
 def _started(pid):
     """When a process began, in ticks since the boot; 0 of one that has ended and was not waited for; None: not to be seen."""
     if text := _text(f"/proc/{pid}/stat"):
-        fields = text.rpartition(")")[2].split()        # before it the command, in which anything may stand
+        fields = text.rpartition(")")[
+            2
+        ].split()  # before it the command, in which anything may stand
         return 0 if fields[0] in "ZX" else int(fields[19])
 
 
@@ -177,8 +222,12 @@ def _text(path):
     try:
         return Path(path).read_text().strip() or None
     except OSError:
-        return None     # not Linux, or hidden: such an owner is watched
+        return None  # not Linux, or hidden: such an owner is watched
 
 
 def _who(owner):
-    return "process {pid} on {host} since {since}".format(**owner) if owner["token"] else "one that its damaged file does not name"
+    return (
+        "process {pid} on {host} since {since}".format(**owner)
+        if owner["token"]
+        else "one that its damaged file does not name"
+    )

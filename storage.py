@@ -2,6 +2,7 @@
 
 A name is a path within the folder, parts separated by "/". Whatever is written under a name appears whole or not at all.
 """
+
 import base64
 import contextlib
 import errno
@@ -40,7 +41,11 @@ def is_remote(url):
 
 def join(url, *names):
     """`url`/name/name as text, for both kinds of path."""
-    return "/".join([str(url).rstrip("/"), *map(str, names)]) if is_remote(url) else os.path.join(url, *names)
+    return (
+        "/".join([str(url).rstrip("/"), *map(str, names)])
+        if is_remote(url)
+        else os.path.join(url, *names)
+    )
 
 
 def open_folder(url, deadline=120.0):
@@ -54,15 +59,24 @@ def open_folder(url, deadline=120.0):
         return GCSFolder(str(url), deadline)
     for path in (Path(url), *Path(url).parents):
         if os.path.lexists(path) and not path.is_dir():
-            raise UserError(f"{url}: {path} is no folder, and one must be there: move it away, or name another place (of runs: logging.output_dir)")
+            raise UserError(
+                f"{url}: {path} is no folder, and one must be there: move it away, or name another place (of runs: logging.output_dir)"
+            )
     return LocalFolder(url)
 
 
 def checked_name(name, where):
     """`name`, where it is a path that stays within its folder; UserError, naming the folder `where`, otherwise."""
-    if name.startswith("/") or "\\" in name or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
-        raise UserError(f"{where}: the name {name!r} could lead out of the folder: names are relative, with no empty part, "
-                        "`.`, `..` or backslash: rename it")
+    if (
+        name.startswith("/")
+        or "\\" in name
+        or "\0" in name
+        or not {"", ".", ".."}.isdisjoint(name.split("/"))
+    ):
+        raise UserError(
+            f"{where}: the name {name!r} could lead out of the folder: names are relative, with no empty part, "
+            "`.`, `..` or backslash: rename it"
+        )
     return name
 
 
@@ -119,13 +133,18 @@ class LocalFolder(_Folder):
 
     def list(self, prefix=""):
         def failed(error):
-            if not isinstance(error, FileNotFoundError):    # no folder yet, or one deleted meanwhile
+            if not isinstance(error, FileNotFoundError):  # no folder yet, or one deleted meanwhile
                 raise error
+
         found = {}
         for folder, _, files in os.walk(self.path, onerror=failed):
-            for path in (Path(folder, file) for file in files if not re.fullmatch(r".*\.tmp|\..*\.lock", file, re.DOTALL)):
+            for path in (
+                Path(folder, file)
+                for file in files
+                if not re.fullmatch(r".*\.tmp|\..*\.lock", file, re.DOTALL)
+            ):
                 if (name := path.relative_to(self.path).as_posix()).startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):    # deleted since it was listed
+                    with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                         found[name] = path.stat().st_size
         return dict(sorted(found.items()))
 
@@ -194,14 +213,28 @@ def _google(url):
         from google.auth import exceptions as auth
         from google.cloud.storage import Client
     except ImportError as error:
-        raise UserError(f"{url}: gs:// paths need the package google-cloud-storage ({error}): "
-                        "pip install google-cloud-storage, or give a local path") from None
-    return types.SimpleNamespace(Checksum=google_crc32c.Checksum, api=api, auth=auth, Retry=Retry, Client=Client,
-                                 network=(requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, auth.TransportError))
+        raise UserError(
+            f"{url}: gs:// paths need the package google-cloud-storage ({error}): "
+            "pip install google-cloud-storage, or give a local path"
+        ) from None
+    return types.SimpleNamespace(
+        Checksum=google_crc32c.Checksum,
+        api=api,
+        auth=auth,
+        Retry=Retry,
+        Client=Client,
+        network=(
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            ConnectionError,
+            auth.TransportError,
+        ),
+    )
 
 
 class _Stored(typing.NamedTuple):
     """One version of an object. Not the library's Blob: a download overwrites what that says with the answer's headers."""
+
     name: str
     size: int
     generation: int
@@ -223,7 +256,9 @@ class GCSFolder(_Folder):
     def __init__(self, url, deadline=120.0):
         match = GCS_URL.fullmatch(url)
         if not match:
-            raise UserError(f"{url!r} is not a Cloud Storage path: write gs://bucket/folder, the bucket's name in small letters, digits, - _ .")
+            raise UserError(
+                f"{url!r} is not a Cloud Storage path: write gs://bucket/folder, the bucket's name in small letters, digits, - _ ."
+            )
         prefix = (match[2] or "").rstrip("/")
         self.url = f"gs://{match[1]}" + (f"/{checked_name(prefix, url)}" if prefix else "")
         self.prefix = prefix and f"{prefix}/"
@@ -233,34 +268,55 @@ class GCSFolder(_Folder):
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         self.client = self._call("", lambda: self.google.Client(project=None))
         self.bucket = self.client.bucket(match[1])
-        self.options = {"timeout": self.timeout, "retry": None}     # _call retries whole operations, and then checks them whole
+        self.options = {
+            "timeout": self.timeout,
+            "retry": None,
+        }  # _call retries whole operations, and then checks them whole
 
     def _call(self, name, attempt):
         """The result of `attempt()`, called again with exponential backoff while what it raises may pass."""
         google, what = self.google, join(self.url, name) if name else self.url
-        retry = google.Retry(self._may_pass, initial=0.5, maximum=20.0, multiplier=2.0, timeout=self.deadline)
+        retry = google.Retry(
+            self._may_pass, initial=0.5, maximum=20.0, multiplier=2.0, timeout=self.deadline
+        )
         # "from None": the library's own messages hold request URLs, and an upload's URL is a credential for that upload
         try:
             return retry(attempt)()
         except google.api.RetryError as error:
-            raise StorageError(f"{what}: no success within {self.deadline:g} s, last: {self._cause(error.cause)}") from None
+            raise StorageError(
+                f"{what}: no success within {self.deadline:g} s, last: {self._cause(error.cause)}"
+            ) from None
         except google.api.NotFound:
-            raise UserError(f"{what}: there is no bucket {self.bucket.name!r}: make it, or correct the path") from None
+            raise UserError(
+                f"{what}: there is no bucket {self.bucket.name!r}: make it, or correct the path"
+            ) from None
         except google.api.Forbidden as error:
             permission = re.search(r"storage\.(?:objects|buckets)\.[a-z]+", error.message)
-            raise UserError(f"{what}: permission denied" + (f" ({permission[0]})" if permission else "") + ": give the account this runs as "
-                            "the role Storage Object Admin on the bucket, or use a folder it may write") from None
+            raise UserError(
+                f"{what}: permission denied"
+                + (f" ({permission[0]})" if permission else "")
+                + ": give the account this runs as "
+                "the role Storage Object Admin on the bucket, or use a folder it may write"
+            ) from None
         except (google.api.Unauthorized, google.auth.GoogleAuthError) as error:
-            raise UserError(f"{what}: there are no valid Google credentials here ({type(error).__name__}): give the TPU VM a service "
-                            "account with access to the bucket, or run gcloud auth application-default login") from None
+            raise UserError(
+                f"{what}: there are no valid Google credentials here ({type(error).__name__}): give the TPU VM a service "
+                "account with access to the bucket, or run gcloud auth application-default login"
+            ) from None
         except google.api.GoogleAPIError as error:
-            raise StorageError(f"{what}: Cloud Storage refused the request: {self._cause(error)}") from None
+            raise StorageError(
+                f"{what}: Cloud Storage refused the request: {self._cause(error)}"
+            ) from None
 
     def _may_pass(self, error):
         google = self.google
         if isinstance(error, google.api.GoogleAPICallError):
-            return error.code in (408, 410, 429) or (error.code or 0) >= 500     # 410: an upload's session has ended
-        if isinstance(error, google.auth.RefreshError):     # the VM's metadata server out of reach comes as one, too
+            return (
+                error.code in (408, 410, 429) or (error.code or 0) >= 500
+            )  # 410: an upload's session has ended
+        if isinstance(
+            error, google.auth.RefreshError
+        ):  # the VM's metadata server out of reach comes as one, too
             return error.retryable or isinstance(error.__cause__, google.auth.TransportError)
         return isinstance(error, (_Spoilt, *google.network))
 
@@ -294,11 +350,21 @@ class GCSFolder(_Folder):
 
     def versions(self, prefix=""):
         """{name: what identifies the version that is stored now}, for get_version."""
+
         def attempt():
-            blobs = self.client.list_blobs(self.bucket, prefix=self.prefix + prefix, **self.options,
-                                           fields="items(name,size,generation,crc32c),nextPageToken")
+            blobs = self.client.list_blobs(
+                self.bucket,
+                prefix=self.prefix + prefix,
+                **self.options,
+                fields="items(name,size,generation,crc32c),nextPageToken",
+            )
             # consoles make empty objects that end with "/" to show folders
-            return {blob.name[len(self.prefix):]: _Stored.of(blob) for blob in blobs if not blob.name.endswith("/")}
+            return {
+                blob.name[len(self.prefix) :]: _Stored.of(blob)
+                for blob in blobs
+                if not blob.name.endswith("/")
+            }
+
         return self._call(prefix, attempt)
 
     def _stat(self, name):
@@ -320,7 +386,8 @@ class GCSFolder(_Folder):
         try:
             # raw: as stored, which is what its size and checksum are of
             self.bucket.blob(stored.name, generation=stored.generation).download_to_file(
-                file, raw_download=True, checksum=None, **self.options)
+                file, raw_download=True, checksum=None, **self.options
+            )
         except self.google.api.NotFound:
             raise _Spoilt("it was replaced while it was read") from None
         if self._measured(file) != (stored.size, stored.crc32c):
@@ -328,10 +395,12 @@ class GCSFolder(_Folder):
 
     def read_version(self, name):
         """(content, token): the token stands for this version, in replace_if and delete. Raises FileNotFoundError."""
+
         def attempt():
             stored, file = self._stat(name), io.BytesIO()
             self._fetch(stored, file)
             return file.getvalue(), str(stored.generation)
+
         return self._call(name, attempt)
 
     def get(self, name, local_path):
@@ -372,7 +441,14 @@ class GCSFolder(_Folder):
             blob = self._blob(name)
             blob.crc32c, blob.metadata = crc32c, {"write_id": write_id}
             try:
-                blob.upload_from_file(file, rewind=True, size=size, checksum=None, if_generation_match=generation, **self.options)
+                blob.upload_from_file(
+                    file,
+                    rewind=True,
+                    size=size,
+                    checksum=None,
+                    if_generation_match=generation,
+                    **self.options,
+                )
             except api.PreconditionFailed:
                 # the answer to an earlier attempt may have been lost: then what is there is ours
                 blob = self.bucket.get_blob(blob.name, **self.options)
@@ -384,10 +460,12 @@ class GCSFolder(_Folder):
             if (blob.size, blob.crc32c) != (size, crc32c):
                 raise _Spoilt("what is stored is not what was sent (size or checksum)")
             return str(blob.generation)
+
         return self._call(name, attempt)
 
     def delete(self, name, token=None):
         """Delete, with a token only that version; nothing there, or another version, is no error."""
+
         def attempt():
             try:
                 self._blob(name).delete(if_generation_match=token and int(token), **self.options)
@@ -395,6 +473,7 @@ class GCSFolder(_Folder):
                 self._check_bucket()
             except self.google.api.PreconditionFailed:
                 pass
+
         self._call(name, attempt)
 
 
@@ -414,7 +493,7 @@ class BackgroundSaver:
         self.changed = threading.Condition()
         # job: outstanding, or None; attempting: it is being tried, or is about to be; failure: how its last attempt failed
         self.job, self.attempting, self.failure, self.mistake = None, False, None, None
-        self.give_up = None     # when submit stops waiting for an earlier attempt
+        self.give_up = None  # when submit stops waiting for an earlier attempt
 
     def submit(self, job):
         """Start `job`, after waiting for an attempt at the earlier one to end; if that failed, this one takes its place.
@@ -431,7 +510,9 @@ class BackgroundSaver:
             self._raise_mistake()
             waiting = self.job is not None
             if waiting:
-                print("warning: a newer save takes the place of the one that failed", file=sys.stderr)
+                print(
+                    "warning: a newer save takes the place of the one that failed", file=sys.stderr
+                )
             self.job, self.attempting, self.failure = job, True, None
             if not waiting:
                 threading.Thread(target=self._work, name="saver", daemon=True).start()
@@ -473,7 +554,7 @@ class BackgroundSaver:
             failure = None
             try:
                 job()
-            except BaseException as error:      # raised again where submit or finish is called
+            except BaseException as error:  # raised again where submit or finish is called
                 failure = error
             with self.changed:
                 self.attempting = False
@@ -484,8 +565,10 @@ class BackgroundSaver:
                     self.job, self.failure, self.mistake = None, None, failure
                     return
                 if self.failure is None:
-                    print(f"warning: {failure}; training goes on, and the save is tried again every {self.retry_seconds:g} s",
-                          file=sys.stderr)
+                    print(
+                        f"warning: {failure}; training goes on, and the save is tried again every {self.retry_seconds:g} s",
+                        file=sys.stderr,
+                    )
                 self.failure = failure
 
 

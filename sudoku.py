@@ -7,8 +7,9 @@ exactly one is true: its cell, and its digit's row, column and box. The groups o
 the same distances from each other, so a handful of shifts examine all of them at once; in pure
 Python that is several times faster than visiting cells.
 """
+
 import itertools
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size -> (rows, columns) of a b
 class Solved(NamedTuple):
     """What `solve` found: `solutions`, a list of bytes objects (one byte per cell, 1..size), at most
     `limit` of them, and `guesses`, the number of failed guesses."""
+
     solutions: list
     guesses: int
 
@@ -42,7 +44,7 @@ def parse(text):
     """Puzzle string, '.' or '0' for an empty cell, to uint8 [S] of 0..size.
     ValueError on a wrong length or character."""
     size = size_of(len(text))
-    allowed = ".0123456789"[:size + 2]
+    allowed = ".0123456789"[: size + 2]
     for position, char in enumerate(text, 1):
         if char not in allowed:
             raise ValueError(f"character {char!r} at position {position}; allowed are {allowed}")
@@ -89,12 +91,12 @@ def has_conflict(puzzles):
 
 class _Tables(NamedTuple):
     cells: int
-    full: int         # every candidate
-    kinds: list       # (shifts, mask, spread) for cells, rows, columns, boxes
-    keep: list        # per candidate: all candidates but those it rules out
+    full: int  # every candidate
+    kinds: list  # (shifts, mask, spread) for cells, rows, columns, boxes
+    keep: list  # per candidate: all candidates but those it rules out
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tables(size):
     rows, columns = box_shape(size)
     cells = size * size
@@ -110,8 +112,10 @@ def _tables(size):
         kind(boards, range(cells)),
         kind(list(range(size)), [b + r * size for b in boards for r in range(size)]),
         kind([r * size for r in range(size)], [b + c for b in boards for c in range(size)]),
-        kind([r * size + c for r in range(rows) for c in range(columns)],
-             [b + c for b in boards for c in corners]),
+        kind(
+            [r * size + c for r in range(rows) for c in range(columns)],
+            [b + c for b in boards for c in corners],
+        ),
     ]
     keep = []
     for candidate in range(size * cells):
@@ -308,9 +312,13 @@ def _all_permutations(n):
 def _line_permutations(blocks, width):
     """Every order of `blocks` bands of `width` lines that keeps bands together, [blocks! * (width!)^blocks, n]."""
     inner = _all_permutations(width)
-    return np.array([np.concatenate([inner[k] + band * width for band, k in zip(order, choice)])
-                     for order in itertools.permutations(range(blocks))
-                     for choice in itertools.product(range(len(inner)), repeat=blocks)])
+    return np.array(
+        [
+            np.concatenate([inner[k] + band * width for band, k in zip(order, choice)])
+            for order in itertools.permutations(range(blocks))
+            for choice in itertools.product(range(len(inner)), repeat=blocks)
+        ]
+    )
 
 
 def paired(puzzles, solutions):
@@ -332,7 +340,7 @@ class SudokuAugmenter:
         self.columns = _line_permutations(size // box_width, box_width)
         digits = _all_permutations(size).astype(np.uint8) + np.uint8(first_digit)
         kept = np.tile(np.arange(first_digit, dtype=np.uint8), (len(digits), 1))
-        self.digits = np.concatenate([kept, digits], axis=1)                          # [size!, codes]
+        self.digits = np.concatenate([kept, digits], axis=1)  # [size!, codes]
 
     def __call__(self, pairs, draws):
         """pairs: [B, S] uint16, see `paired`; draws: [B] uint64, uniform.
@@ -351,7 +359,9 @@ class SudokuAugmenter:
         rows = self.rows[row.astype(np.int64)] * row_stride + first_cell
         columns = self.columns[column.astype(np.int64)] * column_stride
         cells = (rows[:, :, None] + columns[:, None, :]).reshape(batch, -1)
-        moved = np.take(pairs.reshape(-1), cells).view(np.uint8)           # [B, 2S], puzzle and solution in turn
+        moved = np.take(pairs.reshape(-1), cells).view(
+            np.uint8
+        )  # [B, 2S], puzzle and solution in turn
         codes = self.digits.shape[1]
         maps = self.digits[digit.astype(np.int64)]
         relabelled = np.take(maps.reshape(-1), moved + (np.arange(batch) * codes)[:, None])

@@ -4,6 +4,7 @@ Shapes: B slots (examples), S grid cells, P prefix positions of the puzzle embed
 D hidden size, V vocabulary (0 pad, 1 empty cell, 2.. the digits). Activations have the forward dtype
 (bfloat16 or float32), weights are float32 and cast where they are used, so their gradients add up in float32.
 """
+
 import math
 from typing import NamedTuple
 
@@ -17,20 +18,29 @@ from storage import cache_folder
 from utils import STREAM_EXPLORATION, UserError, random_stream
 
 RMS_NORM_EPS = 1e-5
-PAD_ID = 0                  # of inputs; as a label: a cell that is not scored
-CHECKPOINT_PREFIX = "model.inner."   # of every weight's name in the original's files, and so in ours
-METRIC_KEYS = ("count", "cell_accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss")
+PAD_ID = 0  # of inputs; as a label: a cell that is not scored
+CHECKPOINT_PREFIX = "model.inner."  # of every weight's name in the original's files, and so in ours
+METRIC_KEYS = (
+    "count",
+    "cell_accuracy",
+    "exact_accuracy",
+    "q_halt_accuracy",
+    "steps",
+    "lm_loss",
+    "q_halt_loss",
+)
 
 
 class Carry(NamedTuple):
     """What a slot keeps between supervision steps."""
-    z_H: torch.Tensor                  # [B, L, D] forward dtype: the answer's state
-    z_L: torch.Tensor                  # [B, L, D] forward dtype: the latent state
-    steps: torch.Tensor                # [B] int32: supervision steps done on this example
-    halted: torch.Tensor               # [B] bool: the next step takes a new example
-    inputs: torch.Tensor               # [B, S] int32
-    labels: torch.Tensor               # [B, S] int32
-    puzzle_identifiers: torch.Tensor   # [B] int32
+
+    z_H: torch.Tensor  # [B, L, D] forward dtype: the answer's state
+    z_L: torch.Tensor  # [B, L, D] forward dtype: the latent state
+    steps: torch.Tensor  # [B] int32: supervision steps done on this example
+    halted: torch.Tensor  # [B] bool: the next step takes a new example
+    inputs: torch.Tensor  # [B, S] int32
+    labels: torch.Tensor  # [B, S] int32
+    puzzle_identifiers: torch.Tensor  # [B] int32
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -40,7 +50,9 @@ def truncated_normal(shape, std, generator):
     """float32 normal cut at two standard deviations, rescaled to have `std` after the cut (as JAX does)."""
     cut_std = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
     tensor = torch.empty(shape)
-    return nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator).mul_(std / cut_std)
+    return nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator).mul_(
+        std / cut_std
+    )
 
 
 def rms_norm(x, dtype, dim=-1):
@@ -60,7 +72,7 @@ class Linear(nn.Module):
 
     def __init__(self, d_in, d_out, generator):
         super().__init__()
-        self.weight = nn.Parameter(truncated_normal((d_out, d_in), d_in ** -0.5, generator))
+        self.weight = nn.Parameter(truncated_normal((d_out, d_in), d_in**-0.5, generator))
 
     def forward(self, x):
         return F.linear(x, cast(self.weight, x.dtype))
@@ -71,7 +83,7 @@ class Table(nn.Module):
 
     def __init__(self, rows, dim, generator):
         super().__init__()
-        self.embedding_weight = nn.Parameter(truncated_normal((rows, dim), dim ** -0.5, generator))
+        self.embedding_weight = nn.Parameter(truncated_normal((rows, dim), dim**-0.5, generator))
 
 
 class SwiGLU(nn.Module):
@@ -82,7 +94,9 @@ class SwiGLU(nn.Module):
         width = -(-round(expansion * dim * 2 / 3) // 256) * 256
         self.gate_up_proj = Linear(dim, 2 * width, generator)
         self.down_proj = Linear(width, dim, generator)
-        self.in_kernel = None       # on a TPU, by pallas_kernels.py: the tpu_types.Generation of its chips
+        self.in_kernel = (
+            None  # on a TPU, by pallas_kernels.py: the tpu_types.Generation of its chips
+        )
 
     def weights(self):
         """(gate, up, down) for `forward`, asked for once a step: the gradients of the halves are put together once, not at each use."""
@@ -92,14 +106,20 @@ class SwiGLU(nn.Module):
         """x [B, L, D] mixed along `axis`, added to x and normed along it: [B, L, D]."""
         if self.in_kernel:
             import pallas_kernels
+
             weights = *weights, self.in_kernel
-            return pallas_kernels.TokenMixing.apply(x, *weights) if axis == 1 else pallas_kernels.ChannelMixing.apply(x, *weights, torch.is_grad_enabled())
+            return (
+                pallas_kernels.TokenMixing.apply(x, *weights)
+                if axis == 1
+                else pallas_kernels.ChannelMixing.apply(x, *weights, torch.is_grad_enabled())
+            )
         return rms_norm(x + self.mixed(x, weights, axis).transpose(axis, 2), x.dtype, axis)
 
     def mixed(self, x, weights, axis):
         """`axis` comes last in the result. In x's dtype; on XLA float32, as the products add up."""
         if x.device.type == "xla":
             import xla_mixing
+
             return xla_mixing.SwiGLU.apply(x, *weights, axis, torch.is_grad_enabled())
         gate, up, down = (cast(weight, x.dtype) for weight in weights)
         x = x.transpose(axis, 2)
@@ -171,7 +191,9 @@ class Network(nn.Module):
 
     def __init__(self, config, length, generator):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, length, generator) for _ in range(config.L_layers))
+        self.layers = nn.ModuleList(
+            Block(config, length, generator) for _ in range(config.L_layers)
+        )
         self.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, h, injection, weights, rope):
@@ -179,7 +201,11 @@ class Network(nn.Module):
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         h = h + injection
         for layer, layer_weights in zip(self.layers, weights, strict=True):
-            h = recomputed(layer, h, layer_weights, rope) if checkpointing else layer(h, layer_weights, rope)
+            h = (
+                recomputed(layer, h, layer_weights, rope)
+                if checkpointing
+                else layer(h, layer_weights, rope)
+            )
         return h
 
 
@@ -202,6 +228,7 @@ class _BarrierInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         from torch_xla.core.xla_model import optimization_barrier_
+
         optimization_barrier_([grad, ctx.h])
         return grad, None
 
@@ -221,7 +248,7 @@ class PuzzleEmbedding(nn.Module):
 class TinyRecursiveModel(nn.Module):
     """TRM for grids of `seq_len` cells over `vocab_size` symbols.
 
-    config: utils.ModelConfig. Parameters and buffers have the original's names without CHECKPOINT_PREFIX.
+    config: ModelConfig. Parameters and buffers have the original's names without CHECKPOINT_PREFIX.
     Initial weights depend on `seed` alone.
     """
 
@@ -240,7 +267,11 @@ class TinyRecursiveModel(nn.Module):
         self.embed_tokens = Table(vocab_size, dim, generator)
         if config.pos_encodings == "learned":
             self.embed_pos = Table(self.length, dim, generator)
-        rope = rope_table(self.length, dim // config.num_heads) if config.pos_encodings == "rope" else None
+        rope = (
+            rope_table(self.length, dim // config.num_heads)
+            if config.pos_encodings == "rope"
+            else None
+        )
         self.register_buffer("rope", rope, persistent=False)
         self.L_level = Network(config, self.length, generator)
         self.lm_head = Linear(dim, vocab_size, generator)
@@ -252,11 +283,20 @@ class TinyRecursiveModel(nn.Module):
 
     def empty_carry(self, batch_size):
         """A carry on the CPU in which every slot is halted; its other values are never read."""
+
         def ints(*shape):
             return torch.zeros(batch_size, *shape, dtype=torch.int32)
+
         z = torch.zeros(batch_size, self.length, self.config.hidden_size, dtype=self.forward_dtype)
-        return Carry(z, z.clone(), ints(), torch.ones(batch_size, dtype=torch.bool),
-                     ints(self.seq_len), ints(self.seq_len), ints())
+        return Carry(
+            z,
+            z.clone(),
+            ints(),
+            torch.ones(batch_size, dtype=torch.bool),
+            ints(self.seq_len),
+            ints(self.seq_len),
+            ints(),
+        )
 
     def admit(self, carry, batch):
         """Give each halted slot the example that `batch` offers it and the initial states; keep the others.
@@ -267,9 +307,17 @@ class TinyRecursiveModel(nn.Module):
 
         def take(offered, kept):
             return torch.where(new.view(-1, *[1] * (kept.dim() - 1)), offered.to(kept.dtype), kept)
-        return Carry(take(self.H_init, carry.z_H), take(self.L_init, carry.z_L),
-                     torch.where(new, 0, carry.steps), torch.zeros_like(new),
-                     *(take(batch[name], getattr(carry, name)) for name in ("inputs", "labels", "puzzle_identifiers")))
+
+        return Carry(
+            take(self.H_init, carry.z_H),
+            take(self.L_init, carry.z_L),
+            torch.where(new, 0, carry.steps),
+            torch.zeros_like(new),
+            *(
+                take(batch[name], getattr(carry, name))
+                for name in ("inputs", "labels", "puzzle_identifiers")
+            ),
+        )
 
     def puzzle_rows(self, carry):
         """The slots' rows of the puzzle embedding, [B, puzzle_emb_ndim] float32, or None without one."""
@@ -279,14 +327,16 @@ class TinyRecursiveModel(nn.Module):
         """x [B, L, D]: prefix and cells, positions added, times sqrt(D)."""
         dtype, dim = self.forward_dtype, self.config.hidden_size
         # a product with a one-hot matrix: the backward of F.embedding would run the pending XLA graph
-        one_hot = (inputs.unsqueeze(-1) == torch.arange(self.vocab_size, device=inputs.device)).to(dtype)
+        one_hot = (inputs.unsqueeze(-1) == torch.arange(self.vocab_size, device=inputs.device)).to(
+            dtype
+        )
         x = one_hot @ cast(self.embed_tokens.embedding_weight, dtype)
         if self.prefix_len:
             prefix = F.pad(puzzle_rows, (0, self.prefix_len * dim - puzzle_rows.shape[-1]))
             x = torch.cat((prefix.view(-1, self.prefix_len, dim).to(dtype), x), dim=1)
         if self.config.pos_encodings == "learned":
-            x = (x + cast(self.embed_pos.embedding_weight, dtype)) * 0.5 ** 0.5
-        return x * dim ** 0.5
+            x = (x + cast(self.embed_pos.embedding_weight, dtype)) * 0.5**0.5
+        return x * dim**0.5
 
     def supervision_step(self, carry, puzzle_rows):
         """One supervision step: H_cycles - 1 cycles without gradient, one with.
@@ -308,7 +358,7 @@ class TinyRecursiveModel(nn.Module):
             for _ in range(config.H_cycles - 1):
                 z_H, z_L = cycle(z_H, z_L)
         z_H, z_L = cycle(z_H, z_L)
-        logits = self.lm_head(z_H[:, self.prefix_len:])
+        logits = self.lm_head(z_H[:, self.prefix_len :])
         return z_H, z_L, logits, self.halting_logit(z_H[:, 0].float())
 
     def halting_logit(self, z):
@@ -358,16 +408,36 @@ def act_step(model, carry, puzzle_rows, min_halt_steps):
     z_H, z_L, logits, q_halt = model.supervision_step(carry, puzzle_rows)
     correct_cells, exact = score(logits, carry.labels)
     lm_loss = stablemax_loss(logits, carry.labels).sum()
-    q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="sum")
+    q_halt_loss = F.binary_cross_entropy_with_logits(
+        q_halt, exact.to(q_halt.dtype), reduction="sum"
+    )
 
     steps = carry.steps + 1
     max_steps = model.config.halt_max_steps
     halted = (steps >= max_steps) | ((q_halt > 0) & (steps >= min_halt_steps))
     counted = halted & (carry.labels != PAD_ID).any(-1)
-    metrics = torch.stack([value.sum().float() for value in (
-        counted, counted * correct_cells, counted & exact, counted & ((q_halt >= 0) == exact), counted * steps)]
-        + [lm_loss.detach().float(), q_halt_loss.detach()])
-    carry = Carry(z_H.detach(), z_L.detach(), steps, halted, carry.inputs, carry.labels, carry.puzzle_identifiers)
+    metrics = torch.stack(
+        [
+            value.sum().float()
+            for value in (
+                counted,
+                counted * correct_cells,
+                counted & exact,
+                counted & ((q_halt >= 0) == exact),
+                counted * steps,
+            )
+        ]
+        + [lm_loss.detach().float(), q_halt_loss.detach()]
+    )
+    carry = Carry(
+        z_H.detach(),
+        z_L.detach(),
+        steps,
+        halted,
+        carry.inputs,
+        carry.labels,
+        carry.puzzle_identifiers,
+    )
     return lm_loss + 0.5 * q_halt_loss, metrics, carry
 
 
@@ -388,12 +458,26 @@ def evaluation_step(model, carry, batch):
     carry = model.admit(carry, batch)
     z_H, z_L, logits, q_halt = model.supervision_step(carry, model.puzzle_rows(carry))
     correct_cells, exact = score(logits, carry.labels)
-    q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, exact.to(q_halt.dtype), reduction="none")
-    result = torch.stack([value.float() for value in (
-        correct_cells, exact, (q_halt >= 0) == exact, stablemax_loss(logits, carry.labels), q_halt_loss)])
+    q_halt_loss = F.binary_cross_entropy_with_logits(
+        q_halt, exact.to(q_halt.dtype), reduction="none"
+    )
+    result = torch.stack(
+        [
+            value.float()
+            for value in (
+                correct_cells,
+                exact,
+                (q_halt >= 0) == exact,
+                stablemax_loss(logits, carry.labels),
+                q_halt_loss,
+            )
+        ]
+    )
     steps = carry.steps + 1
     halted = steps >= model.config.halt_max_steps
-    return Carry(z_H, z_L, steps, halted, carry.inputs, carry.labels, carry.puzzle_identifiers), result
+    return Carry(
+        z_H, z_L, steps, halted, carry.inputs, carry.labels, carry.puzzle_identifiers
+    ), result
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -422,9 +506,13 @@ def load_named_state(model, state, source):
             (notes if name == "puzzle_emb.weights" else wrong).append(text)
     notes += [f"{name} has no place here" for name in given if name not in own]
     if wrong:
-        raise UserError(f"{source}: these weights do not fit the model: {'; '.join(wrong + notes)}. "
-                        "Use the model section (and dataset) that the checkpoint was trained with")
-    model.load_state_dict({name: given[name] for name in own if given[name].shape == own[name].shape}, strict=False)
+        raise UserError(
+            f"{source}: these weights do not fit the model: {'; '.join(wrong + notes)}. "
+            "Use the model section (and dataset) that the checkpoint was trained with"
+        )
+    model.load_state_dict(
+        {name: given[name] for name in own if given[name].shape == own[name].shape}, strict=False
+    )
     return notes
 
 
@@ -434,7 +522,11 @@ def weights_in(content, source):
     ours = isinstance(content, dict) and isinstance(content.get("model"), dict)
     states = {"ema": content.get("ema"), "raw": content["model"]} if ours else {"raw": content}
     for state in states.values():
-        if state is not None and not (isinstance(state, dict) and state and all(hasattr(value, "shape") for value in state.values())):
+        if state is not None and not (
+            isinstance(state, dict)
+            and state
+            and all(hasattr(value, "shape") for value in state.values())
+        ):
             raise UserError(f"{source}: holds no state dict")
     return {name: state for name, state in states.items() if state is not None}
 
@@ -442,10 +534,15 @@ def weights_in(content, source):
 def load_initial_weights(model, path, rank):
     """Load weights from a file (local or gs://) of the original or of this kit; on rank 0 it says what had no place.
     Raises UserError where there is none, or it does not fit."""
-    state = weights_in(load_checkpoint(fetch_file(path, cache_folder())), f"--init_from {path}")["raw"]
+    state = weights_in(load_checkpoint(fetch_file(path, cache_folder())), f"--init_from {path}")[
+        "raw"
+    ]
     notes = load_named_state(model, state, f"--init_from {path}")
     if rank == 0:
-        print(f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes), flush=True)
+        print(
+            f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes),
+            flush=True,
+        )
 
 
 def num_parameters(model):

@@ -1,4 +1,5 @@
 """Starting the workers of a run on this host, one process a device, and ending with one exit status."""
+
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -11,11 +12,11 @@ import time
 
 import preemption
 import tpu_types
-import utils
+from config import planned_workers
 from device import resolve_device
-from utils import UserError
+from utils import UserError, run_cli
 
-END_TOGETHER_SECONDS = 60       # for the other workers to end by themselves once one has
+END_TOGETHER_SECONDS = 60  # for the other workers to end by themselves once one has
 
 
 def launch(function, config, *args):
@@ -35,27 +36,40 @@ def launch(function, config, *args):
         # drops their statuses and messages: what was a crash would look like a preemption
         environment = {"PJRT_LOCAL_PROCESS_COUNT": str(count)}
         return _supervise(function, count, environment, config, *args)
-    count = utils.planned_workers(config)
+    count = planned_workers(config)
     if "RANK" in os.environ or count == 1:
         preemption.listen_to_keyboard()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             preemption.listen_to_metadata_server()
         return function(int(os.environ.get("RANK", 0)), config, *args)
     import torch.distributed as dist
+
     # the store lies in this process, as with torchrun, and so survives whichever worker dies
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment = {
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     return _supervise(function, count, environment, config, *args)
 
 
 def local_tpu_processes():
     """How many processes this host's TPU chips want. Raises UserError where there are none."""
     from torch_xla._internal import tpu
+
     count = tpu.num_local_processes() if importlib.util.find_spec("libtpu") else 0
     if count < 1:
-        missing = "no TPU chip is seen on this host" if importlib.util.find_spec("libtpu") else "libtpu is not installed: pip install -r requirements-tpu.txt"
-        raise UserError(f"device = 'tpu': {missing}: run this on every host of a TPU slice, or use device=cpu or cuda")
+        missing = (
+            "no TPU chip is seen on this host"
+            if importlib.util.find_spec("libtpu")
+            else "libtpu is not installed: pip install -r requirements-tpu.txt"
+        )
+        raise UserError(
+            f"device = 'tpu': {missing}: run this on every host of a TPU slice, or use device=cpu or cuda"
+        )
     return count
 
 
@@ -66,7 +80,8 @@ def start_alone(device):
         os.environ["PJRT_DEVICE"] = "TPU"
         local_tpu_processes()
         from torch_xla._internal import tpu
-        tpu.configure_one_chip_topology()       # or its runtime would wait for the other hosts' processes
+
+        tpu.configure_one_chip_topology()  # or its runtime would wait for the other hosts' processes
 
 
 def check_workers(config, device):
@@ -74,14 +89,20 @@ def check_workers(config, device):
     batch, parts = config.training.global_batch_size, config.training.grad_accumulation_steps
     generation = tpu_types.slice_type(config.tpu.accelerator_type).generation
     if device.name == "tpu" and device.generation != generation:
-        raise UserError(f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: its chips are {generation.name}, and those of this host are "
-                        f"{device.generation.name}: name the slice that this is")
-    if device.name == "tpu" and device.world_size != utils.planned_workers(config, "tpu"):
-        raise UserError(f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: it has {utils.planned_workers(config, 'tpu')} chips, and {device.world_size} "
-                        "are here: name this slice, and run the command on all of its hosts")
+        raise UserError(
+            f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: its chips are {generation.name}, and those of this host are "
+            f"{device.generation.name}: name the slice that this is"
+        )
+    if device.name == "tpu" and device.world_size != planned_workers(config, "tpu"):
+        raise UserError(
+            f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: it has {planned_workers(config, 'tpu')} chips, and {device.world_size} "
+            "are here: name this slice, and run the command on all of its hosts"
+        )
     if batch % (device.world_size * parts):
-        raise UserError(f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
-                        f"{device.world_size} x {parts}: this many workers have been started")
+        raise UserError(
+            f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
+            f"{device.world_size} x {parts}: this many workers have been started"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -91,7 +112,10 @@ def _supervise(function, count, environment, *args):
     # a process that has imported PyTorch, and nothing else, forks them: the import costs each of them seconds
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
-    processes = [context.Process(target=_child, args=(environment, function, local_rank, *args)) for local_rank in range(count)]
+    processes = [
+        context.Process(target=_child, args=(environment, function, local_rank, *args))
+        for local_rank in range(count)
+    ]
     preemption.let_others_end_it()
     # a worker is born with these held back, until it listens, and so is that process. The tracker first: its start would let them
     # through again
@@ -105,7 +129,11 @@ def _supervise(function, count, environment, *args):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return _wait(processes)
     except KeyboardInterrupt:
-        print("interrupted: the workers save and end; once more to kill them", file=sys.stderr, flush=True)
+        print(
+            "interrupted: the workers save and end; once more to kill them",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             _terminate(processes)
             _wait(processes)
@@ -117,26 +145,37 @@ def _supervise(function, count, environment, *args):
 
 def _wait(processes):
     """The first status of a worker that was not 0, or 0, once all have ended."""
-    status, running, deadline, killed = 0, {process.sentinel: process for process in processes if process.exitcode is None}, None, set()
+    status, running, deadline, killed = (
+        0,
+        {process.sentinel: process for process in processes if process.exitcode is None},
+        None,
+        set(),
+    )
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ended = multiprocessing.connection.wait(list(running), left)
         if not ended:
             for process in running.values():
-                print(f"warning: worker {processes.index(process)} did not end by itself and is killed", file=sys.stderr)
+                print(
+                    f"warning: worker {processes.index(process)} did not end by itself and is killed",
+                    file=sys.stderr,
+                )
                 process.kill()
                 killed.add(process)
-            deadline = None         # a kill takes a moment
+            deadline = None  # a kill takes a moment
         for sentinel in ended:
             process = running.pop(sentinel)
             process.join()
             if process.exitcode < 0 and process not in killed:
-                print(f"error: worker {processes.index(process)} was killed by signal {-process.exitcode}", file=sys.stderr)
+                print(
+                    f"error: worker {processes.index(process)} was killed by signal {-process.exitcode}",
+                    file=sys.stderr,
+                )
             if status == 0 and process.exitcode:
                 status = process.exitcode if process.exitcode > 0 else 1
                 deadline = time.monotonic() + END_TOGETHER_SECONDS
                 if status == preemption.EXIT_STATUS:
-                    _terminate(processes)       # it left before it could tell the others
+                    _terminate(processes)  # it left before it could tell the others
     return status
 
 
@@ -148,7 +187,7 @@ def _terminate(processes):
 
 def _forward_sigterm(processes):
     preemption.wait()
-    while True:         # a second SIGTERM does no harm, and one may come before a worker is there
+    while True:  # a second SIGTERM does no harm, and one may come before a worker is there
         _terminate(processes)
         time.sleep(1)
 
@@ -157,7 +196,7 @@ def _forward_sigterm(processes):
 # A worker
 # ---------------------------------------------------------------------------------------------------------
 def _child(environment, function, local_rank, *args):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent answers Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     # before the TPU's runtime starts: it would put its own handler in the default one's place
     preemption.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
@@ -167,9 +206,11 @@ def _child(environment, function, local_rank, *args):
     if local_rank == 0:
         preemption.listen_to_metadata_server()
     try:
-        utils.run_cli(lambda: function(_global_rank(local_rank), *args))
+        run_cli(lambda: function(_global_rank(local_rank), *args))
     except SystemExit as end:
-        if end.code:        # at once: gloo's destructors would wait for the fellow workers, which wait for this one
+        if (
+            end.code
+        ):  # at once: gloo's destructors would wait for the fellow workers, which wait for this one
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
@@ -178,15 +219,18 @@ def _child(environment, function, local_rank, *args):
 def _global_rank(local_rank):
     count = os.environ.get("PJRT_LOCAL_PROCESS_COUNT")
     if count is None:
-        os.environ["RANK"] = str(local_rank)        # all workers are on this host
+        os.environ["RANK"] = str(local_rank)  # all workers are on this host
         return local_rank
     from torch_xla import runtime
     from torch_xla._internal import pjrt
+
     try:
         pjrt.initialize_multiprocess(local_rank, int(count))
     except RuntimeError as error:
-        raise UserError(f"device: the {os.environ['PJRT_DEVICE']} runtime does not start ({str(error).strip().splitlines()[0]})") from None
-    return runtime.global_ordinal()     # ordinals are not in the order of hosts or chips
+        raise UserError(
+            f"device: the {os.environ['PJRT_DEVICE']} runtime does not start ({str(error).strip().splitlines()[0]})"
+        ) from None
+    return runtime.global_ordinal()  # ordinals are not in the order of hosts or chips
 
 
 def die_with_parent():

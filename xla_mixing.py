@@ -1,4 +1,5 @@
 """SwiGLU on XLA, forward and backward, written for how a TPU (first a v4) lays things out. The figures behind it: docs/tpu_step.md."""
+
 import torch
 import torch.nn.functional as F
 import torch_xla
@@ -10,10 +11,14 @@ def contract(a, a_axes, b, b_axes):
     """Sums of products over axes of a and b, float32; what is left are the other axes of a, then those of b."""
     axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
     if a.dtype == torch.float32:
-        return torch.tensordot(a, b, axes)      # for a TPU the function below has no other precision than bfloat16's
+        return torch.tensordot(
+            a, b, axes
+        )  # for a TPU the function below has no other precision than bfloat16's
     # XLA's CPU device has no products of bfloat16 in float32; a TPU's multiplier takes bfloat16 whatever these say
     a, b = a.float(), b.float()
-    return torch_xla._XLAC._xla_dot_general(a, b, (tuple(axes), ([], [])), preferred_element_type=torch.float32)
+    return torch_xla._XLAC._xla_dot_general(
+        a, b, (tuple(axes), ([], [])), preferred_element_type=torch.float32
+    )
 
 
 class SwiGLU(torch.autograd.Function):
@@ -52,5 +57,8 @@ def swiglu_gradient(grad, x, weights, gate, up, axis):
     gate_grad = (inner * up * (sigmoid + swish * (1 - sigmoid))).to(dtype)
     up_grad = (inner * swish).to(dtype)
     x_grad = contract(gate_grad, 2, gate_weight, 0) + contract(up_grad, 2, up_weight, 0)
-    return (x_grad, *(contract(part, (0, 1), x, (0, rest)) for part in (gate_grad, up_grad)),
-            contract(grad, (0, 1), (swish * up).to(dtype), (0, 1)))
+    return (
+        x_grad,
+        *(contract(part, (0, 1), x, (0, rest)) for part in (gate_grad, up_grad)),
+        contract(grad, (0, 1), (swish * up).to(dtype), (0, 1)),
+    )

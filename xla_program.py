@@ -5,6 +5,7 @@ needs to compute the step. Here the first call traces and compiles; each later o
 gives the results to the tensors that the step changes. What torch_xla's own torch.compile backend does with a captured graph,
 without the capture.
 """
+
 import torch
 import torch_xla
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
@@ -19,7 +20,11 @@ def places(tensors):
 
 def changed_places(tensors):
     """[place] of those that are still to be computed: what was in these places before is done with."""
-    return [place for place, pending in enumerate(_XLAC._check_tensor_need_materialization(tensors)) if pending]
+    return [
+        place
+        for place, pending in enumerate(_XLAC._check_tensor_need_materialization(tensors))
+        if pending
+    ]
 
 
 class XLAProgram:
@@ -41,7 +46,9 @@ class XLAProgram:
             arguments = self._trace(batch)
         else:
             given = self.state() + list(batch.values())
-            arguments = [given[place] if constant is None else constant for place, constant in self.arguments]
+            arguments = [
+                given[place] if constant is None else constant for place, constant in self.arguments
+            ]
         results = _XLAC._run_cached_graph(self.key, arguments)
         state = self.state()
         for place, result in zip(self.changed, results, strict=True):
@@ -50,7 +57,7 @@ class XLAProgram:
     def _trace(self, batch):
         """Trace and compile; returns the program's arguments at this call."""
         given = self.state() + list(batch.values())
-        torch_xla.sync(wait=True)           # what is pending would become part of the program
+        torch_xla.sync(wait=True)  # what is pending would become part of the program
         known = places(given)
         with torch.enable_grad():
             self.function(batch)
@@ -59,8 +66,11 @@ class XLAProgram:
         outputs = [state[place] for place in self.changed]
         ids, arguments = _XLAC._get_tensors_xla_device_data_node(outputs)
         # an argument that is neither state nor batch is a number of the function's own, which torch_xla keeps on the device
-        self.arguments = [(known.get(tensor_id), None if tensor_id in known else value) for tensor_id, value in zip(ids, arguments)]
-        with alias_with_buffer_donor_config():     # a changed tensor's memory goes to its successor
+        self.arguments = [
+            (known.get(tensor_id), None if tensor_id in known else value)
+            for tensor_id, value in zip(ids, arguments)
+        ]
+        with alias_with_buffer_donor_config():  # a changed tensor's memory goes to its successor
             for (place, _), value in zip(self.arguments, arguments):
                 if place in self.changed:
                     _XLAC._set_buffer_donation(value, True)

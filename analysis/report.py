@@ -6,6 +6,7 @@
 
 Writes report.md, report.html (one file, pictures inside), comparison.csv and figures/.
 """
+
 import argparse
 import base64
 import collections
@@ -15,15 +16,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import results      # first: it says which package is missing, and puts the top level on the path
-
+import compare_experiments
 import markdown
 import pandas as pd
-
-import compare_experiments
 import plot_results
-import utils
-from utils import UserError
+import results  # first: it says which package is missing, and puts the top level on the path
+
+from config import config_yaml, load_config
+from utils import UserError, replace_file, run_cli
 
 MIN_SEEDS = 2
 STYLE = """body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }
@@ -32,11 +32,27 @@ img { width: 420px; max-width: 100%; } pre { background: #f4f4f4; padding: 1em; 
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results_dir", required=True, metavar="DIR", help="folder with runs at any depth, local or gs://")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results_dir",
+        required=True,
+        metavar="DIR",
+        help="folder with runs at any depth, local or gs://",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the report")
-    parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default: the first in the order of names)")
-    parser.add_argument("--configs", default=str(results.ROOT / "configs" / "e*.yaml"), metavar="PATTERN", help="the study's configurations (default: configs/e*.yaml)")
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="what the others are compared with (default: the first in the order of names)",
+    )
+    parser.add_argument(
+        "--configs",
+        default=str(results.ROOT / "configs" / "e*.yaml"),
+        metavar="PATTERN",
+        help="the study's configurations (default: configs/e*.yaml)",
+    )
     return parser.parse_args()
 
 
@@ -44,7 +60,9 @@ def main():
     args = parse_args()
     configs = sorted(glob.glob(args.configs))
     if not configs:
-        raise UserError(f"--configs {args.configs}: no such file: give the study's YAML files as one quoted pattern, such as 'configs/e*.yaml'")
+        raise UserError(
+            f"--configs {args.configs}: no such file: give the study's YAML files as one quoted pattern, such as 'configs/e*.yaml'"
+        )
     groups = results.group_runs(results.load_runs(args.results_dir))
     baseline = results.find_group(groups, args.baseline) if args.baseline else groups[0]
     groups = [baseline, *(group for group in groups if group is not baseline)]
@@ -59,24 +77,43 @@ def main():
             figures.append((drawn, plot_results.save(drawn, pictures)))
     table = compare_experiments.comparison(groups, baseline)
     table.to_csv(out / "comparison.csv", index=False)
-    text = report(args.results_dir, groups, baseline, table, cells(configs, groups), figures, missing)
-    utils.replace_file(out / "report.md", text)
-    utils.replace_file(out / "report.html", as_html(text, out))
-    print(f"{out / 'report.md'} and {out / 'report.html'}: {sum(len(group.runs) for group in groups)} runs, {len(figures)} figures")
+    text = report(
+        args.results_dir, groups, baseline, table, cells(configs, groups), figures, missing
+    )
+    replace_file(out / "report.md", text)
+    replace_file(out / "report.html", as_html(text, out))
+    print(
+        f"{out / 'report.md'} and {out / 'report.html'}: {sum(len(group.runs) for group in groups)} runs, {len(figures)} figures"
+    )
 
 
 def report(results_dir, groups, baseline, table, study, figures, missing):
     """The report in Markdown. figures: [(Figure, path of its PNG)]; missing: [(name, why it is not drawn)]."""
-    parts = [f"# Results in {results_dir}", "## What is missing", gaps(study, groups), "## The study's configurations", _table(study),
-             "## Comparison", f"Baseline: {baseline.label}.", *(_table(part) for part in compare_experiments.readable_parts(table, 0.85)),
-             *compare_experiments.NOTES.split("\n"), "## Figures"]
+    parts = [
+        f"# Results in {results_dir}",
+        "## What is missing",
+        gaps(study, groups),
+        "## The study's configurations",
+        _table(study),
+        "## Comparison",
+        f"Baseline: {baseline.label}.",
+        *(_table(part) for part in compare_experiments.readable_parts(table, 0.85)),
+        *compare_experiments.NOTES.split("\n"),
+        "## Figures",
+    ]
     for figure, path in figures:
         parts += [f"### {figure.name}", f"![{figure.name}](figures/{path.name})", figure.caption]
     if missing:
         parts += ["Not drawn:", "\n".join(f"- {name}: {reason}" for name, reason in missing)]
-    parts += ["## Provenance", _table(provenance(groups)), "## Configuration of the baseline", f"```yaml\n{utils.config_yaml(baseline.first.config)}```",
-              "## The paper's numbers", f"{results.paper()['source']}; {results.paper()['dataset']['name']}, exact accuracy in %.",
-              _table(pd.DataFrame(results.paper()["results"])[["table", "setting", "exact_accuracy"]])]
+    parts += [
+        "## Provenance",
+        _table(provenance(groups)),
+        "## Configuration of the baseline",
+        f"```yaml\n{config_yaml(baseline.first.config)}```",
+        "## The paper's numbers",
+        f"{results.paper()['source']}; {results.paper()['dataset']['name']}, exact accuracy in %.",
+        _table(pd.DataFrame(results.paper()["results"])[["table", "setting", "exact_accuracy"]]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,7 +121,7 @@ def cells(configs, groups):
     """One row for each configuration file of the study: config, runs, finished seeds, state."""
     rows = []
     for path in configs:
-        config, name = utils.load_config(path, settle=False), Path(path).stem
+        config, name = load_config(path, settle=False), Path(path).stem
         same = [group for group in groups if not other_settings(group.first, config)]
         finished = sum(len(group.finished) for group in same)
         if finished >= MIN_SEEDS:
@@ -98,7 +135,14 @@ def cells(configs, groups):
             state = f"missing; {named.label} has other settings ({', '.join(changed[:4])}{f' and {len(changed) - 4} more' if len(changed) > 4 else ''})"
         else:
             state = "missing"
-        rows.append({"config": name, "runs": ", ".join(group.label for group in same) or "-", "finished seeds": finished, "state": state})
+        rows.append(
+            {
+                "config": name,
+                "runs": ", ".join(group.label for group in same) or "-",
+                "finished seeds": finished,
+                "state": state,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -112,32 +156,91 @@ def other_settings(run, wanted):
 
 def gaps(study, groups):
     lines = [f"- {row.config}: {row.state}" for row in study.itertuples() if row.state != "done"]
-    lines += [f"- {run.name}: {run.state}" for group in groups for run in group.runs if not run.finished]
+    lines += [
+        f"- {run.name}: {run.state}" for group in groups for run in group.runs if not run.finished
+    ]
     runs = [run for group in groups for run in group.runs]
-    for found, what in (([run.name for run in runs if not run.starts], "no starts.jsonl, so code, device and chip-hours are unknown"),
-                        ([run.name for run in runs if run.starts and not all(start.get("commit") for start in run.starts)], "the commit of the code is unknown"),
-                        ([run.name for run in runs if any(start.get("dirty") for start in run.starts)], "the code had changes that no commit holds")):
+    for found, what in (
+        (
+            [run.name for run in runs if not run.starts],
+            "no starts.jsonl, so code, device and chip-hours are unknown",
+        ),
+        (
+            [
+                run.name
+                for run in runs
+                if run.starts and not all(start.get("commit") for start in run.starts)
+            ],
+            "the commit of the code is unknown",
+        ),
+        (
+            [run.name for run in runs if any(start.get("dirty") for start in run.starts)],
+            "the code had changes that no commit holds",
+        ),
+    ):
         if found:
             lines.append(f"- {', '.join(found)}: {what}")
-    return "\n".join(lines) or f"Nothing: every configuration has {MIN_SEEDS} finished seeds or more."
+    return (
+        "\n".join(lines) or f"Nothing: every configuration has {MIN_SEEDS} finished seeds or more."
+    )
 
 
 def provenance(groups):
     """One row for each run: what is in its starts.jsonl."""
     rows = []
     for run in (run for group in groups for run in group.runs):
+
         def seen(key, run=run):
-            return ", ".join(str(value) for value in collections.Counter(start.get(key) for start in run.starts) if value is not None) or "-"
-        datasets = "; ".join(f"{split} {found['puzzles']:,} puzzles ({found['sha256'][:12]})" for split, found in run.datasets.items())
-        commit = ", ".join(dict.fromkeys(f"{start['commit'][:12]}{' and changes' if start.get('dirty') else ''}" for start in run.starts if start.get("commit"))) or "-"
-        rows.append({"run": run.name, "state": run.state, "commit": commit, "device": run.device, "starts": len(run.starts), "host": seen("hostname"),
-                     "python": seen("python"), "torch": seen("torch"), "torch_xla": seen("torch_xla"), "numpy": seen("numpy"), "parameters": seen("parameters"),
-                     "init_from": seen("init_from"), "data": datasets or "-", "command": f"`{run.starts[0]['command']}`" if run.starts else "-"})
+            return (
+                ", ".join(
+                    str(value)
+                    for value in collections.Counter(start.get(key) for start in run.starts)
+                    if value is not None
+                )
+                or "-"
+            )
+
+        datasets = "; ".join(
+            f"{split} {found['puzzles']:,} puzzles ({found['sha256'][:12]})"
+            for split, found in run.datasets.items()
+        )
+        commit = (
+            ", ".join(
+                dict.fromkeys(
+                    f"{start['commit'][:12]}{' and changes' if start.get('dirty') else ''}"
+                    for start in run.starts
+                    if start.get("commit")
+                )
+            )
+            or "-"
+        )
+        rows.append(
+            {
+                "run": run.name,
+                "state": run.state,
+                "commit": commit,
+                "device": run.device,
+                "starts": len(run.starts),
+                "host": seen("hostname"),
+                "python": seen("python"),
+                "torch": seen("torch"),
+                "torch_xla": seen("torch_xla"),
+                "numpy": seen("numpy"),
+                "parameters": seen("parameters"),
+                "init_from": seen("init_from"),
+                "data": datasets or "-",
+                "command": f"`{run.starts[0]['command']}`" if run.starts else "-",
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def _table(frame):
-    text = frame.astype(object).where(frame.notna(), "-").map(lambda cell: str(cell).replace("|", "\\|"))
+    text = (
+        frame.astype(object)
+        .where(frame.notna(), "-")
+        .map(lambda cell: str(cell).replace("|", "\\|"))
+    )
     return text.to_markdown(index=False, disable_numparse=True)
 
 
@@ -145,10 +248,13 @@ def as_html(text, folder):
     """Markdown to one HTML file: pictures, named relative to `folder`, are put inside."""
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
     for path in sorted((folder / "figures").glob("*.png")):
-        body = body.replace(f'src="figures/{path.name}"', f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"')
+        body = body.replace(
+            f'src="figures/{path.name}"',
+            f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"',
+        )
     title = html.escape(text.splitlines()[0].removeprefix("# "))
     return f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

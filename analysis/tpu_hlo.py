@@ -12,6 +12,7 @@ its estimate of the device time. What carries no such note is counted beside it,
 
 All but the first two are left out of the sum of seconds: `Cost.seconds`.
 """
+
 import hashlib
 import json
 import math
@@ -19,9 +20,26 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast"}
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id", "replica-id"}
-FREE_CUSTOM_CALLS = {"ConcatBitcast", "AllocateBuffer"}     # a name for bytes that lie there already
+COLLECTIVES = {
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+}
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+}
+FREE_CUSTOM_CALLS = {"ConcatBitcast", "AllocateBuffer"}  # a name for bytes that lie there already
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -33,7 +51,7 @@ class Instruction:
     name: str
     shape: str
     opcode: str
-    rest: str           # operands and attributes
+    rest: str  # operands and attributes
 
     @property
     def cycles(self):
@@ -58,20 +76,30 @@ class Instruction:
 
 @dataclass
 class Cost:
-    chip: object                                                    # a tpu_types.Generation
+    chip: object  # a tpu_types.Generation
     cycles: int = 0
-    counts: Counter = field(default_factory=Counter)                # executed instructions that carry an estimate, by opcode
-    by_instruction: list = field(default_factory=list)              # (cycles, times, Instruction) of each of them
-    custom_calls: dict = field(default_factory=dict)                # target: {count, bytes, flops, bound_seconds, seconds}
+    counts: Counter = field(
+        default_factory=Counter
+    )  # executed instructions that carry an estimate, by opcode
+    by_instruction: list = field(
+        default_factory=list
+    )  # (cycles, times, Instruction) of each of them
+    custom_calls: dict = field(
+        default_factory=dict
+    )  # target: {count, bytes, flops, bound_seconds, seconds}
     unestimated: dict = field(default_factory=lambda: {"count": 0, "bytes": 0, "seconds": 0.0})
     collectives: dict = field(default_factory=lambda: defaultdict(lambda: {"count": 0, "bytes": 0}))
     prefetch_bytes: int = 0
-    loops_of_unknown_length: int = 0                                # each counted as one pass
+    loops_of_unknown_length: int = 0  # each counted as one pass
 
     @property
     def seconds(self):
         """Estimated device time of one execution, collectives left out."""
-        return self.cycles / self.chip.clock_hz + sum(call["seconds"] for call in self.custom_calls.values()) + self.unestimated["seconds"]
+        return (
+            self.cycles / self.chip.clock_hz
+            + sum(call["seconds"] for call in self.custom_calls.values())
+            + self.unestimated["seconds"]
+        )
 
 
 def read_cost(text, chip, kernel_cycles={}):
@@ -95,7 +123,7 @@ def read_cost(text, chip, kernel_cycles={}):
             cost.by_instruction.append((instruction.cycles, times, instruction))
         elif opcode == "custom-call":
             _add_custom_call(cost, computation, instruction, times, kernel_cycles)
-        elif base != opcode:                # source and destination; of a slice only the destination moves
+        elif base != opcode:  # source and destination; of a slice only the destination moves
             cost.prefetch_bytes += times * min(_sizes(instruction.shape)[:2])
         else:
             moved = _moved(computation, instruction)
@@ -112,7 +140,12 @@ def product_flops(text):
         if instruction.opcode == "dot":
             left = _dims(computation[instruction.operands[0]].shape)
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
-            flops += times * 2 * math.prod(_dims(instruction.shape)) * math.prod(left[int(k)] for k in contracted.split(",") if k)
+            flops += (
+                times
+                * 2
+                * math.prod(_dims(instruction.shape))
+                * math.prod(left[int(k)] for k in contracted.split(",") if k)
+            )
         elif instruction.opcode == "custom-call":
             flops += times * int(_stated_cost(instruction).get("flops", 0))
     return flops
@@ -130,10 +163,16 @@ def product_precisions(text):
             inner = computations[instruction.attribute("calls")]
             for part in inner.values():
                 add(inner, part, times)
-        elif instruction.opcode in ("dot", "convolution"):          # the TPU compiler makes every product a convolution
+        elif instruction.opcode in (
+            "dot",
+            "convolution",
+        ):  # the TPU compiler makes every product a convolution
             operands = [computation[name].shape for name in instruction.operands]
-            exact = "operand_precision={highest,highest}" in instruction.rest and any(shape.startswith("f32") for shape in operands)
+            exact = "operand_precision={highest,highest}" in instruction.rest and any(
+                shape.startswith("f32") for shape in operands
+            )
             counts["float32" if exact else "bfloat16"] += times
+
     for times, computation, instruction in executed(computations, entry):
         add(computation, instruction, times)
     return counts
@@ -166,14 +205,30 @@ def executed(computations, name, times=1, given=()):
             passes = loop_passes(computations, computations[name], instruction, given)
             if passes is None:
                 yield times, computations[name], instruction
-            inner = [(instruction.attribute(part), times * (passes or 1), ()) for part in ("condition", "body")]
+            inner = [
+                (instruction.attribute(part), times * (passes or 1), ())
+                for part in ("condition", "body")
+            ]
         elif opcode == "conditional":
             branches = re.search(r"branch_computations=\{(.*?)\}", instruction.rest)
-            inner = [(branch, times, ()) for branch in (re.findall(r"%([\w.\-]+)", branches[1]) if branches else
-                                                    [instruction.attribute(f"{side}_computation") for side in ("true", "false")])]
+            inner = [
+                (branch, times, ())
+                for branch in (
+                    re.findall(r"%([\w.\-]+)", branches[1])
+                    if branches
+                    else [
+                        instruction.attribute(f"{side}_computation") for side in ("true", "false")
+                    ]
+                )
+            ]
         elif opcode in ("call", "async-start"):
-            values = [known_integer(computations[name], operand, given) for operand in instruction.operands]
-            inner = [(instruction.attribute("to_apply" if opcode == "call" else "calls"), times, values)]
+            values = [
+                known_integer(computations[name], operand, given)
+                for operand in instruction.operands
+            ]
+            inner = [
+                (instruction.attribute("to_apply" if opcode == "call" else "calls"), times, values)
+            ]
         else:
             yield times, computations[name], instruction
         for part, often, values in inner:
@@ -191,7 +246,9 @@ def loop_passes(computations, computation, loop, given):
         if compare.opcode == "compare" and "direction=LT" in compare.rest:
             counter, bound = compare.operands
             limit, counter = known_integer(condition, bound, ()), condition[counter]
-            if limit and counter.opcode == "get-tuple-element":     # a limit of 0: the sign of a counter's upper half
+            if (
+                limit and counter.opcode == "get-tuple-element"
+            ):  # a limit of 0: the sign of a counter's upper half
                 bounds.append((limit, int(re.search(r"\), index=(\d+)", counter.rest)[1])))
     start = computation[loop.operands[0]]
     if len(bounds) != 1 or start.opcode != "tuple":
@@ -217,11 +274,27 @@ def _add_custom_call(cost, computation, instruction, times, kernel_cycles):
         return
     stated = _stated_cost(instruction)
     moved = max(_moved(computation, instruction), int(stated.get("bytes_accessed", 0)))
-    flops, cycles, chip = int(stated.get("flops", 0)), kernel_cycles.get(kernel_key(instruction)), cost.chip
+    flops, cycles, chip = (
+        int(stated.get("flops", 0)),
+        kernel_cycles.get(kernel_key(instruction)),
+        cost.chip,
+    )
     bound = max(flops / chip.peak_flops, moved / chip.hbm_bytes_per_second)
-    seconds = bound if cycles is None else max(bound, cycles / chip.clock_hz + moved / chip.hbm_bytes_per_second)
-    call = cost.custom_calls.setdefault(target, {"count": 0, "bytes": 0, "flops": 0, "bound_seconds": 0.0, "seconds": 0.0})
-    for key, value in (("count", 1), ("bytes", moved), ("flops", flops), ("bound_seconds", bound), ("seconds", seconds)):
+    seconds = (
+        bound
+        if cycles is None
+        else max(bound, cycles / chip.clock_hz + moved / chip.hbm_bytes_per_second)
+    )
+    call = cost.custom_calls.setdefault(
+        target, {"count": 0, "bytes": 0, "flops": 0, "bound_seconds": 0.0, "seconds": 0.0}
+    )
+    for key, value in (
+        ("count", 1),
+        ("bytes", moved),
+        ("flops", flops),
+        ("bound_seconds", bound),
+        ("seconds", seconds),
+    ):
         call[key] += times * value
 
 
@@ -233,7 +306,9 @@ def kernel_key(instruction):
 
 def _stated_cost(instruction):
     """What a Pallas kernel's author says of its cost (pallas_call's cost_estimate); {} where nothing is said."""
-    stated = re.search(r'"cost_estimate":\s*(\{[^{}]*\})', instruction.rest.replace('\\"', '"'))       # escaped before optimisation
+    stated = re.search(
+        r'"cost_estimate":\s*(\{[^{}]*\})', instruction.rest.replace('\\"', '"')
+    )  # escaped before optimisation
     return json.loads(stated[1]) if stated else {}
 
 
@@ -250,10 +325,19 @@ def cycles_by_source(cost, folder):
     """
     groups = defaultdict(lambda: [0, 0])
     for cycles, times, instruction in cost.by_instruction:
-        called, name = (re.search(pattern, instruction.rest) for pattern in (
-            rf'source_file="{re.escape(str(folder))}/([^/"]+)" source_line=(\d+)', r'op_name="([^"]*?)(?:\.\d+)?[/"]'))
+        called, name = (
+            re.search(pattern, instruction.rest)
+            for pattern in (
+                rf'source_file="{re.escape(str(folder))}/([^/"]+)" source_line=(\d+)',
+                r'op_name="([^"]*?)(?:\.\d+)?[/"]',
+            )
+        )
         shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", instruction.shape)
-        group = groups[":".join(called.groups()) if called else "", name[1] if name else instruction.opcode, shape]
+        group = groups[
+            ":".join(called.groups()) if called else "",
+            name[1] if name else instruction.opcode,
+            shape,
+        ]
         group[0] += cycles * times
         group[1] += times
     return sorted(((cycles, count, *key) for key, (cycles, count) in groups.items()), reverse=True)
@@ -265,7 +349,10 @@ def array_bytes(shape):
 
 
 def _sizes(shape):
-    return [math.prod(_numbers(dims)) * (1 if dtype == "pred" else int(bits) / 8) for dtype, bits, dims in _ARRAY.findall(shape)]
+    return [
+        math.prod(_numbers(dims)) * (1 if dtype == "pred" else int(bits) / 8)
+        for dtype, bits, dims in _ARRAY.findall(shape)
+    ]
 
 
 def _dims(shape):
@@ -279,4 +366,6 @@ def _numbers(text):
 
 def _moved(computation, instruction):
     """Bytes of an instruction's operands and results."""
-    return array_bytes(instruction.shape) + sum(array_bytes(computation[name].shape) for name in instruction.operands if name in computation)
+    return array_bytes(instruction.shape) + sum(
+        array_bytes(computation[name].shape) for name in instruction.operands if name in computation
+    )

@@ -6,6 +6,7 @@ analysis/tpu_report.py runs this in a process of its own. Reads FOLDER/config.ya
 would compile, FOLDER/train.hlo.pb and FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. Nothing is computed: weights,
 optimizer, average and carry are placeholders without memory, so that a configuration of any size can be traced.
 """
+
 import dataclasses
 import json
 import os
@@ -17,20 +18,22 @@ from types import SimpleNamespace
 
 # one process of many: without it torch_xla leaves the all-reduce out of a program of one process. What this CPU itself computes, for the
 # host's time, would take longer to compile than to run
-os.environ.update(PJRT_DEVICE="CPU", XLA_ALWAYS_ALLREDUCE="1", XLA_FLAGS="--xla_backend_optimization_level=0")
+os.environ.update(
+    PJRT_DEVICE="CPU", XLA_ALWAYS_ALLREDUCE="1", XLA_FLAGS="--xla_backend_optimization_level=0"
+)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch_xla
+import tpu_hlo
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
-import tpu_hlo
 import tpu_types
 import train_tpu
 import trm_model
-import utils
+from config import load_config
 from device import Device, tree_map
-from utils import UserError
+from utils import UserError, run_cli
 from xla_program import changed_places, places
 
 SUDOKU_EXTREME_TEST_PUZZLES = 422_786
@@ -39,9 +42,11 @@ WARMUP_STEPS, TIMED_STEPS, TIMED_EXAMPLES = 3, 15, 8
 
 def main():
     folder = Path(sys.argv[1])
-    config = utils.load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
     dataset, known = training_puzzles(config)
-    device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type), config.model.forward_dtype)
+    device = TracedDevice(
+        tpu_types.slice_type(config.tpu.accelerator_type), config.model.forward_dtype
+    )
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
     device.follow(run)
@@ -49,7 +54,10 @@ def main():
     # ----- programs, with the line of code that each operation comes from -----
     torch_xla._XLAC._set_ir_debug(True)
     train_step(run, batch)
-    programs = [{"name": "train" if k == 0 else f"train_{k + 1}", **program} for k, program in enumerate(device.programs)]
+    programs = [
+        {"name": "train" if k == 0 else f"train_{k + 1}", **program}
+        for k, program in enumerate(device.programs)
+    ]
     programs.append({"name": "evaluation", **trace_evaluation(run, dataset)})
     torch_xla._XLAC._set_ir_debug(False)
     for program in programs:
@@ -60,11 +68,20 @@ def main():
     per_evaluation_step = milliseconds(lambda: trace_evaluation(run, dataset, keep=False))
     per_chip = config.training.global_batch_size // device.world_size
     trace = {
-        "programs": programs, "host_ms_per_step": statistics.median(per_step), "host_ms_range": [min(per_step), max(per_step)],
+        "programs": programs,
+        "host_ms_per_step": statistics.median(per_step),
+        "host_ms_range": [min(per_step), max(per_step)],
         "evaluation_host_ms_per_step": statistics.median(per_evaluation_step),
-        "parameters": trm_model.num_parameters(run.model), "per_chip_batch": per_chip, "sequence_length": run.model.length,
-        "model_flops_per_chip_step": per_chip * trm_model.step_flops_per_example(run.model, train=True),
-        "in_kernel": in_kernel(run.model), "num_puzzles": dataset.num_puzzles, "dataset": known, **split_sizes(config)}
+        "parameters": trm_model.num_parameters(run.model),
+        "per_chip_batch": per_chip,
+        "sequence_length": run.model.length,
+        "model_flops_per_chip_step": per_chip
+        * trm_model.step_flops_per_example(run.model, train=True),
+        "in_kernel": in_kernel(run.model),
+        "num_puzzles": dataset.num_puzzles,
+        "dataset": known,
+        **split_sizes(config),
+    }
     (folder / "trace.json").write_text(json.dumps(trace))
 
 
@@ -88,7 +105,9 @@ class TracedDevice(Device):
 
     def end_step(self):
         self.programs.append(pending_program(self.tensors(), self.places))
-        torch_xla._XLAC._clear_pending_irs(str(self.torch))        # the results become placeholders; so does the all-reduce's token
+        torch_xla._XLAC._clear_pending_irs(
+            str(self.torch)
+        )  # the results become placeholders; so does the all-reduce's token
         self.places = places(self.tensors())
 
 
@@ -100,6 +119,7 @@ def traced_run(config, device, dataset):
     device.torch = xla
     if config.training.pallas_kernels:
         import pallas_kernels
+
         for model in (run.model, run.ema.module) if run.ema else (run.model,):
             pallas_kernels.use(model, device.generation)
     for tensor in run.tensors():
@@ -110,7 +130,11 @@ def traced_run(config, device, dataset):
 def in_kernel(model):
     """{"token mixing", "channel mixing": whether it is a kernel}; of self-attention only the latter."""
     layer = model.L_level.layers[0]
-    swiglus = [("token mixing", layer.mlp_t), ("channel mixing", layer.mlp)] if layer.mixes_by_mlp else [("channel mixing", layer.mlp)]
+    swiglus = (
+        [("token mixing", layer.mlp_t), ("channel mixing", layer.mlp)]
+        if layer.mixes_by_mlp
+        else [("channel mixing", layer.mlp)]
+    )
     return {what: swiglu.in_kernel is not None for what, swiglu in swiglus}
 
 
@@ -118,7 +142,7 @@ def become_placeholder(tensor):
     new = create_placeholder_tensor(tensor.shape, tensor.dtype)
     if isinstance(tensor, torch.nn.Parameter):
         new = torch.nn.Parameter(new, tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, new)       # the optimizer and the average know this very tensor
+    torch.utils.swap_tensors(tensor, new)  # the optimizer and the average know this very tensor
 
 
 def pending_program(tensors, places_before):
@@ -128,8 +152,13 @@ def pending_program(tensors, places_before):
     changed = changed_places(tensors)
     outputs = [tensors[place] for place in changed]
     arguments, _ = xla._get_tensors_xla_device_data_node(outputs)
-    return {"hlo": xla._get_xla_tensors_hlo_proto(outputs), "flops": tpu_hlo.product_flops(xla._get_xla_tensors_hlo(outputs)),
-            "donated": [k for k, tensor_id in enumerate(arguments) if places_before.get(tensor_id) in changed]}
+    return {
+        "hlo": xla._get_xla_tensors_hlo_proto(outputs),
+        "flops": tpu_hlo.product_flops(xla._get_xla_tensors_hlo(outputs)),
+        "donated": [
+            k for k, tensor_id in enumerate(arguments) if places_before.get(tensor_id) in changed
+        ],
+    }
 
 
 def host_milliseconds(run, batch, dataset):
@@ -137,14 +166,29 @@ def host_milliseconds(run, batch, dataset):
     costs the host by the number of its tensors, whatever is in them: so it is that of the same model at the least width, number of
     cycles and batch, which the CPU computes meanwhile; the batch of the run itself comes on top."""
     model, training = run.config.model, run.config.training
-    small = train_tpu.Run(dataclasses.replace(
-        run.config, model=dataclasses.replace(model, hidden_size=8 * model.num_heads, H_cycles=1, L_cycles=1, puzzle_emb_ndim=min(model.puzzle_emb_ndim, 8)),
-        training=dataclasses.replace(training, global_batch_size=TIMED_EXAMPLES * training.grad_accumulation_steps)), Device("xla_cpu"), dataset)
+    small = train_tpu.Run(
+        dataclasses.replace(
+            run.config,
+            model=dataclasses.replace(
+                model,
+                hidden_size=8 * model.num_heads,
+                H_cycles=1,
+                L_cycles=1,
+                puzzle_emb_ndim=min(model.puzzle_emb_ndim, 8),
+            ),
+            training=dataclasses.replace(
+                training, global_batch_size=TIMED_EXAMPLES * training.grad_accumulation_steps
+            ),
+        ),
+        Device("xla_cpu"),
+        dataset,
+    )
     step, few = train_tpu.replayed_step(small, trm_model.act_step), small.loader.batch(0)
 
     def timed():
         step(small.device.put(train_tpu.host_batch(small, few)))
         small.step += 1
+
     steps = milliseconds(timed, lambda: small.device.fetch(small.totals))
     batches = milliseconds(lambda: small.device.put(train_tpu.host_batch(run, batch)))
     return [sum(both) for both in zip(steps, batches)]
@@ -154,7 +198,7 @@ def milliseconds(function, wait=lambda: None):
     """Milliseconds that the main thread computes in each of TIMED_STEPS calls; wait() follows each of them, untimed."""
     taken = []
     for _ in range(WARMUP_STEPS + TIMED_STEPS):
-        start = time.thread_time()          # and no clock on the wall: others may be using this machine
+        start = time.thread_time()  # and no clock on the wall: others may be using this machine
         function()
         taken.append(1e3 * (time.thread_time() - start))
         wait()
@@ -170,9 +214,15 @@ def trace_evaluation(run, dataset, keep=True):
         carry = run.model.empty_carry(size)
     carry = tree_map(lambda t: create_placeholder_tensor(t.shape, t.dtype), carry)
     cells = np.zeros((size, dataset.seq_len), np.uint8)
-    batch = run.device.put({"inputs": cells, "labels": cells, "puzzle_identifiers": np.zeros(size, np.int32)})
+    batch = run.device.put(
+        {"inputs": cells, "labels": cells, "puzzle_identifiers": np.zeros(size, np.int32)}
+    )
     carry, scores = trm_model.evaluation_step(run.model, carry, batch)
-    program = pending_program([*carry, scores], {}) if keep else torch_xla._XLAC._get_graph_hash([*carry, scores])
+    program = (
+        pending_program([*carry, scores], {})
+        if keep
+        else torch_xla._XLAC._get_graph_hash([*carry, scores])
+    )
     torch_xla._XLAC._clear_pending_irs(str(run.device.torch))
     return program
 
@@ -186,11 +236,22 @@ def training_puzzles(config):
     if (Path(path) / "train" / "dataset.json").exists():
         return train_tpu.load_dataset(config, "train"), path
     if count is None:
-        raise UserError(f"data.expected_puzzles = null: {path} is not on this machine: set the number of training puzzles that it has")
+        raise UserError(
+            f"data.expected_puzzles = null: {path} is not on this machine: set the number of training puzzles that it has"
+        )
     cells, numbers = np.full((count, 81), 2, np.uint8), np.arange(count + 1)
     return SimpleNamespace(
-        inputs=cells, labels=cells, puzzle_identifiers=np.zeros(count, np.int32), group_indices=numbers, num_puzzles=count,
-        size=9, seq_len=81, vocab_size=11, num_puzzle_identifiers=1, fingerprint=""), "assumed: 9x9, data.expected_puzzles"
+        inputs=cells,
+        labels=cells,
+        puzzle_identifiers=np.zeros(count, np.int32),
+        group_indices=numbers,
+        num_puzzles=count,
+        size=9,
+        seq_len=81,
+        vocab_size=11,
+        num_puzzle_identifiers=1,
+        fingerprint="",
+    ), "assumed: 9x9, data.expected_puzzles"
 
 
 def split_sizes(config):
@@ -199,7 +260,9 @@ def split_sizes(config):
     for split in (config.evaluation.split, "test"):
         meta = Path(config.data.dataset_path) / split / "dataset.json"
         if meta.exists():
-            sizes[split] = len(np.load(meta.with_name("all__puzzle_identifiers.npy"), mmap_mode="r"))
+            sizes[split] = len(
+                np.load(meta.with_name("all__puzzle_identifiers.npy"), mmap_mode="r")
+            )
             if split == "test":
                 known = config.data.dataset_path
     sizes.setdefault(config.evaluation.split, sizes["test"])
@@ -207,4 +270,4 @@ def split_sizes(config):
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

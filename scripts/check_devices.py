@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Check that all chips of a slice are seen, and that an all-reduce over them gives the right sum. Run it on every host at once.
 
-    python scripts/check_devices.py --config configs/e1_1.yaml
-    python scripts/check_devices.py --config configs/quickstart.yaml training.num_workers=2     # two workers of this CPU
-    python scripts/check_devices.py --config configs/quickstart.yaml --steps                    # and train a few steps
+python scripts/check_devices.py --config configs/e1_1.yaml
+python scripts/check_devices.py --config configs/quickstart.yaml training.num_workers=2     # two workers of this CPU
+python scripts/check_devices.py --config configs/quickstart.yaml --steps                    # and train a few steps
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -23,14 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
 import torch
 
-import utils
 import workers
+from config import load_config
 from device import Device, resolve_device
-from utils import RunFailure
+from utils import RunFailure, run_cli
 
-LENGTH = 1 << 20        # float32 numbers in the all-reduce: 4 MB
-STEPS = 6               # trained under --steps; the first one compiles
-PUZZLES = 1000          # made up for them
+LENGTH = 1 << 20  # float32 numbers in the all-reduce: 4 MB
+STEPS = 6  # trained under --steps; the first one compiles
+PUZZLES = 1000  # made up for them
 # Relative, between steps with the TPU kernels and steps without, which differ in the order of bfloat16's roundings. Of the
 # state that a step hands on: where each of the 84 SwiGLUs of configs/e1_1.yaml is off by the usual 0.004, they add up to
 # 0.34 at most; states that have nothing to do with each other are 1.4 apart. The loss alone would not tell: at the start
@@ -39,18 +40,32 @@ LOSS_TOLERANCE, NORM_TOLERANCE, STATE_TOLERANCE = 0.02, 0.1, 0.4
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    parser.add_argument("--steps", action="store_true", help="also train a few steps on made-up puzzles, without the TPU "
-                        "kernels and with them; a CPU trains a model of the least size")
-    parser.add_argument("--limit", type=float, metavar="SECONDS",
-                        help="after so long each worker prints where it is, and ends with status 1")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the configuration"
+    )
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help="also train a few steps on made-up puzzles, without the TPU "
+        "kernels and with them; a CPU trains a model of the least size",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="after so long each worker prints where it is, and ends with status 1",
+    )
     args = parser.parse_intermixed_args()
-    config = utils.load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     if args.steps and resolve_device(config.device) in ("cpu", "xla_cpu"):
         config = of_least_size(config)
-    return workers.launch(check_worker, config, args.steps, args.limit and time.monotonic() + args.limit)
+    return workers.launch(
+        check_worker, config, args.steps, args.limit and time.monotonic() + args.limit
+    )
 
 
 def check_worker(rank, config, steps, deadline):
@@ -60,7 +75,10 @@ def check_worker(rank, config, steps, deadline):
     device = Device(config.device, config.model.forward_dtype)
     device.on_all(lambda: workers.check_workers(config, device))
     device.on_all(lambda: check_sum(device))
-    print(f"worker {device.rank} of {device.world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right", flush=True)
+    print(
+        f"worker {device.rank} of {device.world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right",
+        flush=True,
+    )
     if steps:
         passed("all-reduce", f"the sum over {device.world_size} worker(s) is right")
         check_steps(config, device)
@@ -76,13 +94,15 @@ def passed(name, text):
 
 def check_sum(device):
     """Raises RunFailure where the sum over all workers, of rank + 1 in float32, is not what it must be in every element."""
-    total, = device.all_reduce([device.put(torch.full((LENGTH,), device.rank + 1.0))])
+    (total,) = device.all_reduce([device.put(torch.full((LENGTH,), device.rank + 1.0))])
     device.end_step()
     expected = device.world_size * (device.world_size + 1) / 2
     wrong = device.fetch(total) != expected
     if wrong.any():
-        raise RunFailure(f"{socket.gethostname()}: worker {device.rank} got a wrong sum over the {device.world_size} workers in {int(wrong.sum())} of "
-                         f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask for another")
+        raise RunFailure(
+            f"{socket.gethostname()}: worker {device.rank} got a wrong sum over the {device.world_size} workers in {int(wrong.sum())} of "
+            f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask for another"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -91,10 +111,21 @@ def check_sum(device):
 def of_least_size(config):
     """The configuration at the least width, number of cycles and batch: what a CPU trains in seconds."""
     model, training = config.model, config.training
-    batch = 8 * int(os.environ.get("WORLD_SIZE", training.num_workers or 1)) * training.grad_accumulation_steps
-    small = dataclasses.replace(model, hidden_size=8 * model.num_heads, H_cycles=1, L_cycles=1,
-                                puzzle_emb_ndim=min(model.puzzle_emb_ndim, 8))
-    return dataclasses.replace(config, model=small, training=dataclasses.replace(training, global_batch_size=batch))
+    batch = (
+        8
+        * int(os.environ.get("WORLD_SIZE", training.num_workers or 1))
+        * training.grad_accumulation_steps
+    )
+    small = dataclasses.replace(
+        model,
+        hidden_size=8 * model.num_heads,
+        H_cycles=1,
+        L_cycles=1,
+        puzzle_emb_ndim=min(model.puzzle_emb_ndim, 8),
+    )
+    return dataclasses.replace(
+        config, model=small, training=dataclasses.replace(training, global_batch_size=batch)
+    )
 
 
 def made_up_puzzles():
@@ -102,14 +133,28 @@ def made_up_puzzles():
     import numpy as np
 
     import sudoku
-    grid = np.frombuffer(sudoku.random_solution(9, random.Random(0)), np.uint8)[None].repeat(PUZZLES, 0)
+
+    grid = np.frombuffer(sudoku.random_solution(9, random.Random(0)), np.uint8)[None].repeat(
+        PUZZLES, 0
+    )
     stream = np.random.Generator(np.random.Philox(0))
-    _, solutions = sudoku.SudokuAugmenter(9)(sudoku.paired(grid, grid), stream.bit_generator.random_raw(PUZZLES))
+    _, solutions = sudoku.SudokuAugmenter(9)(
+        sudoku.paired(grid, grid), stream.bit_generator.random_raw(PUZZLES)
+    )
     labels = solutions + np.uint8(1)
     inputs = np.where(stream.random(labels.shape) < 0.5, labels, 1).astype(np.uint8)
-    return SimpleNamespace(inputs=inputs, labels=labels, puzzle_identifiers=np.zeros(PUZZLES, np.int32),
-                           group_indices=np.arange(PUZZLES + 1), num_puzzles=PUZZLES, size=9, seq_len=81, vocab_size=11,
-                           num_puzzle_identifiers=1, fingerprint="")
+    return SimpleNamespace(
+        inputs=inputs,
+        labels=labels,
+        puzzle_identifiers=np.zeros(PUZZLES, np.int32),
+        group_indices=np.arange(PUZZLES + 1),
+        num_puzzles=PUZZLES,
+        size=9,
+        seq_len=81,
+        vocab_size=11,
+        num_puzzle_identifiers=1,
+        fingerprint="",
+    )
 
 
 def check_steps(config, device):
@@ -128,7 +173,10 @@ def check_steps(config, device):
     if fast.kernels:
         passed("kernels", f"{as_text(fast)}; losses, gradients and states agree with those without")
     else:
-        passed("kernels", f"this configuration uses none on this device; the same steps again agree ({as_text(fast)})")
+        passed(
+            "kernels",
+            f"this configuration uses none on this device; the same steps again agree ({as_text(fast)})",
+        )
 
 
 def train_steps(config, device, dataset, kernels):
@@ -137,40 +185,74 @@ def train_steps(config, device, dataset, kernels):
     many SwiGLUs; warning: that they are not used where they should be; examples and FLOPs a step; and all
     chips' peak in FLOP/s, None on a CPU."""
     import benchmark
+
     import train_tpu
     import trm_model
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, pallas_kernels=kernels))
+
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, pallas_kernels=kernels)
+    )
     with contextlib.redirect_stderr(io.StringIO()) as heard:
         run = train_tpu.Run(config, device, dataset)
     print(heard.getvalue(), end="", file=sys.stderr, flush=True)
-    lines = [line for line in heard.getvalue().splitlines() if line.startswith("warning: the TPU kernels are not used")]
-    measured = SimpleNamespace(losses=[], norms=[], seconds=[], compiles=[], executions=[], warning="".join(lines),
-                               kernels=sum(bool(getattr(module, "in_kernel", None)) for module in run.model.modules()))
-    step = train_tpu.replayed_step(run, device.compiled(trm_model.act_step, config.training.compile))
+    lines = [
+        line
+        for line in heard.getvalue().splitlines()
+        if line.startswith("warning: the TPU kernels are not used")
+    ]
+    measured = SimpleNamespace(
+        losses=[],
+        norms=[],
+        seconds=[],
+        compiles=[],
+        executions=[],
+        warning="".join(lines),
+        kernels=sum(bool(getattr(module, "in_kernel", None)) for module in run.model.modules()),
+    )
+    step = train_tpu.replayed_step(
+        run, device.compiled(trm_model.act_step, config.training.compile)
+    )
     batch_size, counted = config.training.global_batch_size, device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
             seconds, _ = benchmark.train_steps(run, step, batches, 1)
-            sums = dict(zip((*trm_model.METRIC_KEYS, "grad_norm", "first_bad"), device.fetch(run.totals).tolist()))
+            sums = dict(
+                zip(
+                    (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"),
+                    device.fetch(run.totals).tolist(),
+                )
+            )
             if sums["first_bad"]:
-                raise RunFailure(f"the loss or a gradient of step {number} is not finite (kernels: {kernels})")
+                raise RunFailure(
+                    f"the loss or a gradient of step {number} is not finite (kernels: {kernels})"
+                )
             run.start_interval()
-            if number == 1:     # of the same weights
+            if number == 1:  # of the same weights
                 measured.state = device.fetch([run.carry.z_H.float(), run.carry.z_L.float()])
             if device.is_xla:
-                time.sleep(0.2)     # an execution is counted a moment after its result is there
+                time.sleep(0.2)  # an execution is counted a moment after its result is there
             before, counted = counted, device.counters()
             measured.losses.append(sums["lm_loss"] / batch_size)
             measured.norms.append(sums["grad_norm"])
             measured.seconds.append(seconds)
-            for name, values in (("xla_compiles", measured.compiles), ("xla_executions", measured.executions)):
+            for name, values in (
+                ("xla_compiles", measured.compiles),
+                ("xla_executions", measured.executions),
+            ):
                 values.append(counted.get(name, 0) - before.get(name, 0))
-    measured.examples, measured.flops = batch_size, batch_size * trm_model.step_flops_per_example(run.model, train=True)
+    measured.examples, measured.flops = (
+        batch_size,
+        batch_size * trm_model.step_flops_per_example(run.model, train=True),
+    )
     has_peak = device.name in ("tpu", "cuda")
-    measured.peak = device.peak_flops(run.model.forward_dtype)[0] * device.world_size if has_peak else None
+    measured.peak = (
+        device.peak_flops(run.model.forward_dtype)[0] * device.world_size if has_peak else None
+    )
     if any(measured.compiles[1:]):
-        raise RunFailure(f"a step after the first compiles again (compiles of steps 1 to {STEPS}: {measured.compiles}, "
-                         f"kernels: {kernels}): each compile takes as long as the first step")
+        raise RunFailure(
+            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: {measured.compiles}, "
+            f"kernels: {kernels}): each compile takes as long as the first step"
+        )
     return measured
 
 
@@ -178,10 +260,12 @@ def as_text(measured):
     later = measured.seconds[1:]
     median = statistics.median(later)
     share = f", {measured.flops / median / measured.peak:.1%} of the peak" if measured.peak else ""
-    return (f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm {measured.norms[0]:.4g}; "
-            f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms ({1e3 * min(later):.1f} to "
-            f"{1e3 * max(later):.1f}; {measured.examples / median:,.0f} examples/s{share}); "
-            f"compiles {measured.compiles}, executions {measured.executions}; kernels in {measured.kernels} SwiGLUs")
+    return (
+        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm {measured.norms[0]:.4g}; "
+        f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms ({1e3 * min(later):.1f} to "
+        f"{1e3 * max(later):.1f}; {measured.examples / median:,.0f} examples/s{share}); "
+        f"compiles {measured.compiles}, executions {measured.executions}; kernels in {measured.kernels} SwiGLUs"
+    )
 
 
 def compare(plain, fast):
@@ -189,17 +273,23 @@ def compare(plain, fast):
     for name, ours, theirs in zip(("z_H", "z_L"), fast.state, plain.state):
         off = float((ours - theirs).norm() / theirs.norm())
         if not off <= STATE_TOLERANCE:
-            raise RunFailure(f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off what it is "
-                             f"without, and not within {STATE_TOLERANCE}: train with training.pallas_kernels=false")
-    compared = (("loss", fast.losses, plain.losses, LOSS_TOLERANCE),
-                ("gradient norm", fast.norms, plain.norms, NORM_TOLERANCE))
+            raise RunFailure(
+                f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off what it is "
+                f"without, and not within {STATE_TOLERANCE}: train with training.pallas_kernels=false"
+            )
+    compared = (
+        ("loss", fast.losses, plain.losses, LOSS_TOLERANCE),
+        ("gradient norm", fast.norms, plain.norms, NORM_TOLERANCE),
+    )
     for number in range(STEPS):
         for what, ours, theirs, tolerance in compared:
             off = abs(ours[number] - theirs[number]) / abs(theirs[number])
             if not off <= tolerance:
-                raise RunFailure(f"step {number + 1}: the {what} is {ours[number]:.5g} with the TPU kernels and "
-                                 f"{theirs[number]:.5g} without, {off:.1%} apart and not within {tolerance:.0%}: train with training.pallas_kernels=false")
+                raise RunFailure(
+                    f"step {number + 1}: the {what} is {ours[number]:.5g} with the TPU kernels and "
+                    f"{theirs[number]:.5g} without, {off:.1%} apart and not within {tolerance:.0%}: train with training.pallas_kernels=false"
+                )
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

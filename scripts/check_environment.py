@@ -17,7 +17,11 @@ def pinned(path):
 
     with open(path) as file:
         found = [Requirement(text) for line in file if (text := line.partition("#")[0].strip())]
-    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
+    return [
+        requirement
+        for requirement in found
+        if requirement.marker is None or requirement.marker.evaluate()
+    ]
 
 
 def modules_of(distribution):
@@ -25,9 +29,13 @@ def modules_of(distribution):
     google.cloud.storage; where one has the distribution's name that one alone (torch_xla brings others that need more).
     """
     folders = {str(path.parent) for path in distribution.files if path.name == "__init__.py"}
-    tops = sorted(folder for folder in folders if not any(folder.startswith(other + "/") for other in folders))
+    tops = sorted(
+        folder for folder in folders if not any(folder.startswith(other + "/") for other in folders)
+    )
     same = [
-        top for top in tops if re.sub("[_./]", "-", top).lower() == re.sub("[-_.]+", "-", distribution.name).lower()
+        top
+        for top in tops
+        if re.sub("[_./]", "-", top).lower() == re.sub("[-_.]+", "-", distribution.name).lower()
     ]
     return [top.replace("/", ".") for top in same or tops]
 

@@ -12,6 +12,7 @@ the reason, or with SKIP where it does not apply. The exit status is 0 if nothin
 It needs the standard library alone: it reports from a host whose environment is missing, and collects on a machine
 without PyTorch. What looks like a token, a key or a password is taken out of every line before it is printed.
 """
+
 import argparse
 import contextlib
 import os
@@ -24,29 +25,39 @@ from pathlib import Path
 
 from diagnose_sections import HOST, ROOT, SECTIONS, VENV_PYTHON
 
-KILL_SECONDS = 15           # beyond a section's limit, for it to say where it is
+KILL_SECONDS = 15  # beyond a section's limit, for it to say where it is
 MARK, END = "trm-diagnose", "end of the report"
-MARKED = re.compile(rf"{MARK} (\S+) (\d+) (\d+): ")         # host, line, its length
+MARKED = re.compile(rf"{MARK} (\S+) (\d+) (\d+): ")  # host, line, its length
 DAMAGED, LOST = " (damaged on the way)", " (lost on the way)"
 RESULT = re.compile(r"\[(PASS|FAIL|SKIP)\] ([\w-]+): (.*)")
 
 # ---------------------------------------------------------------------------------------------------------
 # Secrets
 # ---------------------------------------------------------------------------------------------------------
-_NAME = (r"[\w.-]*(?:token|secret|passwo?r?d|credential|api_?key|authorization|cookie|signature)[\w.-]*"
-         r"|[\w.-]*[_.-]key|key")
+_NAME = (
+    r"[\w.-]*(?:token|secret|passwo?r?d|credential|api_?key|authorization|cookie|signature)[\w.-]*"
+    r"|[\w.-]*[_.-]key|key"
+)
 _PATTERNS = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "(redacted)"),
     # a name that says so, and its value
-    (rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
-     r"\1\2(redacted)"),
+    (
+        rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
+        r"\1\2(redacted)",
+    ),
     (r"(?i)\b(bearer|basic) +[\w.~+/=-]{8,}", r"\1 (redacted)"),
     (r"(\w://)[^/\s@]+@", r"\1(redacted)@"),
     # the beginnings of keys of Google, Hugging Face, GitHub, GitLab, Amazon, Slack, and of JSON web tokens
-    (r"\b(?:ya29\.|1//|AIza|GOOG1|GOCSPX-|hf_|gh[oprsu]_|github_pat_|glpat-|AKIA|xox[bp]-|sk-|eyJ)[\w.-]{12,}",
-     "(redacted)"),
+    (
+        r"\b(?:ya29\.|1//|AIza|GOOG1|GOCSPX-|hf_|gh[oprsu]_|github_pat_|glpat-|AKIA|xox[bp]-|sk-|eyJ)[\w.-]{12,}",
+        "(redacted)",
+    ),
     # long, of small and capital letters and digits: not a path, a commit, a checksum or a mangled name of C++
-    (r"(?<![\w./+-])(?!_Z)(?=[\w+-]*[a-z])(?=[\w+-]*[A-Z])(?=[\w+-]*\d)[\w+-]{40,}={0,2}(?![\w./+-])", "(redacted)"))
+    (
+        r"(?<![\w./+-])(?!_Z)(?=[\w+-]*[a-z])(?=[\w+-]*[A-Z])(?=[\w+-]*\d)[\w+-]{40,}={0,2}(?![\w./+-])",
+        "(redacted)",
+    ),
+)
 SECRETS = [(re.compile(pattern, re.DOTALL), instead) for pattern, instead in _PATTERNS]
 
 
@@ -85,7 +96,7 @@ class Report:
             else:
                 self.say(f"  {line}")
         if status and len(passed) == len(parts):
-            passed.popitem()            # it failed at its very end
+            passed.popitem()  # it failed at its very end
         failed = next((part for part in parts if part not in passed), None)
         for part, meaning in parts.items():
             if part in passed:
@@ -104,17 +115,27 @@ def run_section(name, words):
     if not os.access(python, os.X_OK):
         return f"error: {python} is not there: scripts/setup_tpu.sh installs the environment", 2
     process = subprocess.Popen(
-        [python, str(ROOT / "scripts" / "diagnose_sections.py"), name, *words], cwd=ROOT, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        [python, str(ROOT / "scripts" / "diagnose_sections.py"), name, *words],
+        cwd=ROOT,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
 
     def end():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
     try:
         return process.communicate(timeout=section.seconds + KILL_SECONDS)[0], process.returncode
     except subprocess.TimeoutExpired:
         end()
-        return process.communicate()[0] + f"\nerror: no end within {section.seconds} s, and no word where it was", 1
+        return process.communicate()[
+            0
+        ] + f"\nerror: no end within {section.seconds} s, and no word where it was", 1
     finally:
         end()
 
@@ -122,11 +143,11 @@ def run_section(name, words):
 def reason(output, status):
     """Why a section failed, in one line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line[len("error: "):] for line in lines if line.startswith("error: ")]
-    if errors:      # rather the worker that was first than one that says another has failed
+    errors = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
+    if errors:  # rather the worker that was first than one that says another has failed
         return next((line for line in errors if "another worker" not in line), errors[0])
     for line in lines:
-        if line.startswith("Timeout ("):        # faulthandler's
+        if line.startswith("Timeout ("):  # faulthandler's
             return f"no end within {line[9:].rstrip(')!')} (hours:minutes:seconds); where it was is above"
     last = lines[-1] if lines else "nothing was printed"
     last = re.sub(r"^([\w.]+\.)?(UserError|RunFailure|StorageError): ", "", last)
@@ -135,10 +156,12 @@ def reason(output, status):
 
 def diagnose(words):
     """Work through the sections; returns the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):      # a section under way is ended, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a section under way is ended, too
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     report = Report()
-    report.say(f"===== {HOST}, {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}: {' '.join(words)}")
+    report.say(
+        f"===== {HOST}, {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}: {' '.join(words)}"
+    )
     for name in SECTIONS:
         report.section(name, words)
     report.say(f"===== {HOST}: {END}, {'something' if report.failed else 'nothing'} failed")
@@ -154,7 +177,10 @@ def collect(path, hosts, stream):
     try:
         file = open(path, "w")
     except OSError as error:
-        print(f"error: --collect {path}: no file can be written there ({error.strerror})", file=sys.stderr)
+        print(
+            f"error: --collect {path}: no file can be written there ({error.strerror})",
+            file=sys.stderr,
+        )
         return 2
     parts, others = {}, []
     with file:
@@ -164,15 +190,26 @@ def collect(path, hosts, stream):
         except KeyboardInterrupt:
             others.append("(interrupted)")
         # w-2 before w-10
-        names = sorted(parts, key=lambda name: [(len(s) * s.isdigit(), s) for s in re.split(r"(\d+)", name)])
-        failures = [f"{name}: {'; '.join(failed)}" for name in names if (failed := failures_in(parts[name]))]
+        names = sorted(
+            parts, key=lambda name: [(len(s) * s.isdigit(), s) for s in re.split(r"(\d+)", name)]
+        )
+        failures = [
+            f"{name}: {'; '.join(failed)}" for name in names if (failed := failures_in(parts[name]))
+        ]
         failures += ["a host has sent nothing"] * (hosts - len(names))
         what = f"{len(failures)} with a failure:" if failures else "nothing failed"
         summary = [f"{len(names)} of {hosts} host(s); {what}", *failures]
         reports = [line for name in names for line in ("", *in_order(parts[name]))]
-        file.write("".join(f"{line}\n" for line in (*summary, *reports, "", "===== what else was said", *others)))
+        file.write(
+            "".join(
+                f"{line}\n"
+                for line in (*summary, *reports, "", "===== what else was said", *others)
+            )
+        )
     print("\n".join(summary))
-    advice = ": read it (it names your project, bucket and hosts), and send it to us" if failures else ""
+    advice = (
+        ": read it (it names your project, bucket and hosts), and send it to us" if failures else ""
+    )
     print(f"written: {path}{advice}")
     return 1 if failures else 0
 
@@ -199,7 +236,11 @@ def in_order(lines):
 def failures_in(lines):
     """What failed on a host, a text each."""
     texts = in_order(lines)
-    failed = [f"{result[2]}: {result[3]}" for result in map(RESULT.fullmatch, texts) if result and result[1] == "FAIL"]
+    failed = [
+        f"{result[2]}: {result[3]}"
+        for result in map(RESULT.fullmatch, texts)
+        if result and result[1] == "FAIL"
+    ]
     if broken := sum(text.endswith((DAMAGED, LOST)) for text in texts):
         failed.append(f"{broken} line(s) of its report were lost or damaged on the way")
     if END not in lines[max(lines)]:
@@ -208,16 +249,30 @@ def failures_in(lines):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration whose first steps are tried")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    parser.add_argument("--collect", metavar="FILE", help="sort what hosts print, from standard input, into this file")
-    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="of so many hosts (default: 1)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML configuration whose first steps are tried"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the configuration"
+    )
+    parser.add_argument(
+        "--collect",
+        metavar="FILE",
+        help="sort what hosts print, from standard input, into this file",
+    )
+    parser.add_argument(
+        "--hosts", type=int, default=1, metavar="N", help="of so many hosts (default: 1)"
+    )
     args = parser.parse_intermixed_args()
     if args.collect:
         return collect(Path(args.collect), args.hosts, sys.stdin)
     if not args.config:
-        print("error: --config FILE is not given: whose first steps are to be tried?", file=sys.stderr)
+        print(
+            "error: --config FILE is not given: whose first steps are to be tried?", file=sys.stderr
+        )
         return 2
     return diagnose(["--config", os.path.abspath(args.config), *args.overrides])
 

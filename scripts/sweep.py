@@ -6,6 +6,7 @@
 
 The same command goes on where it was stopped: sweep_ledger.py remembers.
 """
+
 import dataclasses
 import glob
 import os
@@ -21,27 +22,29 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import storage
 import tpu_settings
-import utils
-from storage import join
 from sweep_arguments import parse_args
-from sweep_ledger import RESUMABLE, Ledger, after, is_finished, results
 from sweep_slices import check_one_kind, configs_on, delete_command, delete_if_idle
-from utils import RunFailure, UserError
+
+import storage
+from config import Config, LoggingConfig
+from storage import join
+from sweep_ledger import RESUMABLE, Ledger, after, is_finished, results
+from utils import RunFailure, UserError, run_cli
 
 REFUSED = "Google Cloud: "  # so begins what the scripts say where Google does not give a slice and waiting does not help
-LOOK_SECONDS = 10.0         # between two looks at what somebody else holds
+LOOK_SECONDS = 10.0  # between two looks at what somebody else holds
 
 
 @dataclasses.dataclass
 class Cell:
     """One training of a sweep: the run `name` of the configuration file `path` with `overrides`, in the folder `url`.
     places: {name of a slice: (project, accelerator type, zone)} of those that it may run on."""
+
     name: str
     path: str
     overrides: list
-    config: utils.Config
+    config: Config
     url: str
     places: dict
 
@@ -61,26 +64,33 @@ def make_cells(patterns, seeds, overrides, slices):
                 if slices:
                     output_dir = tpu_settings.on_slice("logging.output_dir", output_dir, bucket)
                     if not storage.is_remote(output_dir):
-                        raise UserError(f"{path}: logging.output_dir = {output_dir!r}: this host reads there what a slice has done: give a gs:// "
-                                        "path, or a relative one and tpu.bucket")
+                        raise UserError(
+                            f"{path}: logging.output_dir = {output_dir!r}: this host reads there what a slice has done: give a gs:// "
+                            "path, or a relative one and tpu.bucket"
+                        )
             except UserError as error:
                 wrong.append(str(error))
                 break
             if any(cell.name == name for cell in cells):
-                wrong.append(f"{path}: there are two cells named {name}: give each configuration, and each seed, once and a name of its own")
+                wrong.append(
+                    f"{path}: there are two cells named {name}: give each configuration, and each seed, once and a name of its own"
+                )
                 break
             cells.append(Cell(name, path, changes, config, join(output_dir, name), places))
     if wrong:
         # a wrong variable of the environment is one mistake, not one of each configuration
         lines = [line for text in wrong for line in text.split("\nerror: ")]
-        raise UserError("\nerror: ".join({re.sub(r".*?: (?=TPU_)", "", line): None for line in lines}))
+        raise UserError(
+            "\nerror: ".join({re.sub(r".*?: (?=TPU_)", "", line): None for line in lines})
+        )
     check_one_kind(cells)
     return cells
 
 
 def check_datasets(cells):
     """Raises UserError, one line for every configuration whose dataset is missing, damaged or not the one it is planned for."""
-    from train_tpu import load_datasets     # PyTorch takes seconds to import
+    from train_tpu import load_datasets  # PyTorch takes seconds to import
+
     wrong = []
     for path, cell in {cell.path: cell for cell in cells}.items():
         try:
@@ -96,7 +106,9 @@ def check_slices(cells, slices, flags):
     wrong = []
     one_each = list({cell.path: cell for cell in cells}.values())
     # each takes a second; what depends on both, make_cells has looked at
-    for cell, one in [(cell, slices[0]) for cell in one_each] + [(one_each[0], one) for one in slices[1:]]:
+    for cell, one in [(cell, slices[0]) for cell in one_each] + [
+        (one_each[0], one) for one in slices[1:]
+    ]:
         words = command(cell, one, ["--dry_run", *flags])
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
@@ -116,9 +128,22 @@ class Sweep:
     of a slice: why Google does not give it}; the cells go on on the others.
     """
 
-    def __init__(self, cells, ledger, slots, max_attempts, flags, max_steps=None, delete_when_done=False):
-        self.cells, self.ledger, self.slots, self.max_attempts, self.flags = cells, ledger, slots, max_attempts, flags
-        self.max_steps, self.delete_when_done, self.deleted, self.looked = max_steps, delete_when_done, set(), {}
+    def __init__(
+        self, cells, ledger, slots, max_attempts, flags, max_steps=None, delete_when_done=False
+    ):
+        self.cells, self.ledger, self.slots, self.max_attempts, self.flags = (
+            cells,
+            ledger,
+            slots,
+            max_attempts,
+            flags,
+        )
+        self.max_steps, self.delete_when_done, self.deleted, self.looked = (
+            max_steps,
+            delete_when_done,
+            set(),
+            {},
+        )
         self.mutex, self.in_hand, self.done, self.refused = threading.Lock(), set(), set(), {}
         self.stop, self.signal, self.failure = threading.Event(), None, None
 
@@ -149,7 +174,9 @@ class Sweep:
                         if len(self.done) == len(self.cells):
                             return
                         self.stop.wait(LOOK_SECONDS)
-                except RunFailure as error:     # the storage is out of reach, or a cell was lost to another launcher
+                except (
+                    RunFailure
+                ) as error:  # the storage is out of reach, or a cell was lost to another launcher
                     say(f"warning: {error}")
                     self.stop.wait(LOOK_SECONDS)
         except BaseException as error:
@@ -162,7 +189,7 @@ class Sweep:
             return self._next_cell(slot)
         lease = self.ledger.lock(join(self.ledger.url, "slices", slot.name))
         if not lease:
-            return False        # another launcher uses it
+            return False  # another launcher uses it
         try:
             if self._next_cell(slot):
                 return True
@@ -176,22 +203,37 @@ class Sweep:
         """Delete the slice, for which no cell is to be had: each is done, or in other hands and stays on its slice. Should one
         come back to this slice after all, scripts/keep_alive.sh makes it anew."""
         if slot.name in self.deleted or self.looked.get(slot.name) == len(self.done):
-            return      # or it was in use, and nothing has changed since
+            return  # or it was in use, and nothing has changed since
         self.looked[slot.name] = len(self.done)
         status, output = delete_if_idle(slot.name, self.cells[0].places[slot.name])
         if status == 0:
             self.deleted.add(slot.name)
-        how = last_error(output, status) if status else "it is deleted" if "is deleted" in output else "it is not there"
+        how = (
+            last_error(output, status)
+            if status
+            else "it is deleted"
+            if "is deleted" in output
+            else "it is not there"
+        )
         say(f"{slot.name}: no cell is left for it: {how}")
 
     def _next_cell(self, slot):
-        standing = {cell.name: self.ledger.read(cell.name)[0] for cell in self.cells if cell.name not in self.done}
+        standing = {
+            cell.name: self.ledger.read(cell.name)[0]
+            for cell in self.cells
+            if cell.name not in self.done
+        }
 
         def order(cell):
             # first what may still run on this slice; last what others run, or what may still run on another slice
             state = standing[cell.name]
             place = state["owner"] and state["owner"]["slice"]
-            return not is_on(state, cell, slot), state["state"] == "running" or bool(place), state["failures"]
+            return (
+                not is_on(state, cell, slot),
+                state["state"] == "running" or bool(place),
+                state["failures"],
+            )
+
         for cell in sorted((cell for cell in self.cells if cell.name in standing), key=order):
             with self.mutex:
                 if cell.name in self.in_hand | self.done or self.stop.is_set():
@@ -214,7 +256,7 @@ class Sweep:
         if state["state"] == "failed" or is_finished(state) or at_step(cell, self.max_steps):
             self.done.add(cell.name)
             return
-        told, attach = False, is_on(state, cell, slot)      # keep_alive.sh finds what runs there
+        told, attach = False, is_on(state, cell, slot)  # keep_alive.sh finds what runs there
         while not attach and self._held_elsewhere(cell) and not self.stop.is_set():
             if not told:
                 say(f"{cell.name}: another training holds {cell.url}; waiting for it to end")
@@ -228,10 +270,21 @@ class Sweep:
             self.deleted.discard(slot.name)
             self.looked.pop(slot.name, None)
             _, accelerator_type, zone = cell.places[slot.name]
-            owner |= {"slice": slot.name, "accelerator_type": accelerator_type, "zone": zone,
-                      "spot": slot.spot or "--spot" in self.flags}
-        state |= {"state": "running", "attempts": state["attempts"] + 1, "began": now(), "ended": None, "exit_status": None, "error": None,
-                  "owner": owner}
+            owner |= {
+                "slice": slot.name,
+                "accelerator_type": accelerator_type,
+                "zone": zone,
+                "spot": slot.spot or "--spot" in self.flags,
+            }
+        state |= {
+            "state": "running",
+            "attempts": state["attempts"] + 1,
+            "began": now(),
+            "ended": None,
+            "exit_status": None,
+            "error": None,
+            "owner": owner,
+        }
         attempt = {**owner, **{key: state[key] for key in ("began", "ended", "exit_status")}}
         state["history"] = [*state.get("history", []), attempt]
         version = self.ledger.write(cell.name, state, version)
@@ -240,27 +293,46 @@ class Sweep:
         if slot and status == 2 and error.startswith(REFUSED):
             self.refused[slot.name] = error
             say(f"{slot.name}: no cell is tried on it any more: {error}")
-        if refused := status == 2 and (slot and slot.name in self.refused or self._held_elsewhere(cell)):
-            status, error = RESUMABLE[0], None      # no mistake of the configuration's
-        state |= {**after(state, status, self.max_attempts), "exit_status": status, "ended": now(), "error": error}
+        if refused := status == 2 and (
+            slot and slot.name in self.refused or self._held_elsewhere(cell)
+        ):
+            status, error = RESUMABLE[0], None  # no mistake of the configuration's
+        state |= {
+            **after(state, status, self.max_attempts),
+            "exit_status": status,
+            "ended": now(),
+            "error": error,
+        }
         state["history"][-1] |= {"ended": state["ended"], "exit_status": status}
-        if state["state"] == "finished" and not is_finished(state) and at_step(cell, self.max_steps):
+        if (
+            state["state"] == "finished"
+            and not is_finished(state)
+            and at_step(cell, self.max_steps)
+        ):
             state |= {"state": "waiting"}
             self.done.add(cell.name)
             say(f"{cell.name}: stopped by --max_steps; the same command without it goes on")
         elif state["state"] == "finished" and not is_finished(state):
-            state |= {"state": "failed", "error": f"it ended well, but {join(cell.url, 'eval.json')} is missing: train_tpu.py --eval_only makes it"}
+            state |= {
+                "state": "failed",
+                "error": f"it ended well, but {join(cell.url, 'eval.json')} is missing: train_tpu.py --eval_only makes it",
+            }
         self.ledger.write(cell.name, state, version)
         if state["state"] != "waiting" or status in RESUMABLE and not refused:
-            self.done.add(cell.name)        # one that somebody has stopped is not begun again either, by this launcher
-        say(f"{cell.name}: {state['state']}, exit status {status}" + (f": {state['error']}" if state["error"] else ""))
+            self.done.add(
+                cell.name
+            )  # one that somebody has stopped is not begun again either, by this launcher
+        say(
+            f"{cell.name}: {state['state']}, exit status {status}"
+            + (f": {state['error']}" if state["error"] else "")
+        )
 
     def _held_elsewhere(self, cell):
         """Whether a training of this run is alive, as one that outlived its launcher."""
         try:
             lock = self.ledger.lock(cell.url)
         except UserError:
-            return False        # of the run's folder: its training will say it
+            return False  # of the run's folder: its training will say it
         if lock:
             lock.release()
         return lock is None
@@ -268,12 +340,24 @@ class Sweep:
     def _train(self, cell, slot, lease, attempt):
         """(exit status, error or None) of the cell's training, which is told to end when this launcher is, or has lost the cell."""
         log = self.log(cell)
-        say(f"{cell.name}: attempt {attempt}" + (f" on {slot.name}" if slot else "") + f", {len(self.done)} of {len(self.cells)} cells done; log: {log}")
+        say(
+            f"{cell.name}: attempt {attempt}"
+            + (f" on {slot.name}" if slot else "")
+            + f", {len(self.done)} of {len(self.cells)} cells done; log: {log}"
+        )
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as file:       # a file, not a pipe: a training that outlives its launcher can go on writing
+        with open(
+            log, "ab"
+        ) as file:  # a file, not a pipe: a training that outlives its launcher can go on writing
             before = file.tell()
-            process = subprocess.Popen(command(cell, slot, self.flags), env=self.environment(slot), stdin=subprocess.DEVNULL, stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command(cell, slot, self.flags),
+                env=self.environment(slot),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         told = False
         while process.poll() is None:
             if not told and (self.stop.is_set() or lease.failure):
@@ -281,20 +365,32 @@ class Sweep:
                 told = True
             time.sleep(0.1)
         status = 128 - process.returncode if process.returncode < 0 else process.returncode
-        return status, None if status in (0, *RESUMABLE) else last_error(log.read_bytes()[before:].decode(errors="replace"), status)
+        return status, None if status in (0, *RESUMABLE) else last_error(
+            log.read_bytes()[before:].decode(errors="replace"), status
+        )
 
     def environment(self, slot):
         threads = max(1, (os.cpu_count() or 1) // len(self.slots))
-        return {**({"OMP_NUM_THREADS": str(threads)} if not slot and len(self.slots) > 1 else {}), **os.environ}
+        return {
+            **({"OMP_NUM_THREADS": str(threads)} if not slot and len(self.slots) > 1 else {}),
+            **os.environ,
+        }
 
     def log(self, cell):
         """What the cell's training prints."""
         url = join(self.ledger.url, cell.name)
-        return Path(storage.cache_folder() / "sweep" / storage.digest(url.encode())[:16] if storage.is_remote(url) else url) / "output.log"
+        return (
+            Path(
+                storage.cache_folder() / "sweep" / storage.digest(url.encode())[:16]
+                if storage.is_remote(url)
+                else url
+            )
+            / "output.log"
+        )
 
 
 def command(cell, slot, flags):
-    if slot:        # brings a run to its end over preemptions, or finds it running
+    if slot:  # brings a run to its end over preemptions, or finds it running
         own = [*slot.overrides, *(flag for flag in slot.flags if flag not in flags)]
         program = ["bash", str(ROOT / "scripts" / "keep_alive.sh"), cell.path]
     else:
@@ -305,7 +401,12 @@ def command(cell, slot, flags):
 def is_on(state, cell, slot):
     """Whether the cell was last tried on this slice: slices are told apart by name and zone."""
     owner = state["owner"]
-    return bool(slot and owner and owner["slice"] == slot.name and owner.get("zone") == cell.places[slot.name][2])
+    return bool(
+        slot
+        and owner
+        and owner["slice"] == slot.name
+        and owner.get("zone") == cell.places[slot.name][2]
+    )
 
 
 def at_step(cell, max_steps):
@@ -339,18 +440,24 @@ def ledgers_to_look_at(args, cells):
         return [args.ledger]
     if args.slices and cells:
         return sorted({ledger_beside(cell) for cell in cells})
-    folders = [cell.config.logging.output_dir for cell in cells] or [utils.LoggingConfig().output_dir]
-    buckets = [tpu_settings.slice_settings(cell.config, cell.overrides, [])["TPU_BUCKET"] for cell in cells]
+    folders = [cell.config.logging.output_dir for cell in cells] or [LoggingConfig().output_dir]
+    buckets = [
+        tpu_settings.slice_settings(cell.config, cell.overrides, [])["TPU_BUCKET"] for cell in cells
+    ]
     buckets = buckets or [os.environ.get("TPU_BUCKET", "")]
     places = [] if args.slices else [join(folder, "sweep") for folder in folders]
     if not args.local:
-        places += [join(bucket, folder.rstrip("/"), "sweep") for folder in folders for bucket in buckets
-                   if bucket and not storage.is_remote(folder) and not os.path.isabs(folder)]
+        places += [
+            join(bucket, folder.rstrip("/"), "sweep")
+            for folder in folders
+            for bucket in buckets
+            if bucket and not storage.is_remote(folder) and not os.path.isabs(folder)
+        ]
     return list(dict.fromkeys(places))
 
 
 def ledger_beside(cell):
-    return cell.url[:-len(cell.name)] + "sweep"
+    return cell.url[: -len(cell.name)] + "sweep"
 
 
 def show_status(names, places, local):
@@ -364,7 +471,11 @@ def show_status(names, places, local):
             if not known or names and not set(names) & set(known):
                 continue
             shown = names or known
-            running = [name for name in shown if (state := ledger.read(name)[0]) and state["state"] == "running"]
+            running = [
+                name
+                for name in shown
+                if (state := ledger.read(name)[0]) and state["state"] == "running"
+            ]
             text, _ = ledger.table(shown, ledger.silent(running))
         except (UserError, RunFailure) as error:
             failures.append(error)
@@ -379,8 +490,10 @@ def show_status(names, places, local):
             raise type(failures[0])(f"{text}: {failures[0]}")
         if not local and not any(map(storage.is_remote, places)):
             elsewhere = "; that of a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
-        raise UserError(f"{text}: name the configurations and overrides that it was begun with, or the ledger's folder by "
-                        f"--ledger{elsewhere}")
+        raise UserError(
+            f"{text}: name the configurations and overrides that it was begun with, or the ledger's folder by "
+            f"--ledger{elsewhere}"
+        )
 
 
 def main():
@@ -392,10 +505,16 @@ def main():
         return 0
     places = sorted({ledger_beside(cell) for cell in cells})
     if len(places) > 1 and not args.ledger:
-        raise UserError(f"--ledger: the configurations have several logging.output_dir: say where the ledger is to be, {places[0]} or another place")
+        raise UserError(
+            f"--ledger: the configurations have several logging.output_dir: say where the ledger is to be, {places[0]} or another place"
+        )
     place = args.ledger or places[0]
-    if storage.is_remote(place) and (here := [cell.url for cell in cells if not storage.is_remote(cell.url)]):
-        raise UserError(f"--ledger {place}: it is for all hosts, and {here[0]} is a folder of this one: set logging.output_dir to a gs:// path")
+    if storage.is_remote(place) and (
+        here := [cell.url for cell in cells if not storage.is_remote(cell.url)]
+    ):
+        raise UserError(
+            f"--ledger {place}: it is for all hosts, and {here[0]} is a folder of this one: set logging.output_dir to a gs:// path"
+        )
     states, unknown = {}, None
     try:
         ledger = Ledger(place)
@@ -403,29 +522,39 @@ def main():
     except (UserError, RunFailure) as error:
         if not args.dry_run:
             raise
-        unknown = error         # the commands are the same
+        unknown = error  # the commands are the same
     if not unknown:
         ledger.check_same(cells, states, args.retry_failed)
     if args.local:
         check_datasets(cells)
     else:
         check_slices(cells, args.slices, args.flags)
-    flags = args.flags if args.slices else ["--max_steps", str(args.max_steps)] if args.max_steps else []
+    flags = (
+        args.flags
+        if args.slices
+        else ["--max_steps", str(args.max_steps)]
+        if args.max_steps
+        else []
+    )
     if args.dry_run:
         print_commands(cells, states, unknown, args.slices, flags)
         return 0
     for cell in cells:
         ledger.enter(cell, args.retry_failed)
     slots = args.slices or [None] * args.jobs
-    sweep = Sweep(cells, ledger, slots, args.max_attempts, flags, args.max_steps, args.delete_when_done)
+    sweep = Sweep(
+        cells, ledger, slots, args.max_attempts, flags, args.max_steps, args.delete_when_done
+    )
     try:
         number = sweep.run()
         text, finished = ledger.table(names)
         print(text)
     finally:
         if kept := [one for one in args.slices if one.name not in sweep.deleted]:
-            say("these slices, if they are there, count against the grant or cost until they are deleted"
-                + ("; runs on them go on:" if sweep.stop.is_set() else ":"))
+            say(
+                "these slices, if they are there, count against the grant or cost until they are deleted"
+                + ("; runs on them go on:" if sweep.stop.is_set() else ":")
+            )
         for one in kept:
             say(f"  {shlex.join(delete_command(one.name, cells[0].places[one.name]))}")
     if number:
@@ -435,7 +564,11 @@ def main():
         print(f"error: {name}: {why}", file=sys.stderr)
     if slots and len(sweep.refused) == len(slots):
         return 2
-    return 0 if finished or args.max_steps and all(at_step(cell, args.max_steps) for cell in cells) else 1
+    return (
+        0
+        if finished or args.max_steps and all(at_step(cell, args.max_steps) for cell in cells)
+        else 1
+    )
 
 
 def print_commands(cells, states, unknown, slices, flags):
@@ -444,11 +577,13 @@ def print_commands(cells, states, unknown, slices, flags):
     for cell in cells:
         state = states.get(cell.name)
         stands = "unknown" if unknown else state["state"] if state else "waiting"
-        print(f"{cell.name}  {stands}  {shlex.join(command(cell, slices[0] if slices else None, flags))}")
+        print(
+            f"{cell.name}  {stands}  {shlex.join(command(cell, slices[0] if slices else None, flags))}"
+        )
     own = [shlex.join([*one.overrides, *one.flags]) for one in slices]
     for one, words in list(zip(slices, own))[1:]:
         print(f"on {one.name}: {words} in place of {own[0]}")
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

@@ -1,4 +1,5 @@
 """The command line of scripts/launch_sweep.sh, which has its help."""
+
 import argparse
 import os
 import re
@@ -6,6 +7,7 @@ import shlex
 import sys
 
 from sweep_slices import parse_slices
+
 from utils import UserError
 
 KEEP_ALIVE_FLAGS = {"--spot", "--queued", "--max_hours", "--poll", "--log_dir"}
@@ -17,10 +19,16 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         if unknown := re.fullmatch("unrecognized arguments: (.*)", message):
             flag = unknown[1].split()[0].partition("=")[0]
-            own = f", or with one slice, as --slices trm-a:{flag[2:]}" if flag in ("--spot", "--queued") else ""
+            own = (
+                f", or with one slice, as --slices trm-a:{flag[2:]}"
+                if flag in ("--spot", "--queued")
+                else ""
+            )
             message = f"{flag}: unknown argument"
             if flag in KEEP_ALIVE_FLAGS:
-                message = f"{flag}: a flag of scripts/keep_alive.sh: give it after --, as -- {flag}{own}"
+                message = (
+                    f"{flag}: a flag of scripts/keep_alive.sh: give it after --, as -- {flag}{own}"
+                )
         raise UserError(f"{message}; see --help")
 
 
@@ -45,8 +53,12 @@ def parse_args():
     for flag in ("--retry_failed", "--delete_when_done", "--dry_run", "--status"):
         parser.add_argument(flag, action="store_true")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given, flags = sys.argv[1:end], sys.argv[end + 1:]
-    overrides = [text for text in given if "=" in text and not text.startswith("-") and not os.path.exists(text)]
+    given, flags = sys.argv[1:end], sys.argv[end + 1 :]
+    overrides = [
+        text
+        for text in given
+        if "=" in text and not text.startswith("-") and not os.path.exists(text)
+    ]
     args = parser.parse_intermixed_args([text for text in given if text not in overrides])
     args.overrides, args.flags = overrides, flags
     args.slices = parse_slices(args.slices or [])
@@ -56,28 +68,46 @@ def parse_args():
 
 def check_args(args):
     """Raises UserError where they do not go together."""
-    for name, value in (("--jobs", args.jobs), ("--max_attempts", args.max_attempts), ("--max_steps", args.max_steps)):
+    for name, value in (
+        ("--jobs", args.jobs),
+        ("--max_attempts", args.max_attempts),
+        ("--max_steps", args.max_steps),
+    ):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be >= 1")
     if not args.configs and (alone := [*args.overrides, *(["--seeds"] if args.seeds else [])]):
-        raise UserError(f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without any, --status shows all "
-                        "cells of --ledger")
+        raise UserError(
+            f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without any, --status shows all "
+            "cells of --ledger"
+        )
     if not args.status and not args.configs:
-        raise UserError("no configuration is given: bash scripts/launch_sweep.sh configs/e1_*.yaml --local")
+        raise UserError(
+            "no configuration is given: bash scripts/launch_sweep.sh configs/e1_*.yaml --local"
+        )
     if args.local and args.slices or not args.status and not args.local and not args.slices:
-        raise UserError("give either --local, to train on this host, or --slices SLICE ..., the TPU slices to train on")
+        raise UserError(
+            "give either --local, to train on this host, or --slices SLICE ..., the TPU slices to train on"
+        )
     if args.slices and args.jobs > 1:
-        raise UserError(f"--jobs {args.jobs}: only with --local; on each of --slices there is one cell at a time")
+        raise UserError(
+            f"--jobs {args.jobs}: only with --local; on each of --slices there is one cell at a time"
+        )
     if args.slices and args.max_steps:
-        raise UserError(f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: "
-                        f"bash scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}")
+        raise UserError(
+            f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: "
+            f"bash scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}"
+        )
     if args.delete_when_done and not args.slices:
         raise UserError("--delete_when_done: only with --slices, which it deletes")
     if "--delete_when_done" in args.flags:
-        raise UserError("-- --delete_when_done: that would delete a slice after each of its cells: give it before --, for the end "
-                        "of the sweep")
+        raise UserError(
+            "-- --delete_when_done: that would delete a slice after each of its cells: give it before --, for the end "
+            "of the sweep"
+        )
     if args.flags and not args.slices and not args.status:
-        raise UserError(f"-- {shlex.join(args.flags)}: these are for scripts/keep_alive.sh, so only with --slices")
+        raise UserError(
+            f"-- {shlex.join(args.flags)}: these are for scripts/keep_alive.sh, so only with --slices"
+        )
     if args.slices and any(text.startswith("tpu.name=") for text in args.overrides):
         raise UserError("tpu.name: name the slices by --slices alone")
     if args.seeds and any(text.startswith("training.seed=") for text in args.overrides):

@@ -8,6 +8,7 @@
 environment variables: TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before the file's tpu.project, ...; an override on the
 command line goes before both.
 """
+
 import argparse
 import json
 import os
@@ -18,32 +19,66 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tpu_types
-import utils
+from config import load_config
 from metrics_logger import read_records
 from storage import GCS_URL, checked_name, is_remote, join
-from utils import UserError
+from utils import UserError, run_cli
 
-VARIABLES = {"project": "TPU_PROJECT", "zone": "TPU_ZONE", "name": "TPU_NAME", "bucket": "TPU_BUCKET"}
-RULES = {"project": (r"([a-z][a-z0-9.-]*:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", "must be the id of a Google Cloud project, as my-project-123"),
-         "zone": (r"[a-z]+-[a-z]+\d+-[a-z]", "must be a zone, as us-central2-b"),
-         "name": (r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "must be the name of a slice: small letters, digits and -, a letter first"),
-         "bucket": (GCS_URL.pattern, "must be gs://bucket or gs://bucket/folder, and a bucket's name has 3 to 63 characters"),
-         "runtime_version": (r"[a-z0-9._-]+", "must be an image, as tpu-ubuntu2204-base")}
+VARIABLES = {
+    "project": "TPU_PROJECT",
+    "zone": "TPU_ZONE",
+    "name": "TPU_NAME",
+    "bucket": "TPU_BUCKET",
+}
+RULES = {
+    "project": (
+        r"([a-z][a-z0-9.-]*:)?[a-z][a-z0-9-]{4,28}[a-z0-9]",
+        "must be the id of a Google Cloud project, as my-project-123",
+    ),
+    "zone": (r"[a-z]+-[a-z]+\d+-[a-z]", "must be a zone, as us-central2-b"),
+    "name": (
+        r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?",
+        "must be the name of a slice: small letters, digits and -, a letter first",
+    ),
+    "bucket": (
+        GCS_URL.pattern,
+        "must be gs://bucket or gs://bucket/folder, and a bucket's name has 3 to 63 characters",
+    ),
+    "runtime_version": (r"[a-z0-9._-]+", "must be an image, as tpu-ubuntu2204-base"),
+}
 # of a kind of TPU, where nothing is given
-OF_ITS_KIND = {"zone": lambda generation: generation.zones[0], "runtime_version": lambda generation: generation.image}
+OF_ITS_KIND = {
+    "zone": lambda generation: generation.zones[0],
+    "runtime_version": lambda generation: generation.image,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", metavar="CONFIG", help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    parser.add_argument("--need", default="", metavar="KEY,...", help="keys of tpu: that must be given")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the configuration"
+    )
+    parser.add_argument(
+        "--need", default="", metavar="KEY,...", help="keys of tpu: that must be given"
+    )
     parser.add_argument("--run_name", help="say where this run lies, and its dataset")
-    parser.add_argument("--on_slice", action="store_true", help="of a run on a slice, not on this machine")
-    parser.add_argument("--to_launch", action="store_true", help="refuse what could not run on a slice")
-    parser.add_argument("--finished", nargs=2, metavar=("EVAL_JSON", "METRICS_JSONL"), help="status 0 if these files of a run say that it is finished, 1 if not")
+    parser.add_argument(
+        "--on_slice", action="store_true", help="of a run on a slice, not on this machine"
+    )
+    parser.add_argument(
+        "--to_launch", action="store_true", help="refuse what could not run on a slice"
+    )
+    parser.add_argument(
+        "--finished",
+        nargs=2,
+        metavar=("EVAL_JSON", "METRICS_JSONL"),
+        help="status 0 if these files of a run say that it is finished, 1 if not",
+    )
     args = parser.parse_intermixed_args()
-    config = utils.load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     if args.finished:
         return 0 if finished(config, *map(Path, args.finished)) else 1
     settings = slice_settings(config, args.overrides, [key for key in args.need.split(",") if key])
@@ -57,8 +92,12 @@ def slice_settings(config, overrides, need):
     """{shell variable: text} of the slice; raises UserError where a needed one is not given, or one breaks its rule."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
     slice_ = tpu_types.slice_type(config.tpu.accelerator_type)
-    settings = {"TPU_ACCELERATOR": slice_.type, "TPU_GENERATION": slice_.generation.name, "TPU_CHIPS": str(slice_.chips),
-                "TPU_HOSTS": str(slice_.hosts)}
+    settings = {
+        "TPU_ACCELERATOR": slice_.type,
+        "TPU_GENERATION": slice_.generation.name,
+        "TPU_CHIPS": str(slice_.chips),
+        "TPU_HOSTS": str(slice_.hosts),
+    }
     for key, (pattern, rule) in RULES.items():
         value, said = getattr(config.tpu, key), f"tpu.{key}"
         variable = VARIABLES.get(key)
@@ -68,8 +107,10 @@ def slice_settings(config, overrides, need):
             value = OF_ITS_KIND[key](slice_.generation)
         if value is None:
             if key in need:
-                raise UserError(f"tpu.{key} is not given: export {variable}=..., or write it into `tpu:` of the configuration "
-                                f"(or tpu.{key}=... on the command line)")
+                raise UserError(
+                    f"tpu.{key} is not given: export {variable}=..., or write it into `tpu:` of the configuration "
+                    f"(or tpu.{key}=... on the command line)"
+                )
         elif not re.fullmatch(pattern, value):
             raise UserError(f"{said} = {value!r}: {rule}")
         settings[variable or "TPU_RUNTIME"] = (value or "").rstrip("/")
@@ -80,16 +121,25 @@ def run_settings(config, bucket, args):
     """{shell variable: text} of a run: where it writes and reads. On a slice a relative path lies in tpu.bucket, so that it
     outlives the hosts and all of them see it; an absolute one is a folder that they share, or a dataset that each has."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.run_name):
-        raise UserError(f"--run_name {args.run_name!r}: must be one folder name of letters, digits, . _ and -")
+        raise UserError(
+            f"--run_name {args.run_name!r}: must be one folder name of letters, digits, . _ and -"
+        )
     output_dir, dataset = config.logging.output_dir, config.data.dataset_path
     if args.on_slice or args.to_launch:
         output_dir = on_slice("logging.output_dir", output_dir, bucket)
     if args.to_launch:
         dataset = on_slice("data.dataset_path", dataset, bucket)
         if config.device not in ("tpu", "auto"):
-            raise UserError(f"device = {config.device!r}: on a slice its chips would stand idle: use device=tpu, or --local")
-    return {"RUN_NAME": args.run_name, "RUN_URL": join(output_dir, args.run_name), "OUTPUT_DIR": output_dir, "DATASET": dataset,
-            "DATASET_HERE": config.data.dataset_path}
+            raise UserError(
+                f"device = {config.device!r}: on a slice its chips would stand idle: use device=tpu, or --local"
+            )
+    return {
+        "RUN_NAME": args.run_name,
+        "RUN_URL": join(output_dir, args.run_name),
+        "OUTPUT_DIR": output_dir,
+        "DATASET": dataset,
+        "DATASET_HERE": config.data.dataset_path,
+    }
 
 
 def on_slice(key, path, bucket):
@@ -97,8 +147,10 @@ def on_slice(key, path, bucket):
         return path
     checked_name(path.rstrip("/"), key)
     if not bucket:
-        raise UserError(f"{key} = {path!r}: on a slice a relative path lies in the bucket, and tpu.bucket is not given: export TPU_BUCKET=gs://..., "
-                        f"or write it into `tpu:` of the configuration; or set {key} to a gs:// path or to a folder that all hosts share")
+        raise UserError(
+            f"{key} = {path!r}: on a slice a relative path lies in the bucket, and tpu.bucket is not given: export TPU_BUCKET=gs://..., "
+            f"or write it into `tpu:` of the configuration; or set {key} to a gs:// path or to a folder that all hosts share"
+        )
     return join(bucket, path.rstrip("/"))
 
 
@@ -107,11 +159,14 @@ def finished(config, eval_json, metrics):
     past training.epochs; the epoch at a step stands in metrics.jsonl, whatever the size of the dataset."""
     try:
         steps = {result["step"] for result in json.loads(eval_json.read_text())["results"]}
-        return any(record["epoch"] * (record["step"] + 1) / record["step"] > config.training.epochs
-                   for record in read_records(metrics.read_bytes(), metrics) if record["split"] == "train" and record["step"] in steps)
+        return any(
+            record["epoch"] * (record["step"] + 1) / record["step"] > config.training.epochs
+            for record in read_records(metrics.read_bytes(), metrics)
+            if record["split"] == "train" and record["step"] in steps
+        )
     except (OSError, ValueError, KeyError, TypeError):
-        return False        # not there, or half-written
+        return False  # not there, or half-written
 
 
 if __name__ == "__main__":
-    utils.run_cli(main)
+    run_cli(main)

@@ -6,13 +6,14 @@ input. A matrix product in float32 is off by ROUNDING of its result's size. What
 step is computed again in float64 with errors of that kind put in, EPSILON in place of ROUNDING, at every product and
 norm and in their gradients. `tolerances` is the result: ROUNDING times the growth. Figures: docs/tpu_step.md.
 """
+
 import torch
 import torch.nn.functional as F
 
-UNIT = 2.0 ** -24           # float32's largest relative rounding error
+UNIT = 2.0**-24  # float32's largest relative rounding error
 # root of the mean square: 2 to 5 units are measured for sums of up to 256 products, as these models have
 ROUNDING = 6 * UNIT
-EPSILON = 1e-9              # small enough that its square is nothing, and large enough for float64
+EPSILON = 1e-9  # small enough that its square is nothing, and large enough for float64
 DRAWS = 6
 
 
@@ -50,11 +51,17 @@ def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
         return times(gate / (1 + torch.exp(-gate)) * up, f"{name}.down_proj.weight")
 
     def attention(h, name):
-        q, k, v = (part.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for part in times(h, f"{name}.qkv_proj.weight").chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+            for part in times(h, f"{name}.qkv_proj.weight").chunk(3, -1)
+        )
         if rope is not None:
             cos, sin = (table.double() for table in rope)
             halves = [part.chunk(2, -1) for part in (q, k)]
-            q, k = (part * cos + torch.cat((-second, first), -1) * sin for part, (first, second) in zip((q, k), halves))
+            q, k = (
+                part * cos + torch.cat((-second, first), -1) * sin
+                for part, (first, second) in zip((q, k), halves)
+            )
         shares = torch.softmax(rounded(q @ k.mT) / (dim // config.num_heads) ** 0.5, -1)
         return times(rounded(shares @ v).transpose(1, 2).flatten(2), f"{name}.o_proj.weight")
 
@@ -70,11 +77,16 @@ def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
         return h
 
     prefix = config.puzzle_emb_len or -(-rows.shape[1] // dim)
-    x = torch.cat((F.pad(rows, (0, prefix * dim - rows.shape[1])).unflatten(1, (prefix, dim)),
-                   weights["embed_tokens.embedding_weight"][carry.inputs.long()]), 1)
+    x = torch.cat(
+        (
+            F.pad(rows, (0, prefix * dim - rows.shape[1])).unflatten(1, (prefix, dim)),
+            weights["embed_tokens.embedding_weight"][carry.inputs.long()],
+        ),
+        1,
+    )
     if config.pos_encodings == "learned":
-        x = (x + weights["embed_pos.embedding_weight"]) / 2 ** 0.5
-    x = x * dim ** 0.5
+        x = (x + weights["embed_pos.embedding_weight"]) / 2**0.5
+    x = x * dim**0.5
     for cycle in range(config.H_cycles):
         with torch.set_grad_enabled(cycle == config.H_cycles - 1):
             for _ in range(config.L_cycles):
@@ -91,14 +103,24 @@ def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
     q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, solved.double(), reduction="sum")
     loss = lm_loss + 0.5 * q_halt_loss
     grads = torch.autograd.grad(loss / len(labels), [*weights.values(), rows])
-    values = {"z_H": z_H, "z_L": z_L, "logits": logits, "q_halt": q_halt, "loss": loss, "lm_loss": lm_loss, "q_halt_loss": q_halt_loss,
-              **dict(zip([*weights, "puzzle_rows"], grads))}
+    values = {
+        "z_H": z_H,
+        "z_L": z_L,
+        "logits": logits,
+        "q_halt": q_halt,
+        "loss": loss,
+        "lm_loss": lm_loss,
+        "q_halt_loss": q_halt_loss,
+        **dict(zip([*weights, "puzzle_rows"], grads)),
+    }
     return {name: value.detach() for name, value in values.items()}
 
 
 def distance(ours, exact):
     """max |ours - exact| / max(1, max |exact|)."""
-    return ((ours.detach().cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
+    return (
+        (ours.detach().cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1)
+    ).item()
 
 
 def tolerances(*given):

@@ -3,6 +3,7 @@
 The proxy also does what the emulator leaves out: preconditions (ifGenerationMatch). A test names its faults; each is used
 up by the requests it meets, in order. All of it is on the loopback interface.
 """
+
 import atexit
 import contextlib
 import functools
@@ -38,8 +39,10 @@ server.stop()
 @functools.cache
 def emulator_port():
     """Port of the emulator, one for the whole test process."""
-    process = subprocess.Popen([sys.executable, "-c", EMULATOR, BUCKET], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    atexit.register(process.communicate)    # closes its input, and waits for it to end
+    process = subprocess.Popen(
+        [sys.executable, "-c", EMULATOR, BUCKET], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    atexit.register(process.communicate)  # closes its input, and waits for it to end
     return int(process.stdout.readline())
 
 
@@ -52,8 +55,15 @@ class Fault:
     """
 
     def __init__(self, kind, value=None, times=1, method="", path="", message=""):
-        self.kind, self.value, self.times, self.method, self.path, self.message = kind, value, times, method, path, message
-        self.met = threading.Event()        # set when a request has met it
+        self.kind, self.value, self.times, self.method, self.path, self.message = (
+            kind,
+            value,
+            times,
+            method,
+            path,
+            message,
+        )
+        self.met = threading.Event()  # set when a request has met it
 
     def meets(self, method, path):
         return self.times > 0 and self.method in ("", method) and re.search(self.path, path)
@@ -63,7 +73,7 @@ class Proxy:
     """Forwards to the emulator from a port of its own, `port`; `requests` holds (method, path) of all it has taken."""
 
     def __init__(self):
-        emulator_port()                     # now: two requests at once would start two
+        emulator_port()  # now: two requests at once would start two
         self.requests, self.faults, self.lock, self.server = [], [], threading.Lock(), None
         self.conditions = threading.Lock()  # a precondition is compared and acted on in one go
         self._bind(0)
@@ -83,9 +93,15 @@ class Proxy:
     def accept(self):
         """Take connections (again)."""
         self.socket.listen(64)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), functools.partial(Handler, self), bind_and_activate=False)
+        self.server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", self.port), functools.partial(Handler, self), bind_and_activate=False
+        )
         self.server.socket.close()
-        self.server.socket, self.server.server_name, self.server.server_port = self.socket, "127.0.0.1", self.port
+        self.server.socket, self.server.server_name, self.server.server_port = (
+            self.socket,
+            "127.0.0.1",
+            self.port,
+        )
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
 
@@ -113,7 +129,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def handle_one_request(self):
-        with contextlib.suppress(ConnectionError):      # a client that was killed
+        with contextlib.suppress(ConnectionError):  # a client that was killed
             super().handle_one_request()
 
     def log_message(self, *args):
@@ -137,7 +153,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fault.value.wait(30)
         if kind == "status":
             status, headers = fault.value, [("Content-Type", "application/json")]
-            answer = json.dumps({"error": {"code": status, "message": fault.message, "errors": []}}).encode()
+            answer = json.dumps(
+                {"error": {"code": status, "message": fault.message, "errors": []}}
+            ).encode()
         else:
             status, headers, answer = self.forward(body)
         if kind == "corrupt":
@@ -151,7 +169,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         if kind == "cut_answer":
-            self.wfile.write(answer[:fault.value])
+            self.wfile.write(answer[: fault.value])
             return self.cut(fault)
         self.wfile.write(answer)
         if fault:
@@ -175,22 +193,42 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.proxy.conditions:
             name = re.search(r"/o/(.+)$", url.path)
             # of a multipart upload the first part is the object's metadata, of a resumable one the whole body
-            name = urllib.parse.unquote(name[1]) if name else json.loads(re.search(rb"\{.*?\"name\".*?\}(?=\r\n--|$)", body, re.DOTALL)[0])["name"]
-            status, _, answer = self.upstream("GET", f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(name, safe='')}")
+            name = (
+                urllib.parse.unquote(name[1])
+                if name
+                else json.loads(re.search(rb"\{.*?\"name\".*?\}(?=\r\n--|$)", body, re.DOTALL)[0])[
+                    "name"
+                ]
+            )
+            status, _, answer = self.upstream(
+                "GET", f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(name, safe='')}"
+            )
             generation = json.loads(answer)["generation"] if status == 200 else "0"
             if generation != condition[0]:
-                return 412, [("Content-Type", "application/json")], b'{"error": {"code": 412, "message": "conditionNotMet"}}'
+                return (
+                    412,
+                    [("Content-Type", "application/json")],
+                    b'{"error": {"code": 412, "message": "conditionNotMet"}}',
+                )
             return self.upstream(self.command, self.path, body)
 
     def upstream(self, method, path, body=b""):
         connection = http.client.HTTPConnection("127.0.0.1", emulator_port(), timeout=30)
         try:
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("content-length", "connection", "accept-encoding")}
+            headers = {
+                k: v
+                for k, v in self.headers.items()
+                if k.lower() not in ("content-length", "connection", "accept-encoding")
+            }
             if method != self.command:
                 headers = {}
             connection.request(method, path, body or None, headers)
             response = connection.getresponse()
-            kept = [(k, v) for k, v in response.getheaders() if k.lower() not in ("content-length", "server", "date", "connection")]
+            kept = [
+                (k, v)
+                for k, v in response.getheaders()
+                if k.lower() not in ("content-length", "server", "date", "connection")
+            ]
             return response.status, kept, response.read()
         finally:
             connection.close()
@@ -201,14 +239,19 @@ class GCSTest(FolderTest):
 
     def setUp(self):
         super().setUp()
-        for module, package in (("google.cloud.storage", "google-cloud-storage"), ("gcp_storage_emulator", "gcp-storage-emulator")):
+        for module, package in (
+            ("google.cloud.storage", "google-cloud-storage"),
+            ("gcp_storage_emulator", "gcp-storage-emulator"),
+        ):
             with contextlib.suppress(ModuleNotFoundError):
                 if importlib.util.find_spec(module):
                     continue
             self.skipTest(f"{package} is not installed: pip install {package}")
         self.proxy = Proxy()
         self.addCleanup(self.proxy.close)
-        patch = mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.proxy.port}"})
+        patch = mock.patch.dict(
+            os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.proxy.port}"}
+        )
         patch.start()
         self.addCleanup(patch.stop)
         self.url = f"gs://{BUCKET}/{self.id()}"

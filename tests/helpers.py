@@ -1,4 +1,5 @@
 """What several test files share: temporary folders, tiny configurations and datasets, the command in a process."""
+
 import importlib.util
 import json
 import os
@@ -12,13 +13,15 @@ from pathlib import Path
 
 # for every process that the tests start: models are tiny, and on a busy machine a wait for a second thread costs many times the work
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")     # compiling costs these programs more than running
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0"
+)  # compiling costs these programs more than running
 import numpy as np
 import torch
 
 import sudoku
-import utils
 from metrics_logger import TIMING_KEYS
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +36,7 @@ class FolderTest(unittest.TestCase):
 
     def user_error(self, function, *says):
         """`function()` must raise UserError, with each of `says` in its message; returns the message."""
-        with self.assertRaises(utils.UserError) as caught:
+        with self.assertRaises(UserError) as caught:
             function()
         for text in says:
             self.assertIn(text, str(caught.exception))
@@ -50,6 +53,7 @@ class XLATest(unittest.TestCase):
             setattr(self, self._testMethodName, method)
         else:
             import torch_xla
+
             self.device = str(torch_xla.device())
         return super().run(result)
 
@@ -59,8 +63,15 @@ class XLATest(unittest.TestCase):
 
     def in_own_process(self):
         environment = {**os.environ, "PJRT_DEVICE": "CPU", "TRM_TEST_PROCESS": self.id()}
-        done = subprocess.run([sys.executable, "-m", "unittest", self.id()], cwd=ROOT, env=environment, text=True, timeout=600,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, "-m", "unittest", self.id()],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            timeout=600,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertIn("Ran 1 test", done.stdout)
         if skipped := re.search(r"^OK \(skipped=1\)", done.stdout, re.MULTILINE):
@@ -77,8 +88,12 @@ def random_pairs(size, count, seed=0, clue_share=0.5):
     """`count` puzzles and their solutions in a dataset's codes (1 empty, 2.. digits), each [count, S] uint8.
     The puzzles are not unique in their solutions: nothing here asks for that."""
     stream = np.random.Generator(np.random.Philox(seed))
-    grid = np.frombuffer(sudoku.random_solution(size, random.Random(seed)), np.uint8)[None].repeat(count, 0)
-    _, solutions = sudoku.SudokuAugmenter(size)(sudoku.paired(grid, grid), stream.bit_generator.random_raw(count))
+    grid = np.frombuffer(sudoku.random_solution(size, random.Random(seed)), np.uint8)[None].repeat(
+        count, 0
+    )
+    _, solutions = sudoku.SudokuAugmenter(size)(
+        sudoku.paired(grid, grid), stream.bit_generator.random_raw(count)
+    )
     labels = solutions + np.uint8(1)
     return np.where(stream.random(labels.shape) < clue_share, labels, 1).astype(np.uint8), labels
 
@@ -90,16 +105,28 @@ def write_split(folder, inputs, labels, group_sizes=None, ratings=None):
     folder.mkdir(parents=True)
     count, cells = inputs.shape
     group_sizes = [1] * count if group_sizes is None else group_sizes
-    arrays = {"inputs": inputs, "labels": labels,
-              "puzzle_identifiers": np.repeat(np.arange(len(group_sizes), dtype=np.int32), group_sizes),
-              "puzzle_indices": np.arange(count + 1, dtype=np.int32),
-              "group_indices": np.cumsum([0, *group_sizes]).astype(np.int32),
-              **({} if ratings is None else {"ratings": np.asarray(ratings, np.int32)})}
+    arrays = {
+        "inputs": inputs,
+        "labels": labels,
+        "puzzle_identifiers": np.repeat(np.arange(len(group_sizes), dtype=np.int32), group_sizes),
+        "puzzle_indices": np.arange(count + 1, dtype=np.int32),
+        "group_indices": np.cumsum([0, *group_sizes]).astype(np.int32),
+        **({} if ratings is None else {"ratings": np.asarray(ratings, np.int32)}),
+    }
     for name, array in arrays.items():
         np.save(folder / f"all__{name}.npy", array)
-    meta = {"pad_id": 0, "ignore_label_id": 0, "blank_identifier_id": 0, "vocab_size": round(cells ** 0.5) + 2,
-            "seq_len": cells, "num_puzzle_identifiers": len(group_sizes), "total_groups": len(group_sizes),
-            "mean_puzzle_examples": 1, "total_puzzles": len(group_sizes), "sets": ["all"]}
+    meta = {
+        "pad_id": 0,
+        "ignore_label_id": 0,
+        "blank_identifier_id": 0,
+        "vocab_size": round(cells**0.5) + 2,
+        "seq_len": cells,
+        "num_puzzle_identifiers": len(group_sizes),
+        "total_groups": len(group_sizes),
+        "mean_puzzle_examples": 1,
+        "total_puzzles": len(group_sizes),
+        "sets": ["all"],
+    }
     (folder / "dataset.json").write_text(json.dumps(meta))
     return folder
 
@@ -125,15 +152,41 @@ class CommandTest(unittest.TestCase):
         holder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(holder.cleanup)
         cls.folder = Path(holder.name)
-        build = [sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", "4", "--num_train", "90", "--num_test", "50",
-                 "--val_size", "10", "--clues", "5", "9", "--output_dir", str(cls.folder / "data")]
+        build = [
+            sys.executable,
+            "scripts/build_sudoku_dataset.py",
+            "--generate",
+            "--size",
+            "4",
+            "--num_train",
+            "90",
+            "--num_test",
+            "50",
+            "--val_size",
+            "10",
+            "--clues",
+            "5",
+            "9",
+            "--output_dir",
+            str(cls.folder / "data"),
+        ]
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
-        cls.config = write_config(cls.folder / "tiny.yaml", TINY.format(data=cls.folder / "data", out=cls.folder / "runs"))
+        cls.config = write_config(
+            cls.folder / "tiny.yaml", TINY.format(data=cls.folder / "data", out=cls.folder / "runs")
+        )
 
     def train(self, *args, status=0, driver=(str(ROOT / "train_tpu.py"),), **options):
         """Run the command on the tiny configuration; returns its stdout and stderr as one text."""
-        done = subprocess.run([sys.executable, *driver, "--config", str(self.config), *args], cwd=ROOT, text=True, timeout=300,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+        done = subprocess.run(
+            [sys.executable, *driver, "--config", str(self.config), *args],
+            cwd=ROOT,
+            text=True,
+            timeout=300,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            **options,
+        )
         self.assertEqual(done.returncode, status, done.stdout)
         return done.stdout
 
@@ -154,7 +207,10 @@ class CommandTest(unittest.TestCase):
     def records(self, run_name, timing=False):
         """The run's metrics.jsonl, without what differs between two runs of the same training."""
         lines = (self.folder / "runs" / run_name / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if timing or k not in TIMING_KEYS} for line in lines]
+        return [
+            {k: v for k, v in json.loads(line).items() if timing or k not in TIMING_KEYS}
+            for line in lines
+        ]
 
     def checkpoint(self, run_name, step):
         return self.folder / "runs" / run_name / "checkpoints" / f"checkpoint_step_{step}.pt"

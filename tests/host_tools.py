@@ -20,7 +20,10 @@ package using the following command.
     apt install python3.10-venv
 """
 # {command: {flag: takes a value}}; that the real uv has them: tests/test_environment.py
-UV = {"venv": {"--python": True}, "pip install": {"--python": True, "--torch-backend": True, "--requirements": True}}
+UV = {
+    "venv": {"--python": True},
+    "pip install": {"--python": True, "--torch-backend": True, "--requirements": True},
+}
 NEEDS = {"jax": (3, 11), "jaxlib": (3, 11)}  # of their Requires-Python
 # of the host's: everything but these names. A machine for tests has more Pythons than a TPU VM
 MISSING = re.compile(r"(python|pip|pydoc|uv)x?[\d.]*(-config)?|gcloud|gsutil|bq|conda")
@@ -34,15 +37,19 @@ def make_programs(folder, environment_python):
             if not MISSING.fullmatch(path.name) and not os.path.lexists(folder / path.name):
                 (folder / path.name).symlink_to(path)
     write_program(folder / "python3", "python3", environment_python)
-    for name in ("apt-get", "apt"):     # a fresh host updates itself, and has apt's locks for minutes
+    for name in ("apt-get", "apt"):  # a fresh host updates itself, and has apt's locks for minutes
         (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text("#!/bin/sh\necho 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (apt-get)' >&2\nexit 100\n")
+        (folder / name).write_text(
+            "#!/bin/sh\necho 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (apt-get)' >&2\nexit 100\n"
+        )
         (folder / name).chmod(0o755)
 
 
 def write_program(path, name, environment_python):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {environment_python} {name} "$@"\n')
+    path.write_text(
+        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {environment_python} {name} "$@"\n'
+    )
     path.chmod(0o755)
 
 
@@ -103,7 +110,7 @@ def python3(environment_python, words):
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         case [script, *rest] if not script.startswith("-"):
             pretend([script, *rest])
-            sys.path.insert(0, str(Path(script).resolve().parent))      # as an interpreter does
+            sys.path.insert(0, str(Path(script).resolve().parent))  # as an interpreter does
             runpy.run_path(script, run_name="__main__")
         case _:
             fail(f"the host's python3 does not know {words}", 2)
@@ -123,7 +130,9 @@ def uv(version, environment_python, words):
     command = next((name for name in UV if words[: len(name.split())] == name.split()), None)
     if command is None:
         fail(f"error: unrecognized subcommand {words}", 2)
-    flags, rest = parse(words[len(command.split()) :], UV[command], "error: unexpected argument '{}' found")
+    flags, rest = parse(
+        words[len(command.split()) :], UV[command], "error: unexpected argument '{}' found"
+    )
     log(program="uv", command=command, flags=flags, rest=rest)
     if command == "venv":
         make_venv(flags["--python"][0], Path(*rest), environment_python)
@@ -134,10 +143,15 @@ def uv(version, environment_python, words):
 
 def make_venv(python, folder, environment_python):
     if folder.exists() and any(folder.iterdir()):
-        fail(f"error: Failed to create virtual environment\n  cause: A directory already exists at: {folder}", 2)
+        fail(
+            f"error: Failed to create virtual environment\n  cause: A directory already exists at: {folder}",
+            2,
+        )
     if not re.fullmatch(r"3\.\d+", python):
         code = "import sys; print('%d.%d' % sys.version_info[:2])"
-        python = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        python = subprocess.run(
+            [python, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
     (folder / "bin").mkdir(parents=True)
     (folder / "pyvenv.cfg").write_text(f"uv = stand-in\nversion_info = {python}\n")
     shutil.copy(environment_python, folder / "bin" / "python")
@@ -146,10 +160,16 @@ def make_venv(python, folder, environment_python):
 def install(flags):
     folder = Path(flags["--python"][0]).parent.parent
     version = tuple(
-        int(part) for part in re.search(r"version_info = (\S+)", (folder / "pyvenv.cfg").read_text())[1].split(".")
+        int(part)
+        for part in re.search(r"version_info = (\S+)", (folder / "pyvenv.cfg").read_text())[
+            1
+        ].split(".")
     )
     if flags["--torch-backend"] not in ([], ["cpu"]):
-        fail(f"error: invalid value '{flags['--torch-backend'][0]}' for '--torch-backend <TORCH_BACKEND>'", 2)
+        fail(
+            f"error: invalid value '{flags['--torch-backend'][0]}' for '--torch-backend <TORCH_BACKEND>'",
+            2,
+        )
     for path in flags["--requirements"]:
         for name in re.findall(r"^([\w.-]+)==", Path(path).read_text(), re.MULTILINE):
             if version < (needs := NEEDS.get(name, (3, 10))):
@@ -158,7 +178,9 @@ def install(flags):
                     f"({'.'.join(map(str, version))}) does not satisfy Python>={'.'.join(map(str, needs))} ...",
                     1,
                 )
-        with open(folder / "files", "a") as file:  # for the check of the environment, by environment_python
+        with open(
+            folder / "files", "a"
+        ) as file:  # for the check of the environment, by environment_python
             file.write(path + "\n")
 
 

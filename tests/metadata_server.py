@@ -4,6 +4,7 @@ Without the header Metadata-Flavor: Google a request is refused (403). With wait
 is another than last_etag, or after timeout_sec, with what there is then. Any other parameter is refused (400), any other
 path unknown (404).
 """
+
 import contextlib
 import hashlib
 import http.server
@@ -22,8 +23,8 @@ class MetadataServer:
     def __init__(self, flavor="Google", down=False):
         self.value, self.flavor, self.down = "FALSE", flavor, down
         self.changed = threading.Condition()
-        self.answers = []               # the status of each answer
-        self.waiting = 0                # requests that are held
+        self.answers = []  # the status of each answer
+        self.waiting = 0  # requests that are held
         self.over = False
         server = self
 
@@ -31,7 +32,7 @@ class MetadataServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                with contextlib.suppress(ConnectionError):      # who asked may have ended
+                with contextlib.suppress(ConnectionError):  # who asked may have ended
                     server.answer(self)
 
             def log_message(self, *_):
@@ -40,7 +41,9 @@ class MetadataServer:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.host = f"127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     def __enter__(self):
         return self
@@ -71,10 +74,17 @@ class MetadataServer:
 
     def answer(self, request):
         url = urllib.parse.urlsplit(request.path)
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
+        query = dict(
+            urllib.parse.parse_qsl(
+                url.query, keep_blank_values=True, strict_parsing=bool(url.query)
+            )
+        )
         with self.changed:
             status, body = 200, None
-            if request.headers.get("Metadata-Flavor") != "Google" or "X-Forwarded-For" in request.headers:
+            if (
+                request.headers.get("Metadata-Flavor") != "Google"
+                or "X-Forwarded-For" in request.headers
+            ):
                 status = 403
             elif url.path != PATH:
                 status = 404
@@ -83,7 +93,10 @@ class MetadataServer:
             elif self.down:
                 status = 503
             elif query.get("wait_for_change", "false").lower() == "true":
-                last, held = query.get("last_etag", self.etag()), float(query.get("timeout_sec", 3600))
+                last, held = (
+                    query.get("last_etag", self.etag()),
+                    float(query.get("timeout_sec", 3600)),
+                )
                 self.waiting += 1
                 self.changed.notify_all()
                 self.changed.wait_for(lambda: self.over or self.etag() != last, held)

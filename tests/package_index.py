@@ -17,7 +17,17 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-LEFT_OUT = {"test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "site-packages", "ensurepip", "__pycache__"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "tkinter",
+    "turtledemo",
+    "lib2to3",
+    "site-packages",
+    "ensurepip",
+    "__pycache__",
+}
 
 
 def find_python(version):
@@ -29,7 +39,13 @@ def find_python(version):
         *sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/{name}")),
     ):
         code = "import os, sys; print('%d.%d' % sys.version_info[:2]); print(os.path.realpath(sys._base_executable))"
-        if path and (done := subprocess.run([path, "-c", code], capture_output=True, text=True)).returncode == 0:
+        if (
+            path
+            and (
+                done := subprocess.run([path, "-c", code], capture_output=True, text=True)
+            ).returncode
+            == 0
+        ):
             found, real = done.stdout.splitlines()
             if found == version:
                 return Path(real)
@@ -42,7 +58,11 @@ def packed_python(python):
 
     def chosen(member):
         last = os.path.basename(member.name)
-        return None if last in LEFT_OUT or last.startswith("config-") or last.endswith(".a") else member
+        return (
+            None
+            if last in LEFT_OUT or last.startswith("config-") or last.endswith(".a")
+            else member
+        )
 
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
@@ -103,7 +123,14 @@ class Network:
     half, and the rest once `going` is set. ca: the certificate to trust; url: the proxy's."""
 
     def __init__(self, test, folder):
-        self.files, self.indexes, self.asked, self.sent, self.stuck, self.folder = {}, {}, [], [], set(), folder
+        self.files, self.indexes, self.asked, self.sent, self.stuck, self.folder = (
+            {},
+            {},
+            [],
+            [],
+            set(),
+            folder,
+        )
         self.going, self.contexts, self.lock = threading.Event(), {}, threading.Lock()
         (folder / "openssl.cnf").write_text("[req]\ndistinguished_name = name\n[name]\n")
         self.ca = self.certificate("ca", "basicConstraints=critical,CA:TRUE")
@@ -116,8 +143,13 @@ class Network:
                 self.host = self.path.partition(":")[0]
                 self.send_response(200)
                 self.end_headers()
-                self.connection = network.context(self.host).wrap_socket(self.connection, server_side=True)
-                self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
+                self.connection = network.context(self.host).wrap_socket(
+                    self.connection, server_side=True
+                )
+                self.rfile, self.wfile = (
+                    self.connection.makefile("rb"),
+                    self.connection.makefile("wb", 0),
+                )
                 self.close_connection = False
 
             def do_GET(self):
@@ -132,7 +164,10 @@ class Network:
                 network.sent.append(self.path.rpartition("/")[2])
                 self.send_response(404 if body is None else 200)
                 self.send_header("ETag", tag)
-                self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/octet-stream")
+                self.send_header(
+                    "Content-Type",
+                    "text/html" if self.path.endswith("/") else "application/octet-stream",
+                )
                 self.send_header("Content-Length", str(len(body or b"")))
                 self.end_headers()
                 if self.path.rpartition("/")[2] in network.stuck:
@@ -212,7 +247,9 @@ class Network:
             )
         index, _, name = path.rstrip("/").rpartition("/")
         wheels = [
-            file for file in self.indexes.get(index, ()) if file.partition("-")[0].lower().replace("_", "-") == name
+            file
+            for file in self.indexes.get(index, ())
+            if file.partition("-")[0].lower().replace("_", "-") == name
         ]
         if not wheels:
             return None
@@ -267,7 +304,9 @@ class Network:
 
 def metadata_of(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")))
+        return archive.read(
+            next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        )
 
 
 def requires_python(data):

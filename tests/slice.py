@@ -1,5 +1,5 @@
 """A TPU slice for tests: processes of this machine behind tests/gcloud, and a copy of the kit as its user has it, a git repository."""
-import contextlib
+
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -34,20 +34,26 @@ case "$*" in
     *) exec {python} "$@" ;;
 esac
 """
-ENDLESS = "exec sleep 600"      # a training, for SliceTest.stand_in
-WRONG_SUM = "'" + """
+ENDLESS = "exec sleep 600"  # a training, for SliceTest.stand_in
+WRONG_SUM = (
+    "'"
+    + """
 import sys
 sys.path[:0] = [".", "scripts"]
 import device, check_devices, utils
 right = device.Device.all_reduce
 device.Device.all_reduce = lambda self, tensors: [total - 1 for total in right(self, tensors)]
 utils.run_cli(check_devices.main)
-""" + "'"
+"""
+    + "'"
+)
 
 
 def load_gcloud():
     """tests/gcloud as a module."""
-    loader = importlib.machinery.SourceFileLoader("gcloud_for_tests", str(ROOT / "tests" / "gcloud"))
+    loader = importlib.machinery.SourceFileLoader(
+        "gcloud_for_tests", str(ROOT / "tests" / "gcloud")
+    )
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     with mock.patch.object(sys, "dont_write_bytecode", True):
         loader.exec_module(module)
@@ -60,7 +66,9 @@ def installed_commands(test):
     tree = found and Path(found).resolve().parent.parent / "data" / "cli" / "gcloud_completions.py"
     if not tree or not tree.exists():
         test.skipTest("the Google Cloud CLI is not installed here")
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("gcloud_completions", tree))
+    module = importlib.util.module_from_spec(
+        spec := importlib.util.spec_from_file_location("gcloud_completions", tree)
+    )
     with mock.patch.object(sys, "dont_write_bytecode", True):
         spec.loader.exec_module(module)
     return module.STATIC_COMPLETION_CLI_TREE
@@ -88,20 +96,38 @@ class SliceTest(GCSTest, CommandTest):
         cls.shared, cls.kit = cls.folder, cls.folder / "kit"
         for folder in ("", "scripts", "configs"):
             (cls.kit / folder).mkdir()
-            for path in [*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("*.sh"), *(ROOT / folder).glob("*.yaml"), *(ROOT / folder).glob("requirements*.txt")]:
+            for path in [
+                *(ROOT / folder).glob("*.py"),
+                *(ROOT / folder).glob("*.sh"),
+                *(ROOT / folder).glob("*.yaml"),
+                *(ROOT / folder).glob("requirements*.txt"),
+            ]:
                 shutil.copy(path, cls.kit / folder)
         shutil.copy(ROOT / ".gitignore", cls.kit)
         shutil.copytree(cls.shared / "data", cls.kit / "data")
-        text = cls.config.read_text().replace("device: cpu", "device: auto").replace(str(cls.shared / "data"), "data").replace(str(cls.shared / "runs"), "runs")
+        text = (
+            cls.config.read_text()
+            .replace("device: cpu", "device: auto")
+            .replace(str(cls.shared / "data"), "data")
+            .replace(str(cls.shared / "runs"), "runs")
+        )
         (cls.kit / "configs" / "tiny.yaml").write_text(text)
         cls.git("init", "--quiet")
         cls.git("add", "--all")
         cls.git("commit", "--quiet", "--message=kit")
         # the laptop's environment, complete as far as scripts/environment.sh can tell
-        executable(cls.shared / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        executable(
+            cls.shared / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+        )
         (cls.shared / "venv" / cls.marker("requirements.txt")).touch()
-        executable(cls.shared / "bin" / "gcloud", f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n')
-        executable(cls.shared / "host" / "python", HOST_PYTHON.format(root=ROOT, python=sys.executable, wrong_sum=WRONG_SUM))
+        executable(
+            cls.shared / "bin" / "gcloud",
+            f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n',
+        )
+        executable(
+            cls.shared / "host" / "python",
+            HOST_PYTHON.format(root=ROOT, python=sys.executable, wrong_sum=WRONG_SUM),
+        )
         make_programs(cls.shared / "host" / "bin", cls.shared / "host" / "python")
 
     @classmethod
@@ -111,23 +137,52 @@ class SliceTest(GCSTest, CommandTest):
 
     @classmethod
     def git(cls, *words):
-        return subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words], cwd=cls.kit, check=True, text=True, capture_output=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words],
+            cwd=cls.kit,
+            check=True,
+            text=True,
+            capture_output=True,
+        ).stdout.strip()
 
     def setUp(self):
         super().setUp()
         self.cloud, self.arrivals = self.folder / "cloud", self.folder / "arrivals"
         self.cloud.mkdir()
         self.arrivals.touch()
-        environment = {"TRM_TEST_CLOUD": str(self.cloud), "PATH": f"{self.shared}/bin:{os.environ['PATH']}", "HOME": str(self.folder / "home"),
-                       "TPU_PROJECT": "my-project-1", "TPU_NAME": NAME, "TPU_BUCKET": self.url, "TRM_VENV": str(self.shared / "venv"), "TRM_ANSWER_SECONDS": "30", "TRM_CONTACT_SECONDS": "30"}
+        environment = {
+            "TRM_TEST_CLOUD": str(self.cloud),
+            "PATH": f"{self.shared}/bin:{os.environ['PATH']}",
+            "HOME": str(self.folder / "home"),
+            "TPU_PROJECT": "my-project-1",
+            "TPU_NAME": NAME,
+            "TPU_BUCKET": self.url,
+            "TRM_VENV": str(self.shared / "venv"),
+            "TRM_ANSWER_SECONDS": "30",
+            "TRM_CONTACT_SECONDS": "30",
+        }
         patch = mock.patch.dict(os.environ, environment)
         patch.start()
         self.addCleanup(patch.stop)
-        for name in ("SSH_AUTH_SOCK", "TPU_ZONE", "TRM_GCLOUD_SSH_FLAGS", "TRM_REASON_SECONDS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "TRM_COMMIT"):
+        for name in (
+            "SSH_AUTH_SOCK",
+            "TPU_ZONE",
+            "TRM_GCLOUD_SSH_FLAGS",
+            "TRM_REASON_SECONDS",
+            "PIP_INDEX_URL",
+            "PIP_EXTRA_INDEX_URL",
+            "TRM_COMMIT",
+        ):
             os.environ.pop(name, None)
         (self.folder / "home").mkdir()
-        self.on_hosts = {"PATH": str(self.shared / "host" / "bin"), "TRM_TEST_CLOUD": str(self.cloud), "OMP_NUM_THREADS": "1",
-                         "STORAGE_EMULATOR_HOST": os.environ["STORAGE_EMULATOR_HOST"], "MASTER_PORT": str(free_port()), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        self.on_hosts = {
+            "PATH": str(self.shared / "host" / "bin"),
+            "TRM_TEST_CLOUD": str(self.cloud),
+            "OMP_NUM_THREADS": "1",
+            "STORAGE_EMULATOR_HOST": os.environ["STORAGE_EMULATOR_HOST"],
+            "MASTER_PORT": str(free_port()),
+            "TRM_TEST_ARRIVALS": str(self.arrivals),
+        }
         self.write_host_environment()
         self.gcloud = load_gcloud()
         self.addCleanup(self.gcloud.end_processes, f"{self.cloud}/slices/")
@@ -139,7 +194,9 @@ class SliceTest(GCSTest, CommandTest):
         """Trainings that start from now on wait before these steps of theirs (the K-th after their start), until release(step)."""
         for step in steps:
             (self.folder / f"hold.{step}").touch()
-        self.write_host_environment(TRM_TEST_PAUSES=json.dumps({"train_step": str(self.folder / "hold")}))
+        self.write_host_environment(
+            TRM_TEST_PAUSES=json.dumps({"train_step": str(self.folder / "hold")})
+        )
 
     def release(self, step):
         (self.folder / f"hold.{step}").unlink()
@@ -148,7 +205,9 @@ class SliceTest(GCSTest, CommandTest):
         """The next trainings do these shell commands instead; returns how to wait until `count` of them have begun."""
         path = self.cloud / "instead"
         path.write_text("".join(f"{command}\n" for command in commands))
-        return lambda count: self.wait_for(lambda: path.read_text().count("\n") == len(commands) - count)
+        return lambda count: self.wait_for(
+            lambda: path.read_text().count("\n") == len(commands) - count
+        )
 
     def refuse(self, what, *errors):
         """The next calls of gcloud that create, describe or ssh (`what`) end with these of tests/gcloud's ERRORS; "late_": after they were taken."""
@@ -176,8 +235,15 @@ class SliceTest(GCSTest, CommandTest):
 
     def script(self, name, *words, status=0, answer=""):
         """Run scripts/NAME.sh; its stdout and stderr as one text."""
-        done = subprocess.run(["bash", f"scripts/{name}.sh", *words], cwd=self.kit, text=True, input=answer, timeout=120,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            ["bash", f"scripts/{name}.sh", *words],
+            cwd=self.kit,
+            text=True,
+            input=answer,
+            timeout=120,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.assertEqual(done.returncode, status, done.stdout)
         self.assertNotIn("Traceback", done.stdout)
         return done.stdout
@@ -193,14 +259,22 @@ class SliceTest(GCSTest, CommandTest):
         self.assertEqual(self.changes(), before)
 
     def begin(self, name, *words):
-        process = subprocess.Popen(["bash", f"scripts/{name}.sh", *words], cwd=self.kit, text=True, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            ["bash", f"scripts/{name}.sh", *words],
+            cwd=self.kit,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
         def end():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
+
         self.addCleanup(end)
         return process
 
@@ -210,8 +284,13 @@ class SliceTest(GCSTest, CommandTest):
 
     def changes(self):
         """The commands so far that change the slice, the queue or what is on the hosts and in the bucket."""
-        return [call["command"].removeprefix("compute tpus ") for call in self.calls()
-                if call["command"].split()[-1] in ("create", "delete", "scp") or call["command"] == "storage rsync" and call["positionals"][1].startswith("gs:")]
+        return [
+            call["command"].removeprefix("compute tpus ")
+            for call in self.calls()
+            if call["command"].split()[-1] in ("create", "delete", "scp")
+            or call["command"] == "storage rsync"
+            and call["positionals"][1].startswith("gs:")
+        ]
 
     def slice_state(self, state):
         (self.cloud / "slices" / NAME / "state").write_text(state)
@@ -228,7 +307,9 @@ class SliceTest(GCSTest, CommandTest):
     def stop(self, run, held):
         """`launch_experiment.sh stop`, of a run that is held before a step and goes on once it has SIGTERM."""
         stopping = self.begin("launch_experiment", "stop", run)
-        self.wait_for(lambda: any("flock\0--timeout\x0090" in line for line in self.host_processes().values()))      # then it is sent
+        self.wait_for(
+            lambda: any("flock\0--timeout\x0090" in line for line in self.host_processes().values())
+        )  # then it is sent
         self.release(held)
         output, _ = stopping.communicate(timeout=60)
         self.assertEqual(stopping.returncode, 7, output)
@@ -236,7 +317,9 @@ class SliceTest(GCSTest, CommandTest):
 
     def starts(self, run):
         """The lines of its starts.jsonl in the bucket."""
-        return [json.loads(line) for line in self.in_bucket(f"runs/{run}/starts.jsonl").splitlines()]
+        return [
+            json.loads(line) for line in self.in_bucket(f"runs/{run}/starts.jsonl").splitlines()
+        ]
 
     def make_slice(self, accelerator="v4-8"):
         """A slice as scripts/setup_tpu.sh leaves it."""

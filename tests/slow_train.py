@@ -9,6 +9,7 @@ TRM_TEST_DAYS, JSON [days], if set: the wall clock of worker k is wrong by so mu
 TRM_TEST_GCS, if set: seconds of an attempt; uploads are in sessions at almost any size;
 TRM_TEST_BEAT, if set: seconds between two signs of life; the command's parent waits 2 s for the other workers once one has ended.
 """
+
 import itertools
 import json
 import os
@@ -20,13 +21,17 @@ import evaluation
 import preemption
 import run_folder
 import train_tpu
-import utils
 import workers
+from utils import run_cli
 
 PAUSES = json.loads(os.environ["TRM_TEST_PAUSES"])
 # host_batch: what each step begins with; train_step itself is called once on XLA
-PLACES = {"train_step": (train_tpu, "host_batch"), "evaluate": (evaluation, "evaluate"), "save": (checkpoint_manager.torch, "save"),
-          "upload": (run_folder.RunFolder, "_before_marker")}
+PLACES = {
+    "train_step": (train_tpu, "host_batch"),
+    "evaluate": (evaluation, "evaluate"),
+    "save": (checkpoint_manager.torch, "save"),
+    "upload": (run_folder.RunFolder, "_before_marker"),
+}
 
 
 class SlowWorker:
@@ -41,6 +46,7 @@ class SlowWorker:
             time.time = lambda: right() + 86400 * days[rank] * next(signs)
         if "TRM_TEST_GCS" in os.environ:
             import google.cloud.storage.blob
+
             google.cloud.storage.blob._MAX_MULTIPART_SIZE = 100_000
             run_folder.SAVE_SECONDS = float(os.environ["TRM_TEST_GCS"])
         if "TRM_TEST_BEAT" in os.environ:
@@ -61,6 +67,7 @@ def paused(place, pause, rank, function):
         else:
             time.sleep(pause)
         return function(*args, **kwargs)
+
     return call
 
 
@@ -70,4 +77,4 @@ if __name__ == "__main__":
     if "TRM_TEST_BEAT" in os.environ:
         workers.END_TOGETHER_SECONDS = 2
     train_tpu.train_worker = SlowWorker()
-    utils.run_cli(train_tpu.main)
+    run_cli(train_tpu.main)

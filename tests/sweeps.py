@@ -1,4 +1,5 @@
 """For the tests of sweeps: real launchers, with a training that does what a test says in place of the real one."""
+
 import contextlib
 import json
 import os
@@ -108,12 +109,32 @@ class SweepTest(FolderTest):
         self.fake.write_text(FAKE)
 
     def configs(self, names="ab"):
-        return [str(write_config(self.folder / f"{name}.yaml", TINY.format(data="nowhere", out=self.out))) for name in names]
+        return [
+            str(
+                write_config(
+                    self.folder / f"{name}.yaml", TINY.format(data="nowhere", out=self.out)
+                )
+            )
+            for name in names
+        ]
 
     def begin(self, *arguments, host="", training=None, **environment):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_STARTS": str(self.starts_file), "TRM_TEST_PLAN": json.dumps(self.plan), **environment}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TRM_TEST_STARTS": str(self.starts_file),
+            "TRM_TEST_PLAN": json.dumps(self.plan),
+            **environment,
+        }
         command = [sys.executable, "-c", LAUNCHER, host, training or str(self.fake), *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.addCleanup(self.end, process)
         return process
 
@@ -134,7 +155,11 @@ class SweepTest(FolderTest):
         return self.ends(self.begin(*arguments, **options), status)
 
     def pids(self, name=""):
-        return [int(line.split()[1]) for line in self.starts_file.read_text().splitlines() if line.startswith(name)]
+        return [
+            int(line.split()[1])
+            for line in self.starts_file.read_text().splitlines()
+            if line.startswith(name)
+        ]
 
     def starts(self):
         names = [line.split()[0] for line in self.starts_file.read_text().splitlines()]

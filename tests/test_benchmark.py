@@ -1,4 +1,5 @@
 """analysis/benchmark.py: the command on the CPU and on XLA's CPU device, which products a step has, mistakes. No times."""
+
 import contextlib
 import io
 import json
@@ -12,11 +13,12 @@ import torch
 
 import train_tpu
 import trm_model
-import utils
 from checkpoint_manager import CheckpointManager
+from config import load_config
 from device import Device
 from storage import BackgroundSaver, open_folder
 from tests.helpers import ROOT, TINY, FolderTest, XLATest, random_pairs, write_config, write_split
+from utils import run_cli
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import benchmark
@@ -31,21 +33,28 @@ class BenchmarkTest(FolderTest):
         super().setUp()
         for split, count in (("train", 80), ("test", 50)):
             write_split(self.folder / "data" / split, *random_pairs(4, count, seed=count))
-        self.path = write_config(self.folder / "tiny.yaml", TINY.format(data=self.folder / "data", out=self.folder / "runs"))
+        self.path = write_config(
+            self.folder / "tiny.yaml",
+            TINY.format(data=self.folder / "data", out=self.folder / "runs"),
+        )
         self.json = self.folder / "figures.json"
 
     def run_in_process(self, *overrides):
         """(train_tpu.Run, datasets) of the tiny configuration on the CPU."""
-        config = utils.load_config(self.path, overrides)
+        config = load_config(self.path, overrides)
         datasets = train_tpu.load_datasets(config)
         return train_tpu.Run(config, Device("cpu"), datasets["train"]), datasets
 
     def main(self, *args):
         """(status, stdout, stderr) of the command, in this process."""
         out, err = io.StringIO(), io.StringIO()
-        with mock.patch.object(sys, "argv", ["benchmark.py", *map(str, args)]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            mock.patch.object(sys, "argv", ["benchmark.py", *map(str, args)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             with self.assertRaises(SystemExit) as end:
-                utils.run_cli(benchmark.main)
+                run_cli(benchmark.main)
         return end.exception.code or 0, out.getvalue(), err.getvalue()
 
     def check(self, output, batch_size, repeats, without=()):
@@ -63,13 +72,24 @@ class BenchmarkTest(FolderTest):
         for name in ("median", "min", "max"):
             rate = figures["steps_per_second"][name]
             self.assertAlmostEqual(figures["examples_per_second"][name] / rate / batch_size, 1)
-            self.assertAlmostEqual(figures["mfu"][name] * content["peak_flops"] / figures["model_flops_per_second"][name], 1)
-        self.assertAlmostEqual(figures["step_seconds"]["min"] * figures["steps_per_second"]["max"], 1)
-        config = utils.load_config(self.path)
+            self.assertAlmostEqual(
+                figures["mfu"][name]
+                * content["peak_flops"]
+                / figures["model_flops_per_second"][name],
+                1,
+            )
+        self.assertAlmostEqual(
+            figures["step_seconds"]["min"] * figures["steps_per_second"]["max"], 1
+        )
+        config = load_config(self.path)
         model = trm_model.TinyRecursiveModel(config.model, 16, 6)
-        self.assertAlmostEqual(figures["model_flops_per_second"]["max"] / figures["examples_per_second"]["max"]
-                               / trm_model.step_flops_per_example(model, train=True), 1)
-        self.assertEqual(list((self.folder / "runs").iterdir()), [])      # the checkpoints are gone
+        self.assertAlmostEqual(
+            figures["model_flops_per_second"]["max"]
+            / figures["examples_per_second"]["max"]
+            / trm_model.step_flops_per_example(model, train=True),
+            1,
+        )
+        self.assertEqual(list((self.folder / "runs").iterdir()), [])  # the checkpoints are gone
         for key in ("device_model", "commit", "torch", "python", "peak_source"):
             self.assertTrue(content[key], key)
         self.assertEqual(content["datasets"]["train"]["puzzles"], 80)
@@ -79,63 +99,137 @@ class BenchmarkTest(FolderTest):
 
 class OnTheCPU(BenchmarkTest):
     def test_the_command(self):
-        command = [sys.executable, "analysis/benchmark.py", "--config", self.path, "--repeats", "1", "training.num_workers=2", "--json", self.json]
-        done = subprocess.run(command, cwd=ROOT, text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = [
+            sys.executable,
+            "analysis/benchmark.py",
+            "--config",
+            self.path,
+            "--repeats",
+            "1",
+            "training.num_workers=2",
+            "--json",
+            self.json,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            text=True,
+            timeout=300,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.assertEqual(done.returncode, 0, done.stdout)
-        content = self.check(done.stdout, batch_size=4, repeats=1)      # of one of the two workers
-        self.assertEqual((content["device"], content["config"]["training"]["global_batch_size"]), ("cpu", 8))
-        share, matmul, step = (content["figures"][key]["median"] for key in ("matmul_share", "matmul_seconds", "step_seconds"))
+        content = self.check(done.stdout, batch_size=4, repeats=1)  # of one of the two workers
+        self.assertEqual(
+            (content["device"], content["config"]["training"]["global_batch_size"]), ("cpu", 8)
+        )
+        share, matmul, step = (
+            content["figures"][key]["median"]
+            for key in ("matmul_share", "matmul_seconds", "step_seconds")
+        )
         self.assertAlmostEqual(share * step / matmul, 1)
 
     def test_the_products_of_a_step_are_its_flops(self):
         """The model's count takes the embedding for a layer with three products, where it has two (its input needs no gradient), and
         leaves out the halting head and the sum of the puzzle embedding's gradients by puzzle."""
-        for overrides in ((), ("model.mlp_t=false", "model.pos_encodings=rope", "model.H_cycles=1"),
-                          ("model.forward_dtype=float32", "training.grad_accumulation_steps=2", "model.L_cycles=2")):
+        for overrides in (
+            (),
+            ("model.mlp_t=false", "model.pos_encodings=rope", "model.H_cycles=1"),
+            (
+                "model.forward_dtype=float32",
+                "training.grad_accumulation_steps=2",
+                "model.L_cycles=2",
+            ),
+        ):
             run, _ = self.run_in_process(*overrides)
             products = benchmark.step_products(run, run.loader.batch(0))
-            flops = sum(2 * count * torch.Size(a.shape).numel() * b.shape[-1] for (a, b), count in products.items())
+            flops = sum(
+                2 * count * torch.Size(a.shape).numel() * b.shape[-1]
+                for (a, b), count in products.items()
+            )
             dim, model = run.model.config.hidden_size, run.model
-            expected = trm_model.step_flops_per_example(model, train=True) - 2 * dim * model.vocab_size * model.seq_len + 3 * 2 * dim * 2
-            by_puzzle = 2 * 80 * 8 * 32       # puzzles, slots, puzzle_emb_ndim
+            expected = (
+                trm_model.step_flops_per_example(model, train=True)
+                - 2 * dim * model.vocab_size * model.seq_len
+                + 3 * 2 * dim * 2
+            )
+            by_puzzle = 2 * 80 * 8 * 32  # puzzles, slots, puzzle_emb_ndim
             self.assertEqual(flops, 8 * expected + by_puzzle, overrides)
-            wide = sum(count for (a, b), count in products.items() if a.dtype != model.forward_dtype or b.dtype != model.forward_dtype)
-            self.assertEqual(wide, 0 if model.forward_dtype == torch.float32 else 3 + 1)      # those of these two
+            wide = sum(
+                count
+                for (a, b), count in products.items()
+                if a.dtype != model.forward_dtype or b.dtype != model.forward_dtype
+            )
+            self.assertEqual(
+                wide, 0 if model.forward_dtype == torch.float32 else 3 + 1
+            )  # those of these two
             self.assertEqual(run.step, 1)
 
     def test_products_are_timed_as_often_as_the_step_has_them(self):
         def operand(*shape, dtype=torch.float32, strides=None):
             return benchmark.Operand(shape, strides or torch.empty(shape).stride(), dtype)
-        products = Counter({(operand(3, 4), operand(4, 5, strides=(1, 4))): 2,
-                            (operand(2, 3, 4, dtype=torch.bfloat16), operand(2, 4, 6, dtype=torch.bfloat16, strides=(0, 6, 1))): 3})
+
+        products = Counter(
+            {
+                (operand(3, 4), operand(4, 5, strides=(1, 4))): 2,
+                (
+                    operand(2, 3, 4, dtype=torch.bfloat16),
+                    operand(2, 4, 6, dtype=torch.bfloat16, strides=(0, 6, 1)),
+                ): 3,
+            }
+        )
         seen = Counter()
 
         def noting(function):
             def multiply(a, b):
-                seen[tuple(benchmark.Operand(tuple(t.shape), t.stride(), t.dtype) for t in (a, b))] += 1
+                seen[
+                    tuple(benchmark.Operand(tuple(t.shape), t.stride(), t.dtype) for t in (a, b))
+                ] += 1
                 return function(a, b)
+
             return multiply
-        with mock.patch.object(torch, "mm", noting(torch.mm)), mock.patch.object(torch, "bmm", noting(torch.bmm)):
+
+        with (
+            mock.patch.object(torch, "mm", noting(torch.mm)),
+            mock.patch.object(torch, "bmm", noting(torch.bmm)),
+        ):
             self.assertGreater(benchmark.matmul_seconds(products, Device("cpu"), passes=2), 0)
         self.assertEqual(seen, Counter({pair: 2 * count for pair, count in products.items()}))
 
     def test_a_checkpoint_is_whole_when_the_clock_stops(self):
         run, _ = self.run_in_process()
-        checkpoints = CheckpointManager(open_folder(str(self.folder / "c")), 1, self.folder / "c", BackgroundSaver())
+        checkpoints = CheckpointManager(
+            open_folder(str(self.folder / "c")), 1, self.folder / "c", BackgroundSaver()
+        )
         for step in (0, 7):
             run.step = step
             _, size = benchmark.save_checkpoint(run, checkpoints)
-            self.assertEqual({path.name: path.stat().st_size for path in (self.folder / "c").glob("*.pt")}, {f"checkpoint_step_{step}.pt": size})
+            self.assertEqual(
+                {path.name: path.stat().st_size for path in (self.folder / "c").glob("*.pt")},
+                {f"checkpoint_step_{step}.pt": size},
+            )
 
     def test_mistakes_end_with_status_2(self):
         nowhere = self.folder / "no" / "figures.json"
         (self.folder / "file").write_text("")
-        for args, *says in ((("--repeats", "0"), "--repeats 0", "must be >= 1"), (("--json", nowhere), f"--json {nowhere}", "folder that exists"),
-                            (("--json", self.folder), f"--json {self.folder}"), (("training.lrr=1",), "training.lrr", "did you mean"),
-                            ((f"data.dataset_path={nowhere}",), "there is no train split", "build_sudoku_dataset.py"),
-                            (("training.epochs=0.01",), "training.epochs = 0.01"),
-                            (("--json", "/proc/figures.json"), "--json /proc/figures.json", "no file can be written there"),
-                            ((f"logging.output_dir={self.folder}/file",), "logging.output_dir")):
+        for args, *says in (
+            (("--repeats", "0"), "--repeats 0", "must be >= 1"),
+            (("--json", nowhere), f"--json {nowhere}", "folder that exists"),
+            (("--json", self.folder), f"--json {self.folder}"),
+            (("training.lrr=1",), "training.lrr", "did you mean"),
+            (
+                (f"data.dataset_path={nowhere}",),
+                "there is no train split",
+                "build_sudoku_dataset.py",
+            ),
+            (("training.epochs=0.01",), "training.epochs = 0.01"),
+            (
+                ("--json", "/proc/figures.json"),
+                "--json /proc/figures.json",
+                "no file can be written there",
+            ),
+            ((f"logging.output_dir={self.folder}/file",), "logging.output_dir"),
+        ):
             status, out, err = self.main("--config", self.path, *args)
             self.assertEqual((status, err.count("\n"), out), (2, 1, ""), err)
             for text in ("error: ", *says):
@@ -152,8 +246,12 @@ class OnTheCPU(BenchmarkTest):
 class OnXLA(XLATest, BenchmarkTest):
     def test_the_command(self):
         with mock.patch.object(train_tpu, "train_step", wraps=train_tpu.train_step) as traced:
-            status, out, err = self.main("--config", self.path, "--repeats", 2, "device=xla_cpu", "--json", self.json)
-        self.assertEqual((status, traced.call_count), (0, 1), err)       # the rest is the program, replayed
+            status, out, err = self.main(
+                "--config", self.path, "--repeats", 2, "device=xla_cpu", "--json", self.json
+            )
+        self.assertEqual(
+            (status, traced.call_count), (0, 1), err
+        )  # the rest is the program, replayed
         content = self.check(out, batch_size=8, repeats=2, without=MATMUL)
         self.assertEqual(content["device"], "xla_cpu")
         self.assertGreater(content["xla_executions"], content["xla_compiles"])

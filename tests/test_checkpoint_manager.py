@@ -1,4 +1,5 @@
 """Checkpoints: whole or not there, found again, retired, and never a way to run code; in a local folder and in a bucket."""
+
 import contextlib
 import errno
 import io
@@ -27,16 +28,35 @@ from utils import RunFailure
 
 def some_state(step):
     weight = torch.nn.Parameter(torch.full((3, 2), float(step)))
-    return {"step": step, "model": {"a.weight": weight.detach(), "b": torch.tensor([True, False])}, "ema": None,
-            "loader": {"step": step, "fingerprint": "abc"}, "list": [1, 2.5, (torch.arange(3, dtype=torch.int32),)],
-            "half": torch.ones(2, dtype=torch.bfloat16), "scalar": torch.tensor(step), "empty": torch.empty(0, 4),
-            "view": torch.arange(12.).view(3, 4).T[1:], "bytes": torch.arange(256).to(torch.uint8)}
+    return {
+        "step": step,
+        "model": {"a.weight": weight.detach(), "b": torch.tensor([True, False])},
+        "ema": None,
+        "loader": {"step": step, "fingerprint": "abc"},
+        "list": [1, 2.5, (torch.arange(3, dtype=torch.int32),)],
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "scalar": torch.tensor(step),
+        "empty": torch.empty(0, 4),
+        "view": torch.arange(12.0).view(3, 4).T[1:],
+        "bytes": torch.arange(256).to(torch.uint8),
+    }
 
 
 class Local(FolderTest):
     """A run in a local folder."""
-    deadly = ((os, "fsync"), (os, "replace"), (os, "unlink"), (Path, "unlink"))     # what brings a save a step on
-    limits = (0, 1, 5_000, 399_000)     # of a file's size: the first byte, the header, the middle of the tensor, its end
+
+    deadly = (
+        (os, "fsync"),
+        (os, "replace"),
+        (os, "unlink"),
+        (Path, "unlink"),
+    )  # what brings a save a step on
+    limits = (
+        0,
+        1,
+        5_000,
+        399_000,
+    )  # of a file's size: the first byte, the header, the middle of the tensor, its end
 
     def setUp(self):
         super().setUp()
@@ -46,7 +66,7 @@ class Local(FolderTest):
         return Path(url)
 
     def files(self):
-        return sorted(os.listdir(self.manager.folder.url))      # what is hidden, too
+        return sorted(os.listdir(self.manager.folder.url))  # what is hidden, too
 
     @contextlib.contextmanager
     def undeletable(self, name):
@@ -56,19 +76,23 @@ class Local(FolderTest):
             if path.name == name:
                 raise PermissionError(13, "Permission denied")
             unlink(path, missing_ok=missing_ok)
+
         with mock.patch.object(Path, "unlink", stubborn):
             yield
 
 
 class GCS(GCSTest):
     """A run in a bucket."""
+
     deadly = ((storage.GCSFolder, "_call"), (os, "unlink"), (Path, "unlink"))
     limits = (0, 5_000)
 
     def setUp(self):
         super().setUp()
         # the waits between attempts are the library's; here they are short
-        patch = mock.patch("google.api_core.retry.retry_base.random.uniform", lambda low, high: 0.02)
+        patch = mock.patch(
+            "google.api_core.retry.retry_base.random.uniform", lambda low, high: 0.02
+        )
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -96,7 +120,12 @@ class CheckpointTest:
         """A manager of its own, as another process would have it."""
         url = join(self.url, name)
         # a save that failed is tried again when a test says so
-        return CheckpointManager(open_folder(url, deadline=10), keep_last_n, self.staging(url), BackgroundSaver(retry_seconds=9999))
+        return CheckpointManager(
+            open_folder(url, deadline=10),
+            keep_last_n,
+            self.staging(url),
+            BackgroundSaver(retry_seconds=9999),
+        )
 
     def saved(self, *steps):
         for step in steps:
@@ -111,7 +140,9 @@ class CheckpointTest:
     def attempted(self):
         """Wait until the saver has nothing under way."""
         with self.manager.saver.changed:
-            self.assertTrue(self.manager.saver.changed.wait_for(lambda: not self.manager.saver.attempting, 30))
+            self.assertTrue(
+                self.manager.saver.changed.wait_for(lambda: not self.manager.saver.attempting, 30)
+            )
 
     @contextlib.contextmanager
     def held(self):
@@ -121,6 +152,7 @@ class CheckpointTest:
         def wait(*args):
             assert go_on.wait(30)
             delete(*args)
+
         with mock.patch.object(self.manager.folder, "delete", wait):
             try:
                 yield go_on
@@ -182,8 +214,15 @@ class SavingAndFinding(CheckpointTest):
         self.saved(10)
         self.same(self.silent(lambda: self.load(self.manager)), some_state(10))
         self.assertEqual(self.files(), self.names(10))
-        self.same(torch.load(io.BytesIO(self.manager.folder.read("checkpoint_step_10.pt")), weights_only=True), some_state(10))
-        self.assertEqual(self.manager.url(10), join(self.manager.folder.url, "checkpoint_step_10.pt"))
+        self.same(
+            torch.load(
+                io.BytesIO(self.manager.folder.read("checkpoint_step_10.pt")), weights_only=True
+            ),
+            some_state(10),
+        )
+        self.assertEqual(
+            self.manager.url(10), join(self.manager.folder.url, "checkpoint_step_10.pt")
+        )
         self.assertIn(self.manager.url(10), self.manager.newest_text())
 
     def test_latest_is_by_step_and_saving_again_replaces(self):
@@ -192,16 +231,20 @@ class SavingAndFinding(CheckpointTest):
         self.manager.save(100, {"step": 100, "second": True})
         self.manager.saver.finish()
         self.assertEqual(self.silent(self.load), {"step": 100, "second": True})
-        self.assertEqual(self.silent(lambda: self.load(self.open(keep_last_n=1))), {"step": 100, "second": True})
+        self.assertEqual(
+            self.silent(lambda: self.load(self.open(keep_last_n=1))), {"step": 100, "second": True}
+        )
 
     def test_saving_the_same_step_while_its_save_is_under_way(self):
         with self.held() as go_on:
             self.manager.save(1, some_state(1))
             submit = self.manager.saver.submit
-            with mock.patch.object(self.manager.saver, "submit", lambda job: (go_on.set(), submit(job))):     # staged, and not submitted yet
+            with mock.patch.object(
+                self.manager.saver, "submit", lambda job: (go_on.set(), submit(job))
+            ):  # staged, and not submitted yet
                 self.manager.save(1, {"step": 1, "second": True})
         self.assertEqual(self.silent(self.load), {"step": 1, "second": True})
-        with self.held():       # the first one's file is gone long since: not to be tidied up now
+        with self.held():  # the first one's file is gone long since: not to be tidied up now
             self.manager.save(1, {"step": 1, "third": True})
         self.manager.saver.finish()
         self.assertEqual(self.silent(self.load), {"step": 1, "third": True})
@@ -226,28 +269,50 @@ class SavingAndFinding(CheckpointTest):
         self.assertEqual(self.open().metrics(1), {"exact_accuracy": 0.5, "count": 7})
         self.assertIsNone(self.manager.metrics(2))
         self.assertIsNone(self.manager.metrics(3))
-        self.noted(3, 0.9)      # there is no such checkpoint: nothing to note it in
+        self.noted(3, 0.9)  # there is no such checkpoint: nothing to note it in
         self.assertEqual(self.files(), self.names(1, 2))
         self.newest(2)
 
     def test_resolve(self):
-        self.user_error(lambda: self.manager.resolve("latest"), "--checkpoint latest", self.manager.folder.url, "train first")
+        self.user_error(
+            lambda: self.manager.resolve("latest"),
+            "--checkpoint latest",
+            self.manager.folder.url,
+            "train first",
+        )
         self.saved(1, 2, 3)
-        self.user_error(lambda: self.manager.resolve("best"), "--checkpoint best", self.manager.folder.url)
+        self.user_error(
+            lambda: self.manager.resolve("best"), "--checkpoint best", self.manager.folder.url
+        )
         self.assertEqual(self.manager.resolve("latest"), self.local(3))
         for step, accuracy in ((1, 0.7), (2, 0.7), (3, 0.6)):
             self.noted(step, accuracy)
-        self.assertEqual(self.manager.resolve("best"), self.local(2))       # of equals the later
+        self.assertEqual(self.manager.resolve("best"), self.local(2))  # of equals the later
         self.same(load_checkpoint(self.local(2)), some_state(2))
         file = self.folder / "some file.pt"
-        self.user_error(lambda: self.manager.resolve(str(file)), f"{file}: there is no such checkpoint")
+        self.user_error(
+            lambda: self.manager.resolve(str(file)), f"{file}: there is no such checkpoint"
+        )
         file.write_bytes(b"")
         self.assertEqual(self.manager.resolve(str(file)), file)
         self.same(load_checkpoint(self.manager.resolve(self.manager.url(1))), some_state(1))
-        self.user_error(lambda: self.manager.resolve(self.manager.url(7)), f"{self.manager.url(7)}: there is no such checkpoint")
+        self.user_error(
+            lambda: self.manager.resolve(self.manager.url(7)),
+            f"{self.manager.url(7)}: there is no such checkpoint",
+        )
 
     def test_retention_keeps_the_last_and_the_best(self):
-        for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.3), (4, None), (5, 0.9), (6, 0.1), (7, 0.2), (8, 0.3), (9, None)):
+        for step, accuracy in (
+            (1, 0.2),
+            (2, 0.9),
+            (3, 0.3),
+            (4, None),
+            (5, 0.9),
+            (6, 0.1),
+            (7, 0.2),
+            (8, 0.3),
+            (9, None),
+        ):
             self.saved(step)
             if accuracy:
                 self.noted(step, accuracy)
@@ -280,14 +345,21 @@ class SavingAndFinding(CheckpointTest):
             for gone in self.names(1):
                 self.manager.folder.delete(gone)
             return read(name)
-        with mock.patch.object(reader.folder, "read", late), mock.patch.object(reader.folder, "list", lambda: listed):
+
+        with (
+            mock.patch.object(reader.folder, "read", late),
+            mock.patch.object(reader.folder, "list", lambda: listed),
+        ):
             self.assertEqual([m["step"] for m in self.silent(reader.markers)], [2])
         markers = reader.markers()
         self.saved(3)
         for gone in self.names(2):
             self.manager.folder.delete(gone)
         with mock.patch.object(reader, "markers", lambda: markers):
-            self.assertIn("checkpoint_step_2.pt is passed over: it was deleted", self.warned(lambda: self.assertIsNone(reader.load_latest()))[1])
+            self.assertIn(
+                "checkpoint_step_2.pt is passed over: it was deleted",
+                self.warned(lambda: self.assertIsNone(reader.load_latest()))[1],
+            )
 
     def test_a_write_that_fails(self):
         """A limit on file size fails in write() as a full disk does; the checkpoint before stays, nothing half is left."""
@@ -309,11 +381,22 @@ def main():
 run_cli(main)
 """
         for limit in self.limits:
-            run = subprocess.run([sys.executable, "-c", code, str(limit)], capture_output=True, text=True, timeout=120)
+            run = subprocess.run(
+                [sys.executable, "-c", code, str(limit)],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
             self.assertEqual(run.returncode, 2, run.stderr)
             error = run.stderr.strip().splitlines()[-1]
-            for text in ("error: ", f"{self.manager.url(2)}: the checkpoint could not be written", "File too large", "free some space",
-                         "logging.output_dir", f"the last good checkpoint is {self.manager.url(1)}"):
+            for text in (
+                "error: ",
+                f"{self.manager.url(2)}: the checkpoint could not be written",
+                "File too large",
+                "free some space",
+                "logging.output_dir",
+                f"the last good checkpoint is {self.manager.url(1)}",
+            ):
                 self.assertIn(text, error)
             self.assertNotIn("Traceback", run.stderr)
             self.assertEqual((self.files(), self.staged()), (self.names(1), []))
@@ -327,16 +410,22 @@ class Damage(CheckpointTest):
         super().setUp()
         self.saved(1, 2)
         self.payload, self.marker = "checkpoint_step_2.pt", "checkpoint_step_2.json"
-        self.change, self.content = self.manager.folder.write, self.manager.folder.read(self.payload)
+        self.change, self.content = (
+            self.manager.folder.write,
+            self.manager.folder.read(self.payload),
+        )
 
     def where(self, name):
         return join(self.manager.folder.url, name)
 
     def flipped(self, k):
-        return self.content[:k] + bytes([self.content[k] ^ 1]) + self.content[k + 1:]
+        return self.content[:k] + bytes([self.content[k] ^ 1]) + self.content[k + 1 :]
 
     def passed_over(self, *says):
-        for function in (lambda: self.load(self.manager)["step"], lambda: int(self.manager.resolve("latest").stem.split("_")[-1])):
+        for function in (
+            lambda: self.load(self.manager)["step"],
+            lambda: int(self.manager.resolve("latest").stem.split("_")[-1]),
+        ):
             step, warnings = self.warned(function)
             self.assertEqual(step, 1)
             for text in says:
@@ -345,13 +434,23 @@ class Damage(CheckpointTest):
 
     def test_marker_missing(self):
         self.manager.folder.delete(self.marker)
-        self.passed_over()      # killed between payload and marker: never was a checkpoint
+        self.passed_over()  # killed between payload and marker: never was a checkpoint
 
     def test_marker_broken(self):
         good = json.loads(self.manager.folder.read(self.marker))
         without = [json.dumps({k: v for k, v in good.items() if k != key}) for key in good]
-        wrong = [json.dumps({**good, **value}) for value in ({"step": None}, {"step": "2"}, {"step": 1}, {"step": "../2"}, {"metrics": 5},
-                                                             {"metrics": {}}, {"metrics": {"exact_accuracy": "much"}})]
+        wrong = [
+            json.dumps({**good, **value})
+            for value in (
+                {"step": None},
+                {"step": "2"},
+                {"step": 1},
+                {"step": "../2"},
+                {"metrics": 5},
+                {"metrics": {}},
+                {"metrics": {"exact_accuracy": "much"}},
+            )
+        ]
         for text in ("", "{", "[]", "5", "null", "\xff", *wrong, *without):
             with self.subTest(text):
                 self.change(self.marker, text.encode("latin-1"))
@@ -359,12 +458,16 @@ class Damage(CheckpointTest):
 
     def test_payload_missing(self):
         self.manager.folder.delete(self.payload)
-        self.passed_over(f"warning: {self.where(self.marker)} is passed over: ", f"there is no {self.payload}")
+        self.passed_over(
+            f"warning: {self.where(self.marker)} is passed over: ", f"there is no {self.payload}"
+        )
 
     def test_size_mismatch(self):
         size = len(self.content)
         self.change(self.payload, self.content[:-1])
-        self.passed_over(f"warning: {self.where(self.payload)} is passed over: it has {size - 1} bytes, its marker says {size}")
+        self.passed_over(
+            f"warning: {self.where(self.payload)} is passed over: it has {size - 1} bytes, its marker says {size}"
+        )
         self.assertIn(self.manager.url(1), self.warned(self.manager.newest_text)[0])
 
     def test_checksum_mismatch(self):
@@ -399,13 +502,17 @@ class Damage(CheckpointTest):
         self.manager.save(3, some_state(3))
         self.manager.saver.finish()
         self.newest(3)
-        self.assertEqual(self.staged(), leftovers)      # none of its own
-        self.assertEqual(set(self.files()) - set(leftovers), {*self.names(1, 2, 3), "checkpoint_step_best.json"})
+        self.assertEqual(self.staged(), leftovers)  # none of its own
+        self.assertEqual(
+            set(self.files()) - set(leftovers), {*self.names(1, 2, 3), "checkpoint_step_best.json"}
+        )
 
     def test_killed_at_every_step_of_saving(self):
         """A kill, here an exception at this step and whatever follows it: 2 or 3 is there, whole."""
+
         class Killed(BaseException):
             pass
+
         seen = []
         for kill_at in range(1, 40):
             calls = []
@@ -416,28 +523,34 @@ class Damage(CheckpointTest):
                     if len(calls) >= kill_at:
                         raise Killed
                     return function(*args, **kwargs)
+
                 return call
+
             manager = self.open(1, name=f"run{kill_at}")
             manager.save(2, some_state(2))
             manager.saver.finish()
             with contextlib.ExitStack() as stack:
                 for owner, name in self.deadly:
-                    stack.enter_context(mock.patch.object(owner, name, deadly(getattr(owner, name))))
+                    stack.enter_context(
+                        mock.patch.object(owner, name, deadly(getattr(owner, name)))
+                    )
                 done = 0
                 for act in (lambda: manager.save(3, some_state(3)), manager.saver.finish):
                     with contextlib.suppress(Killed):
                         act()
                         done += 1
                 with contextlib.suppress(Killed):
-                    manager.saver.finish()          # whatever came of it, the thread has ended
+                    manager.saver.finish()  # whatever came of it, the thread has ended
             again = self.open(1, name=f"run{kill_at}")
             found = self.silent(lambda: self.load(again))
             seen.append(found["step"])
             self.same(found, some_state(found["step"]))
-            again.save(3, some_state(3))            # the resumed run gets there again
+            again.save(3, some_state(3))  # the resumed run gets there again
             again.saver.finish()
             self.assertEqual(self.silent(lambda: self.load(again))["step"], 3)
-            self.assertEqual(again.folder.list().keys(), {*self.names(3)})      # though 2 may have lost its marker alone
+            self.assertEqual(
+                again.folder.list().keys(), {*self.names(3)}
+            )  # though 2 may have lost its marker alone
             if done == 2:
                 break
         self.assertEqual(done, 2)
@@ -458,15 +571,33 @@ class BeforeTheMarker(CheckpointTest):
             def call(*args):
                 original(*args)
                 done.append((name, args[0] if name in ("write", "delete") else args[1]))
+
             return call
-        self.manager.before_payload, self.manager.before_marker = (lambda name=name: done.append(name) for name in ("before_payload", "before_marker"))
-        with mock.patch.multiple(folder, **{name: noting(name) for name in ("take", "put", "write", "delete")}):
-            for step, retired in ((1, []), (2, [("delete", "checkpoint_step_1.json"), ("delete", "checkpoint_step_1.pt")])):
+
+        self.manager.before_payload, self.manager.before_marker = (
+            lambda name=name: done.append(name) for name in ("before_payload", "before_marker")
+        )
+        with mock.patch.multiple(
+            folder, **{name: noting(name) for name in ("take", "put", "write", "delete")}
+        ):
+            for step, retired in (
+                (1, []),
+                (2, [("delete", "checkpoint_step_1.json"), ("delete", "checkpoint_step_1.pt")]),
+            ):
                 done.clear()
                 self.saved(step)
                 marker = f"checkpoint_step_{step}.json"
-                self.assertEqual([d for d in done if d[0] != "put"], ["before_payload", ("delete", marker), ("take", f"checkpoint_step_{step}.pt"), "before_marker",
-                                                                      ("write", marker), *retired])
+                self.assertEqual(
+                    [d for d in done if d[0] != "put"],
+                    [
+                        "before_payload",
+                        ("delete", marker),
+                        ("take", f"checkpoint_step_{step}.pt"),
+                        "before_marker",
+                        ("write", marker),
+                        *retired,
+                    ],
+                )
             done.clear()
             self.noted(2, 0.5)
             self.assertEqual(done, ["before_marker", ("write", "checkpoint_step_2.json")])
@@ -477,16 +608,23 @@ class BeforeTheMarker(CheckpointTest):
 
         def lost():
             raise RunFailure("another training has taken this run over")
-        for tell in (self.manager.saver.finish, lambda: self.manager.save(3, some_state(3)), lambda: self.noted(1, 0.5)):
+
+        for tell in (
+            self.manager.saver.finish,
+            lambda: self.manager.save(3, some_state(3)),
+            lambda: self.noted(1, 0.5),
+        ):
             self.manager.before_marker = lost
             self.manager.save(2, some_state(2))
             with self.assertRaisesRegex(RunFailure, "taken this run over") as caught:
                 tell()
             self.assertIs(type(caught.exception), RunFailure)
             self.newest(1)
-            self.assertEqual((self.files(), self.staged()), ([*self.names(1), "checkpoint_step_2.pt"], []))
+            self.assertEqual(
+                (self.files(), self.staged()), ([*self.names(1), "checkpoint_step_2.pt"], [])
+            )
             self.manager.before_marker = lambda: None
-            self.noted(2, 0.5)                  # no later job brings it back
+            self.noted(2, 0.5)  # no later job brings it back
             self.assertEqual(self.manager.metrics(2), None)
             self.newest(1)
         self.saved(2)
@@ -509,11 +647,15 @@ class BeforeTheMarker(CheckpointTest):
 
     def test_its_storage_out_of_reach(self):
         self.saved(1)
-        self.manager.before_marker = mock.Mock(side_effect=[StorageError("the lock could not be read"), None, None])
+        self.manager.before_marker = mock.Mock(
+            side_effect=[StorageError("the lock could not be read"), None, None]
+        )
         _, warnings = self.warned(lambda: (self.manager.save(2, some_state(2)), self.attempted()))
         self.assertIn("the lock could not be read; training goes on", warnings)
         self.newest(1)
-        with mock.patch.object(self.manager.folder, "take", side_effect=AssertionError("the payload is there already")):
+        with mock.patch.object(
+            self.manager.folder, "take", side_effect=AssertionError("the payload is there already")
+        ):
             self.warned(self.manager.saver.finish)
         self.newest(2)
 
@@ -593,6 +735,7 @@ class Unreachable(CheckpointTest, GCS):
             self.proxy.accept()
             with saver.changed:
                 self.assertTrue(saver.changed.wait_for(lambda: saver.job is None, 30))
+
         self.warned(outlive)
         self.newest(2)
 
@@ -601,7 +744,7 @@ class Unreachable(CheckpointTest, GCS):
         self.failed(2)
         self.assertEqual(len(self.staged()), 1)
         self.assertIn("a newer save takes the place of the one that failed", self.failed(3))
-        self.assertEqual(len(self.staged()), 1)         # 3's
+        self.assertEqual(len(self.staged()), 1)  # 3's
         self.proxy.accept()
         self.newest(1)
         self.warned(self.manager.saver.finish)
@@ -611,7 +754,9 @@ class Unreachable(CheckpointTest, GCS):
     def test_a_note_does_not_give_up_the_save(self):
         self.proxy.refuse()
         self.failed(2)
-        self.warned(lambda: (self.manager.add_metrics(2, {"exact_accuracy": 0.5}), self.attempted()))
+        self.warned(
+            lambda: (self.manager.add_metrics(2, {"exact_accuracy": 0.5}), self.attempted())
+        )
         self.proxy.accept()
         self.newest(1)
         self.warned(self.manager.saver.finish)
@@ -650,13 +795,15 @@ class Unreachable(CheckpointTest, GCS):
         self.assertEqual(seen, {2, 3})
 
     def test_the_payload_is_sent_once(self):
-        self.manager.before_marker = mock.Mock(side_effect=[StorageError("out of reach")] * 3 + [None])
+        self.manager.before_marker = mock.Mock(
+            side_effect=[StorageError("out of reach")] * 3 + [None]
+        )
         before = self.proxy.count("POST", "/upload/")
         self.failed(2)
         for _ in range(2):
             self.assertRaises(StorageError, self.manager.saver.finish)
         self.warned(self.manager.saver.finish)
-        self.assertEqual(self.proxy.count("POST", "/upload/") - before, 2)      # payload and marker
+        self.assertEqual(self.proxy.count("POST", "/upload/") - before, 2)  # payload and marker
         self.newest(2)
 
     def test_training_does_not_wait_for_an_upload(self):
@@ -684,12 +831,17 @@ manager.saver.finish()
 """
         go_on = threading.Event()
         self.addCleanup(go_on.set)
-        for upload, kept, staged in ((1, [], 1), (2, ["checkpoint_step_2.pt"], 0)):     # of the payload, of the marker
+        for upload, kept, staged in (
+            (1, [], 1),
+            (2, ["checkpoint_step_2.pt"], 0),
+        ):  # of the payload, of the marker
             self.manager = self.open(name=f"killed{upload}")
             self.saved(1)
             held = From(upload, "hold", go_on, method="POST", path="/upload/")
             self.proxy.faults[:] = [held]
-            with subprocess.Popen([sys.executable, "-c", code, self.manager.folder.url, str(self.manager.staging)]) as process:
+            with subprocess.Popen(
+                [sys.executable, "-c", code, self.manager.folder.url, str(self.manager.staging)]
+            ) as process:
                 try:
                     self.assertTrue(held.met.wait(60))
                 finally:
@@ -701,26 +853,51 @@ manager.saver.finish()
     def test_nothing_to_look_up(self):
         self.proxy.refuse()
         self.assertIn("could not be looked up", self.manager.newest_text())
-        with mock.patch.object(torch, "save", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
-            self.user_error(lambda: self.manager.save(2, some_state(2)), f"{self.manager.url(2)}: the checkpoint could not be written", "No space left")
+        with mock.patch.object(
+            torch, "save", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        ):
+            self.user_error(
+                lambda: self.manager.save(2, some_state(2)),
+                f"{self.manager.url(2)}: the checkpoint could not be written",
+                "No space left",
+            )
         self.assertEqual(self.staged(), [])
-        for call in (self.manager.load_latest, lambda: self.manager.resolve("latest"), lambda: self.manager.metrics(1)):
-            self.assertRaisesRegex(StorageError, "Connection refused", call)        # not "there is none"
+        for call in (
+            self.manager.load_latest,
+            lambda: self.manager.resolve("latest"),
+            lambda: self.manager.metrics(1),
+        ):
+            self.assertRaisesRegex(StorageError, "Connection refused", call)  # not "there is none"
         self.proxy.accept()
         self.manager.folder.deadline = 0.1
-        for path in ("step_1.json.*alt=media", "step_1.pt.*alt=media"):     # nor one to be passed over
+        for path in ("step_1.json.*alt=media", "step_1.pt.*alt=media"):  # nor one to be passed over
             fault = self.proxy.fail("status", 503, times=9999, path=path)
-            self.assertRaisesRegex(StorageError, "HTTP 503", lambda: self.silent(self.manager.load_latest))
+            self.assertRaisesRegex(
+                StorageError, "HTTP 503", lambda: self.silent(self.manager.load_latest)
+            )
             fault.times = 0
         self.newest(1)
 
     def test_permission_denied(self):
         for method, path in (("POST", "/upload/"), ("DELETE", "checkpoint_step_2")):
-            for tell in (lambda: self.manager.save(3, some_state(3)), self.manager.saver.finish, lambda: self.noted(1, 0.5)):
-                fault = self.proxy.fail("status", 403, times=9999, method=method, path=path, message="no storage.objects.create access")
+            for tell in (
+                lambda: self.manager.save(3, some_state(3)),
+                self.manager.saver.finish,
+                lambda: self.noted(1, 0.5),
+            ):
+                fault = self.proxy.fail(
+                    "status",
+                    403,
+                    times=9999,
+                    method=method,
+                    path=path,
+                    message="no storage.objects.create access",
+                )
                 self.assertEqual(self.failed(2), "")
                 requests = self.proxy.count()
-                self.user_error(tell, self.manager.folder.url, "permission denied (storage.objects.create)")
+                self.user_error(
+                    tell, self.manager.folder.url, "permission denied (storage.objects.create)"
+                )
                 self.assertEqual(self.proxy.count(), requests)
                 fault.times = 0
                 self.newest(1)
@@ -733,20 +910,45 @@ manager.saver.finish()
 
         def noting(handler, body):
             answer = forward(handler, body)
-            named = re.search(r"/o/([^?]+)", handler.path) or re.search(r'"name": ?"([^"]+)"', body[:2000].decode("latin-1"))
+            named = re.search(r"/o/([^?]+)", handler.path) or re.search(
+                r'"name": ?"([^"]+)"', body[:2000].decode("latin-1")
+            )
             if handler.command != "GET":
-                done.append((handler.command, named and named[1].replace("%2F", "/").rpartition("/")[2], answer[0]))
+                done.append(
+                    (
+                        handler.command,
+                        named and named[1].replace("%2F", "/").rpartition("/")[2],
+                        answer[0],
+                    )
+                )
             return answer
+
         home, record = open_folder(self.url), self.folder / "metrics.jsonl"
         record.write_text("{}\n")
-        self.manager.keep_last_n, self.manager.before_marker = 1, lambda: home.put(record, "metrics.jsonl")
+        self.manager.keep_last_n, self.manager.before_marker = (
+            1,
+            lambda: home.put(record, "metrics.jsonl"),
+        )
         with mock.patch.object(Handler, "forward", noting):
-            self.manager.save(2, {"step": 2, "big": torch.ones(3 << 20)})       # past 8 MiB: begun by POST, sent by PUT
+            self.manager.save(
+                2, {"step": 2, "big": torch.ones(3 << 20)}
+            )  # past 8 MiB: begun by POST, sent by PUT
             self.manager.saver.finish()
-        self.assertEqual([(method, name) for method, name, _ in done],
-                         [("DELETE", "checkpoint_step_2.json"), ("POST", "checkpoint_step_2.pt"), ("PUT", None), ("POST", "metrics.jsonl"),
-                          ("POST", "checkpoint_step_2.json"), ("DELETE", "checkpoint_step_1.json"), ("DELETE", "checkpoint_step_1.pt")])
-        self.assertLessEqual({status for *_, status in done[1:]}, {200, 204})       # 2 had no marker yet: 404
+        self.assertEqual(
+            [(method, name) for method, name, _ in done],
+            [
+                ("DELETE", "checkpoint_step_2.json"),
+                ("POST", "checkpoint_step_2.pt"),
+                ("PUT", None),
+                ("POST", "metrics.jsonl"),
+                ("POST", "checkpoint_step_2.json"),
+                ("DELETE", "checkpoint_step_1.json"),
+                ("DELETE", "checkpoint_step_1.pt"),
+            ],
+        )
+        self.assertLessEqual(
+            {status for *_, status in done[1:]}, {200, 204}
+        )  # 2 had no marker yet: 404
         self.assertEqual(self.silent(self.load)["big"].sum(), 3 << 20)
 
 
@@ -773,7 +975,9 @@ class Fetching(CheckpointTest, GCS):
         for path, url in zip([self.fetch(url) for url in urls], urls):
             self.assertEqual(path.read_bytes(), url.encode())
         # nor does it come in the place of a run's own
-        local = CheckpointManager(open_folder(self.folder / "local"), 3, self.folder / "local", BackgroundSaver())
+        local = CheckpointManager(
+            open_folder(self.folder / "local"), 3, self.folder / "local", BackgroundSaver()
+        )
         local.save(1, some_state(1))
         local.saver.finish()
         self.assertEqual(local.resolve(urls[0]).read_bytes(), urls[0].encode())
@@ -791,10 +995,19 @@ class Fetching(CheckpointTest, GCS):
         self.assertFalse((self.folder / "fetched").exists())
 
     def test_what_is_not_there(self):
-        for url in (join(self.url, "no.pt"), self.folder / "no.pt", self.folder / "no" / "no.pt", self.folder):
+        for url in (
+            join(self.url, "no.pt"),
+            self.folder / "no.pt",
+            self.folder / "no" / "no.pt",
+            self.folder,
+        ):
             self.user_error(lambda: self.fetch(url), f"{url}: there is no such checkpoint")
-        for url, says in (("gs://no-such-bucket/x/file.pt", "there is no bucket 'no-such-bucket'"), (f"gs://{BUCKET}", "write gs://bucket/folder"),
-                          ("gs://Bucket/file.pt", "write gs://bucket/folder"), (join(self.url, ".."), "could lead out of the folder")):
+        for url, says in (
+            ("gs://no-such-bucket/x/file.pt", "there is no bucket 'no-such-bucket'"),
+            (f"gs://{BUCKET}", "write gs://bucket/folder"),
+            ("gs://Bucket/file.pt", "write gs://bucket/folder"),
+            (join(self.url, ".."), "could lead out of the folder"),
+        ):
             self.user_error(lambda: self.fetch(url), says)
         self.assertEqual(list(self.folder.rglob("*.pt")), [])
 
@@ -803,52 +1016,74 @@ class Fetching(CheckpointTest, GCS):
         content = io.BytesIO()
         torch.save({"model": evil(target)}, content)
         self.manager.folder.write("evil.pt", content.getvalue())
-        self.user_error(lambda: load_checkpoint(self.fetch(join(self.manager.folder.url, "evil.pt"))), "evil.pt: not a readable checkpoint")
+        self.user_error(
+            lambda: load_checkpoint(self.fetch(join(self.manager.folder.url, "evil.pt"))),
+            "evil.pt: not a readable checkpoint",
+        )
         self.assertFalse(target.exists())
 
     def test_unreachable(self):
-        with mock.patch("checkpoint_manager.open_folder", lambda url: open_folder(url, deadline=0.2)):
+        with mock.patch(
+            "checkpoint_manager.open_folder", lambda url: open_folder(url, deadline=0.2)
+        ):
             self.proxy.refuse()
-            self.assertRaisesRegex(StorageError, "Connection refused", lambda: self.fetch(join(self.url, "file.pt")))
+            self.assertRaisesRegex(
+                StorageError, "Connection refused", lambda: self.fetch(join(self.url, "file.pt"))
+            )
 
 
 def evil(target):
     """What makes the folder `target` when it is unpickled."""
+
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(target),)
+
     return Evil()
 
 
 class Malice(CheckpointTest, Local):
     def refused(self, path, *says):
         """Neither the file nor its bytes are loaded."""
-        messages = [self.user_error(lambda: load_checkpoint(path), f"{path}: not a readable checkpoint (", *says),
-                    self.user_error(lambda: load_checkpoint(path.read_bytes()), "the newest checkpoint: not a readable checkpoint (", *says)]
+        messages = [
+            self.user_error(
+                lambda: load_checkpoint(path), f"{path}: not a readable checkpoint (", *says
+            ),
+            self.user_error(
+                lambda: load_checkpoint(path.read_bytes()),
+                "the newest checkpoint: not a readable checkpoint (",
+                *says,
+            ),
+        ]
         for message in messages:
             self.assertNotIn("\n", message)
 
     def test_a_pickle_that_runs_code_is_refused(self):
         path, target = self.folder / "evil.pt", self.folder / "owned"
         content = {"model": evil(target)}
-        for write in (lambda: torch.save(content, path), lambda: path.write_bytes(pickle.dumps(content, protocol=2)),
-                      lambda: torch.save(content, path, _use_new_zipfile_serialization=False)):
+        for write in (
+            lambda: torch.save(content, path),
+            lambda: path.write_bytes(pickle.dumps(content, protocol=2)),
+            lambda: torch.save(content, path, _use_new_zipfile_serialization=False),
+        ):
             write()
             self.refused(path, "more than tensors", "take another one")
             self.assertFalse(target.exists())
-        torch.load(path, weights_only=False)        # the file would have done it
+        torch.load(path, weights_only=False)  # the file would have done it
         self.assertTrue(target.exists())
 
     def test_files_that_are_no_checkpoint(self):
         path = self.folder / "file.pt"
         self.user_error(lambda: load_checkpoint(path), f"{path}: there is no such checkpoint")
-        self.user_error(lambda: load_checkpoint(self.folder), f"{self.folder}: not a readable checkpoint")
+        self.user_error(
+            lambda: load_checkpoint(self.folder), f"{self.folder}: not a readable checkpoint"
+        )
         stream = random.Random(0)
         for legacy in (False, True):
             torch.save(some_state(1), path, _use_new_zipfile_serialization=not legacy)
             whole = path.read_bytes()
             for _ in range(40):
-                path.write_bytes(whole[:stream.randrange(len(whole) - 100)])
+                path.write_bytes(whole[: stream.randrange(len(whole) - 100)])
                 self.refused(path)
         for content in (b"", b"hello", b"\x80\x02}q\x00."):
             path.write_bytes(content)
@@ -866,10 +1101,15 @@ class FullDisk(CheckpointTest, Local):
                 calls.append(handle)
                 if len(calls) == at:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
             with self.subTest(at), mock.patch.object(os, "fsync", full):
                 if at < 5:
-                    self.user_error(lambda: self.saved(2), f"{self.manager.url(2)}: the checkpoint could not be written",
-                                    "No space left", "the last good checkpoint is")
+                    self.user_error(
+                        lambda: self.saved(2),
+                        f"{self.manager.url(2)}: the checkpoint could not be written",
+                        "No space left",
+                        "the last good checkpoint is",
+                    )
                 else:
                     self.saved(2)
                 self.assertEqual(len(calls), min(at, 4))
@@ -878,9 +1118,15 @@ class FullDisk(CheckpointTest, Local):
 
     def test_it_is_told_at_the_next_save(self):
         self.saved(1)
-        with mock.patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        with mock.patch.object(
+            os, "fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        ):
             self.manager.save(2, some_state(2))
-            self.user_error(lambda: self.manager.save(3, some_state(3)), f"{self.manager.url(2)}: the checkpoint could not be written", "No space left")
+            self.user_error(
+                lambda: self.manager.save(3, some_state(3)),
+                f"{self.manager.url(2)}: the checkpoint could not be written",
+                "No space left",
+            )
         self.assertEqual(self.files(), self.names(1))
 
 

@@ -5,6 +5,7 @@ Rules for the documents. Commands stand in ```bash blocks, one a line; `<!-- nee
 it cannot be run here. In docs/troubleshooting.md a heading of level 3 that is a code span quotes a message: `<...>` stands for
 what the code fills in, ` ...` at the end for the rest.
 """
+
 import argparse
 import ast
 import contextlib
@@ -21,7 +22,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-import utils
+from config import load_config
 from tests.helpers import ROOT, random_pairs, write_split
 from tests.slice import SliceTest, installed_commands
 
@@ -51,16 +52,24 @@ def commands():
     for document in DOCUMENTS:
         text = document.read_text()
         for block in FENCE.finditer(text):
-            cloud = text[:block.start()].rstrip("\n").endswith(CLOUD)
+            cloud = text[: block.start()].rstrip("\n").endswith(CLOUD)
             if block[1] == "bash":
                 lines = block[2].replace("\\\n", " ").splitlines()
-                found += [command for line in lines if (command := Command(document, line, cloud)).words]
+                found += [
+                    command for line in lines if (command := Command(document, line, cloud)).words
+                ]
     return found
 
 
 def scripts_in(words):
     """The script of the repository that a command runs, or None."""
-    return words[1] if words[0] in ("bash", "python") and len(words) > 1 and re.fullmatch(r"[\w/.]+\.(sh|py)", words[1]) else None
+    return (
+        words[1]
+        if words[0] in ("bash", "python")
+        and len(words) > 1
+        and re.fullmatch(r"[\w/.]+\.(sh|py)", words[1])
+        else None
+    )
 
 
 class _Parsed(BaseException):
@@ -69,14 +78,19 @@ class _Parsed(BaseException):
 
 def parsed_by(script, words):
     """What the script's own parser makes of its command line; nothing else of it runs. Raises AssertionError where it refuses."""
+
     def ending(parse):
         def parse_and_end(self, *args, **kwargs):
-            self.allow_abbrev = False       # a page has the flag's name
+            self.allow_abbrev = False  # a page has the flag's name
             raise _Parsed(parse(self, *args, **kwargs))
+
         return parse_and_end
+
     parser = argparse.ArgumentParser
-    with mock.patch.object(parser, "parse_args", ending(parser.parse_args)), \
-            mock.patch.object(parser, "parse_intermixed_args", ending(parser.parse_intermixed_args)):
+    with (
+        mock.patch.object(parser, "parse_args", ending(parser.parse_args)),
+        mock.patch.object(parser, "parse_intermixed_args", ending(parser.parse_intermixed_args)),
+    ):
         try:
             status, output = run_here(script, words)
         except _Parsed as end:
@@ -87,8 +101,12 @@ def parsed_by(script, words):
 def run_here(script, words):
     """(exit status, what it prints) of a script of the repository, in this process: PyTorch is imported once."""
     output, path = io.StringIO(), str(ROOT / script)
-    with mock.patch.object(sys, "argv", [path, *words]), mock.patch.object(sys, "path", [str(Path(path).parent), str(ROOT), *sys.path]), \
-            contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with (
+        mock.patch.object(sys, "argv", [path, *words]),
+        mock.patch.object(sys, "path", [str(Path(path).parent), str(ROOT), *sys.path]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
         try:
             runpy.run_path(path, run_name="__main__")
         except SystemExit as end:
@@ -103,7 +121,11 @@ class Commands(SliceTest):
     def setUpClass(cls):
         super().setUpClass()
         for folder in ("analysis", "configs/mini", "tests"):
-            shutil.copytree(ROOT / folder, cls.kit / folder, ignore=shutil.ignore_patterns("__pycache__", "sample_results"))
+            shutil.copytree(
+                ROOT / folder,
+                cls.kit / folder,
+                ignore=shutil.ignore_patterns("__pycache__", "sample_results"),
+            )
         cls.git("add", "--all")
         cls.git("commit", "--quiet", "--message=the rest")
         for split, count in (("train", 8000), ("test", 20)):
@@ -120,23 +142,45 @@ class Commands(SliceTest):
             with self.subTest(str(command)):
                 self.check(command)
         ran = {scripts_in(command.words) for command in found}
-        self.assertLessEqual({f"scripts/{name}.sh" for name in ("quickstart", "run_tests", "setup_tpu", "launch_experiment", "launch_sweep", "keep_alive",
-                                                                "download_results", "delete_tpu")}, ran)
+        self.assertLessEqual(
+            {
+                f"scripts/{name}.sh"
+                for name in (
+                    "quickstart",
+                    "run_tests",
+                    "setup_tpu",
+                    "launch_experiment",
+                    "launch_sweep",
+                    "keep_alive",
+                    "download_results",
+                    "delete_tpu",
+                )
+            },
+            ran,
+        )
 
     def check(self, command):
         words, script = command.words, scripts_in(command.words)
         for word in words:
-            if re.fullmatch(r"(configs|scripts|analysis|tests)/\S+\.(yaml|sh|py)|[\w-]+\.py|requirements[\w-]*\.txt", word):
+            if re.fullmatch(
+                r"(configs|scripts|analysis|tests)/\S+\.(yaml|sh|py)|[\w-]+\.py|requirements[\w-]*\.txt",
+                word,
+            ):
                 self.assertTrue(list(self.kit.glob(word)), f"there is no {word}")
         if script is None:
             self.assertIn(words[0], OTHER, "no rule says how to check it")
         elif script.endswith(".py"):
             self.check_python(script, words[2:])
         elif script == "scripts/quickstart.sh":
-            self.succeeds(["bash", script, *words[2:], "--help"])       # it reads its flags in their order
+            self.succeeds(
+                ["bash", script, *words[2:], "--help"]
+            )  # it reads its flags in their order
         elif script == "scripts/run_tests.sh":
             for word in words[2:]:
-                self.assertTrue(word in ("-v", "--help") or (ROOT / (word.replace(".", "/") + ".py")).exists(), word)
+                self.assertTrue(
+                    word in ("-v", "--help") or (ROOT / (word.replace(".", "/") + ".py")).exists(),
+                    word,
+                )
         else:
             self.check_cloud_script(script, words[2:], command.cloud)
 
@@ -144,7 +188,7 @@ class Commands(SliceTest):
         arguments = parsed_by(script, words)
         configs = getattr(arguments, "config", None) or []
         for config in [configs] if isinstance(configs, str) else configs:
-            utils.load_config(config, getattr(arguments, "overrides", []))
+            load_config(config, getattr(arguments, "overrides", []))
         if "--generate" in words and "4" in words:
             self.succeeds([sys.executable, script, *words])
         elif "--print_config" in words:
@@ -157,17 +201,34 @@ class Commands(SliceTest):
         if first == "status":
             self.assertIn("absent: ", self.succeeds(["bash", script, *words], status=6))
         elif "--status" in words:
-            self.assertIn("error: no cell of this sweep is in ", self.succeeds(["bash", script, *words], status=2))
+            self.assertIn(
+                "error: no cell of this sweep is in ",
+                self.succeeds(["bash", script, *words], status=2),
+            )
         else:
             printed = self.succeeds(["bash", script, *words[:end], "--dry_run", *words[end:]])
-            self.assertRegex(printed, r"(?m)^\+ gcloud " if cloud and "sweep" not in script else "keep_alive.sh|train_tpu.py")
-        if words[end + 1:] and script != "scripts/launch_sweep.sh":      # the sweep has tried its flags on keep_alive.sh by now
-            run_name = words[words.index("--run_name"):][:2] if "--run_name" in words else []
+            self.assertRegex(
+                printed,
+                r"(?m)^\+ gcloud "
+                if cloud and "sweep" not in script
+                else "keep_alive.sh|train_tpu.py",
+            )
+        if (
+            words[end + 1 :] and script != "scripts/launch_sweep.sh"
+        ):  # the sweep has tried its flags on keep_alive.sh by now
+            run_name = words[words.index("--run_name") :][:2] if "--run_name" in words else []
             overrides = [word for word in words[:end] if re.match(r"[a-z_.]+=", word)]
-            parsed_by("train_tpu.py", ["--config", first, *run_name, *overrides, *words[end + 1:]])
+            parsed_by("train_tpu.py", ["--config", first, *run_name, *overrides, *words[end + 1 :]])
 
     def succeeds(self, words, status=0):
-        done = subprocess.run(words, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        done = subprocess.run(
+            words,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
         self.assertEqual(done.returncode, status, done.stdout)
         return done.stdout
 
@@ -191,17 +252,31 @@ class GCloud(unittest.TestCase):
 class Names(unittest.TestCase):
     def each(self, pattern):
         """(document, text found in it)."""
-        return [(document, found) for document in DOCUMENTS for found in re.findall(pattern, FENCE.sub("", document.read_text()))]
+        return [
+            (document, found)
+            for document in DOCUMENTS
+            for found in re.findall(pattern, FENCE.sub("", document.read_text()))
+        ]
 
     def test_blocks_and_marks(self):
         for document in DOCUMENTS:
             text = document.read_text()
             self.assertEqual(text.count("```") % 2, 0, document)
-            self.assertLessEqual({block[1] for block in FENCE.finditer(text)}, {"bash", "yaml", "text"}, document)     # what a shell runs is never missed
-            self.assertEqual(len(re.findall("<!--[^>]*cloud", text)), len(re.findall(f"^{CLOUD}\n```bash$", text, re.MULTILINE)), document)
+            self.assertLessEqual(
+                {block[1] for block in FENCE.finditer(text)}, {"bash", "yaml", "text"}, document
+            )  # what a shell runs is never missed
+            self.assertEqual(
+                len(re.findall("<!--[^>]*cloud", text)),
+                len(re.findall(f"^{CLOUD}\n```bash$", text, re.MULTILINE)),
+                document,
+            )
 
     def test_links(self):
-        links = [(document, link) for document, link in self.each(r"\]\(([^)\s]+)\)") if not re.match(r"https?://|mailto:", link)]
+        links = [
+            (document, link)
+            for document, link in self.each(r"\]\(([^)\s]+)\)")
+            if not re.match(r"https?://|mailto:", link)
+        ]
         self.assertTrue(links)
         for document, link in links:
             with self.subTest(document=document.name, link=link):
@@ -209,19 +284,47 @@ class Names(unittest.TestCase):
                 target = document.parent / path if path else document
                 self.assertTrue(target.exists())
                 if anchor:
-                    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text()), re.MULTILINE)
-                    self.assertIn(anchor, [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings])
+                    headings = re.findall(
+                        r"^#+ (.*)$", FENCE.sub("", target.read_text()), re.MULTILINE
+                    )
+                    self.assertIn(
+                        anchor,
+                        [
+                            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                            for heading in headings
+                        ],
+                    )
 
     def test_files(self):
         """In a code span a name that ends as a file of the repository does is one; without its folder where it is the only one."""
-        named = [(document, name) for document, span in self.each(r"(?<!`)`([^`\n]+)`(?!`)")
-                 for name in re.findall(r"(?:^|(?<=[\s=(]))(?:[\w.*-]+/)*[\w.*-]+\.(?:py|sh|yaml|md|ipynb|txt)(?=$|[\s,;:)])", span)]
-        named = [(document, name) for document, name in named if name not in WRITTEN and not re.match(r"(data|runs)/", name)]
+        named = [
+            (document, name)
+            for document, span in self.each(r"(?<!`)`([^`\n]+)`(?!`)")
+            for name in re.findall(
+                r"(?:^|(?<=[\s=(]))(?:[\w.*-]+/)*[\w.*-]+\.(?:py|sh|yaml|md|ipynb|txt)(?=$|[\s,;:)])",
+                span,
+            )
+        ]
+        named = [
+            (document, name)
+            for document, name in named
+            if name not in WRITTEN and not re.match(r"(data|runs)/", name)
+        ]
         self.assertGreater(len(named), 30)
         for document, name in named:
             with self.subTest(document=document.name, name=name):
-                places = [name] if "/" in name else [name, f"scripts/{name}", f"analysis/{name}", f"tests/{name}"]
-                self.assertTrue(any(list(base.glob(place)) for base in (ROOT, document.parent) for place in places))
+                places = (
+                    [name]
+                    if "/" in name
+                    else [name, f"scripts/{name}", f"analysis/{name}", f"tests/{name}"]
+                )
+                self.assertTrue(
+                    any(
+                        list(base.glob(place))
+                        for base in (ROOT, document.parent)
+                        for place in places
+                    )
+                )
 
     def test_tests(self):
         """`test_x` and `Case.test_x` are tests; the page names the file of each."""
@@ -237,14 +340,17 @@ class Names(unittest.TestCase):
         for document, name in named:
             with self.subTest(document=document.name, name=name):
                 self.assertIn(name, defined)
-                self.assertTrue(any(path in document.read_text() for path in defined[name]), defined[name])
+                self.assertTrue(
+                    any(path in document.read_text() for path in defined[name]), defined[name]
+                )
 
 
-HOLE = "\0"         # in the text of a message: what the code fills in
+HOLE = "\0"  # in the text of a message: what the code fills in
 
 
 def python_texts(source):
     """Every string of a Python file, what it fills in as HOLE, with what is added to it by +."""
+
     def text(node):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
@@ -253,21 +359,35 @@ def python_texts(source):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return text(node.left) + text(node.right)
         return HOLE
-    return {text(node) for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp))}
+
+    return {
+        text(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp))
+    }
 
 
 def shell_texts(source):
     """Every string that a shell script says, what it fills in as HOLE."""
     for pattern in (r"\$\([^()]*\)", r"\$\{[^{}]*\}", r"\$\w+"):
         source = re.sub(pattern, HOLE, source)
-    source = re.sub(r'"\s*\\\n\s*"', " ", source)       # one text on two lines
-    return set(re.findall(r'\b(?:fail|final|mistake|ended|refuse_uncommitted|say|note|echo)\b[^"\n]*"([^"\n]*)"', source))
+    source = re.sub(r'"\s*\\\n\s*"', " ", source)  # one text on two lines
+    return set(
+        re.findall(
+            r'\b(?:fail|final|mistake|ended|refuse_uncommitted|say|note|echo)\b[^"\n]*"([^"\n]*)"',
+            source,
+        )
+    )
 
 
 @functools.cache
 def printed_texts():
     texts = set()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").iterdir(), *(ROOT / "analysis").glob("*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "scripts").iterdir(),
+        *(ROOT / "analysis").glob("*.py"),
+    ]:
         if path.suffix in (".py", ".sh"):
             texts |= (python_texts if path.suffix == ".py" else shell_texts)(path.read_text())
     return {text.removeprefix("error: ") for text in texts}
@@ -278,7 +398,7 @@ def is_printed(message):
     whole = not message.endswith(" ...")
     ours = re.sub(r"<[^<>]+>", HOLE, message.removeprefix("error: ").removesuffix(" ..."))
     if len(ours.replace(HOLE, "")) < 20:
-        return False        # not enough to know it by
+        return False  # not enough to know it by
     return any(text == ours if whole else text.startswith(ours) for text in printed_texts())
 
 
@@ -295,7 +415,12 @@ class Messages(unittest.TestCase):
         """It finds what is printed, and nothing else."""
         self.assertTrue(is_printed("error: worker <rank> was killed by signal <signal>"))
         self.assertTrue(is_printed("error: there is no room for <name> now: <why>. Try ..."))
-        for wrong in ("error: worker <rank> was ended by signal <signal>", "error: worker was killed by signal <signal>", "<a>: <b>", "error: there is no room for <name> now"):
+        for wrong in (
+            "error: worker <rank> was ended by signal <signal>",
+            "error: worker was killed by signal <signal>",
+            "<a>: <b>",
+            "error: there is no room for <name> now",
+        ):
             self.assertFalse(is_printed(wrong), wrong)
 
 

@@ -23,12 +23,16 @@ from tests.package_index import Network, find_python, installed_wheel, packed_py
 FILES = sorted(path.name for path in ROOT.glob("requirements*.txt"))
 ON_HOSTS = ["requirements.txt", "requirements-tpu.txt"]
 CPU_INDEX = "/whl/cpu"  # where PyTorch lists its CPU wheels
-UV_VERSION = re.search(r"^UV_VERSION=(\S+)", (ROOT / "scripts" / "environment.sh").read_text(), re.MULTILINE)[1]
+UV_VERSION = re.search(
+    r"^UV_VERSION=(\S+)", (ROOT / "scripts" / "environment.sh").read_text(), re.MULTILINE
+)[1]
 
 
 def stated(file):
     """The versions of Python that a requirements file takes, as minor numbers."""
-    least, most = re.search(r"^# Python 3\.(\d+) to 3\.(\d+)", (ROOT / file).read_text(), re.MULTILINE).groups()
+    least, most = re.search(
+        r"^# Python 3\.(\d+) to 3\.(\d+)", (ROOT / file).read_text(), re.MULTILINE
+    ).groups()
     return range(int(least), int(most) + 1)
 
 
@@ -47,17 +51,26 @@ class Requirements(unittest.TestCase):
         for file in FILES:
             with self.subTest(file):
                 takes = [
-                    SpecifierSet(importlib.metadata.metadata(requirement.name)["Requires-Python"] or "")
+                    SpecifierSet(
+                        importlib.metadata.metadata(requirement.name)["Requires-Python"] or ""
+                    )
                     for requirement in requirements(file)
                 ]
                 self.assertTrue(takes)
                 self.assertEqual(
-                    [minor for minor in range(10, 13) if all(each.contains(f"3.{minor}.9") for each in takes)],
+                    [
+                        minor
+                        for minor in range(10, 13)
+                        if all(each.contains(f"3.{minor}.9") for each in takes)
+                    ],
                     list(stated(file)),
                 )
 
     def test_one_uv(self):
-        self.assertIn(f"uv=={UV_VERSION}", [str(requirement) for requirement in requirements("requirements-test.txt")])
+        self.assertIn(
+            f"uv=={UV_VERSION}",
+            [str(requirement) for requirement in requirements("requirements-test.txt")],
+        )
 
     def test_the_stand_in_knows_only_what_uv_does(self):
         if not real_uv():
@@ -68,7 +81,9 @@ class Requirements(unittest.TestCase):
             ).stdout
             for flag, takes_value in flags.items():
                 with self.subTest(command=command, flag=flag):
-                    self.assertRegex(known, rf"(?m)^\s+(-\w, )?{flag}{' <' if takes_value else '(?! <)'}")
+                    self.assertRegex(
+                        known, rf"(?m)^\s+(-\w, )?{flag}{' <' if takes_value else '(?! <)'}"
+                    )
 
 
 class Check(FolderTest):
@@ -148,7 +163,8 @@ class Running(FolderTest):
             )
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertIn(
-            "the run tiny is up in the environment that this would replace: wait for it, or stop it", done.stderr
+            "the run tiny is up in the environment that this would replace: wait for it, or stop it",
+            done.stderr,
         )
         self.assertFalse((self.folder / "trm" / "venv").exists())
 
@@ -160,7 +176,10 @@ class NetworkTest(FolderTest):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.old, cls.new = find_python("3.10"), find_python(f"3.{stated('requirements-tpu.txt')[0]}")
+        cls.old, cls.new = (
+            find_python("3.10"),
+            find_python(f"3.{stated('requirements-tpu.txt')[0]}"),
+        )
         found = {
             "Python 3.10": cls.old,
             "a Python as uv downloads it": cls.new and cls.new.parent.parent != Path("/usr"),
@@ -168,7 +187,9 @@ class NetworkTest(FolderTest):
             "openssl": shutil.which("openssl"),
         }
         if not all(found.values()):
-            raise unittest.SkipTest(f"not here: {', '.join(name for name, what in found.items() if not what)}")
+            raise unittest.SkipTest(
+                f"not here: {', '.join(name for name, what in found.items() if not what)}"
+            )
         holder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(holder.cleanup)
         cls.shared = Path(holder.name)
@@ -177,7 +198,9 @@ class NetworkTest(FolderTest):
         (cls.shared / "no_venv" / "sitecustomize.py").write_text(
             "import sys\nsys.modules['venv'] = sys.modules['ensurepip'] = None\n"
         )
-        (cls.shared / "bin" / "python3").write_text(f'#!/bin/sh\nPYTHONPATH={cls.shared}/no_venv exec {cls.old} "$@"\n')
+        (cls.shared / "bin" / "python3").write_text(
+            f'#!/bin/sh\nPYTHONPATH={cls.shared}/no_venv exec {cls.old} "$@"\n'
+        )
         cls.packed, cls.uv, cls.wheels = (
             packed_python(cls.new),
             installed_wheel("uv"),
@@ -192,7 +215,9 @@ class NetworkTest(FolderTest):
         """A wheel with the version, the Pythons and the modules of what is installed here under that name."""
         found = importlib.metadata.distribution(name)
         needs = (
-            {"torch": ["nvidia-cudnn-cu12"], "tensorboardX": ["packaging"]}.get(name, []) if needs is None else needs
+            {"torch": ["nvidia-cudnn-cu12"], "tensorboardX": ["packaging"]}.get(name, [])
+            if needs is None
+            else needs
         )
         return wheel(
             name,
@@ -211,7 +236,9 @@ class NetworkTest(FolderTest):
         self.network = Network(self, self.folder / "network")
         self.network.add("/simple", self.uv, *self.wheels.values())
         # as PyTorch's index does, this one lists some other packages, too, in versions of its own
-        self.network.add(CPU_INDEX, self.tiny("torch", local="+cpu", needs=[]), wheel("numpy", "1.0", ["numpy"]))
+        self.network.add(
+            CPU_INDEX, self.tiny("torch", local="+cpu", needs=[]), wheel("numpy", "1.0", ["numpy"])
+        )
         self.environment = {
             "HOME": str(self.home),
             "PATH": str(self.shared / "bin"),
@@ -257,7 +284,10 @@ class NetworkTest(FolderTest):
         return dict(
             pair.split("=")
             for pair in subprocess.run(
-                [self.venv / "bin" / "python", "-c", code], check=True, capture_output=True, text=True
+                [self.venv / "bin" / "python", "-c", code],
+                check=True,
+                capture_output=True,
+                text=True,
             ).stdout.split()
         )
 
@@ -280,7 +310,11 @@ class Host(NetworkTest):
         self.assertIn("0.6 GB to download", output)
         self.assertIn("checking that each package imports: torch torch_xla ", output)
         about = subprocess.run(
-            [self.venv / "bin" / "python", "-c", "import sys; print(sys.version_info[1], sys.base_prefix)"],
+            [
+                self.venv / "bin" / "python",
+                "-c",
+                "import sys; print(sys.version_info[1], sys.base_prefix)",
+            ],
             check=True,
             capture_output=True,
             text=True,
@@ -292,12 +326,18 @@ class Host(NetworkTest):
         self.assertEqual(versions["torch"], "2.9.0+cpu")
         self.assertNotIn("nvidia-cudnn-cu12", versions)
         for requirement in requirements(*ON_HOSTS):
-            self.assertIn(versions[requirement.name.lower()].partition("+")[0], str(requirement.specifier))
+            self.assertIn(
+                versions[requirement.name.lower()].partition("+")[0], str(requirement.specifier)
+            )
         self.assertEqual(len(self.markers()), 2)
-        self.assertLessEqual({path.name for path in self.home.iterdir()}, {"trm", ".cache"})  # pip's
+        self.assertLessEqual(
+            {path.name for path in self.home.iterdir()}, {"trm", ".cache"}
+        )  # pip's
         torch_hosts = {host for host, path in self.network.asked if path.startswith(CPU_INDEX)}
         self.assertTrue(torch_hosts)
-        self.assertFalse(torch_hosts & {host for host, path in self.network.asked if path.startswith("/simple")})
+        self.assertFalse(
+            torch_hosts & {host for host, path in self.network.asked if path.startswith("/simple")}
+        )
         self.network.asked.clear()
         self.assertIn("its requirements have not changed", self.setup())
         self.assertEqual(self.network.asked, [])
@@ -314,12 +354,19 @@ class Host(NetworkTest):
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("jax==0.7.1 depends on Python>=3.11", " ".join(done.stderr.split()))
         output = self.setup(TRM_PYTHON=str(self.old), status=2)
-        self.assertIn(f"error: TRM_PYTHON = {self.old}: requirements-tpu.txt needs Python 3.11 to 3.12", output)
+        self.assertIn(
+            f"error: TRM_PYTHON = {self.old}: requirements-tpu.txt needs Python 3.11 to 3.12",
+            output,
+        )
         self.assertEqual(self.markers(), [])
 
     def test_indexes_of_ones_own(self):
         for settings, version, hosts in (
-            ({"PIP_INDEX_URL": "https://mirror.example.org/simple"}, "2.9.0", {"mirror.example.org"}),
+            (
+                {"PIP_INDEX_URL": "https://mirror.example.org/simple"},
+                "2.9.0",
+                {"mirror.example.org"},
+            ),
             (
                 {
                     "PIP_INDEX_URL": "https://mirror.example.org/simple",
@@ -333,7 +380,8 @@ class Host(NetworkTest):
                 shutil.rmtree(self.home / "trm", ignore_errors=True)
                 self.network.asked.clear()
                 self.assertIn(
-                    "from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL", self.setup(TRM_PYTHON=str(self.new), **settings)
+                    "from PIP_INDEX_URL and PIP_EXTRA_INDEX_URL",
+                    self.setup(TRM_PYTHON=str(self.new), **settings),
                 )
                 self.assertEqual({host for host, _ in self.network.asked}, hosts)
                 self.assertEqual(self.versions()["torch"], version)
@@ -343,7 +391,10 @@ class Host(NetworkTest):
         stuck, _ = self.wheels["libtpu"]
         self.network.stuck.add(stuck)
         process = self.begin()
-        others, cache = len(self.wheels) - 2, self.venv.parent / "venv-uv" / "cache"  # without libtpu, and nvidia's
+        others, cache = (
+            len(self.wheels) - 2,
+            self.venv.parent / "venv-uv" / "cache",
+        )  # without libtpu, and nvidia's
         kept = lambda: [len(list(cache.glob(f"wheels-*/**/*-any{end}"))) for end in ("", ".http")]
         self.wait_for(lambda: stuck in self.sent() and kept() == [others] * 2)
         os.killpg(process.pid, signal.SIGKILL)
@@ -392,10 +443,14 @@ class Host(NetworkTest):
     def test_a_folder_that_is_no_environment(self):
         (self.home / "papers").touch()
         output = self.setup(TRM_VENV=str(self.home), status=2)
-        self.assertIn(f"error: TRM_VENV = {self.home}: it is not empty, and no virtual environment", output)
+        self.assertIn(
+            f"error: TRM_VENV = {self.home}: it is not empty, and no virtual environment", output
+        )
         self.assertTrue((self.home / "papers").exists())
         self.venv.mkdir(parents=True)
-        (self.venv / "lib").mkdir()  # as an installation leaves it that was killed while it emptied the folder
+        (
+            self.venv / "lib"
+        ).mkdir()  # as an installation leaves it that was killed while it emptied the folder
         (self.home / "trm" / "venv-uv").mkdir()
         self.setup(TRM_PYTHON=str(self.new))
 
@@ -410,7 +465,13 @@ class Host(NetworkTest):
                 },
                 "UV_PYTHON_INSTALL_MIRROR",
             ),
-            ({"PIP_INDEX_URL": "https://mirror.example.org/only_uv", "TRM_PYTHON": str(self.new)}, "by PIP_INDEX_URL"),
+            (
+                {
+                    "PIP_INDEX_URL": "https://mirror.example.org/only_uv",
+                    "TRM_PYTHON": str(self.new),
+                },
+                "by PIP_INDEX_URL",
+            ),
         ):
             with self.subTest(says):
                 errors = [
@@ -469,14 +530,16 @@ class Laptop(NetworkTest):
         self.assertEqual(self.versions()["torch"], "2.9.0")
         self.network.asked.clear()
         self.assertEqual(
-            self.set_up("requirements.txt"), f"environment: {self.venv} (its requirements have not changed)\n{last}"
+            self.set_up("requirements.txt"),
+            f"environment: {self.venv} (its requirements have not changed)\n{last}",
         )
         self.assertEqual(self.network.asked, [])
         self.markers()[0].unlink()  # as an installation that was broken leaves it
         self.assertIn("each package imports", self.set_up(*ON_HOSTS))
         self.markers()[0].unlink()
         subprocess.run(
-            [self.venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "libtpu"], check=True
+            [self.venv / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "libtpu"],
+            check=True,
         )
         self.assertIn(
             "pip could not install requirements.txt requirements-tpu.txt",

@@ -1,4 +1,5 @@
 """Workers, hosts, disks and clocks that fail in the midst of a run: it ends clearly, and goes on to the same end."""
+
 import json
 import os
 import random
@@ -11,10 +12,9 @@ import unittest
 from unittest import mock
 
 from checkpoint_manager import load_checkpoint
-from tests.helpers import CommandTest
 from tests.test_preemption import PreemptionTest
 
-TWO = ("training.num_workers=2", "training.epochs=12")      # 120 steps
+TWO = ("training.num_workers=2", "training.epochs=12")  # 120 steps
 
 
 class FaultTest(PreemptionTest):
@@ -24,7 +24,9 @@ class FaultTest(PreemptionTest):
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            self.fail(f"it or a worker is still there after {seconds} s: {process.communicate()[0]}")
+            self.fail(
+                f"it or a worker is still there after {seconds} s: {process.communicate()[0]}"
+            )
         self.assertEqual(process.returncode, status, output)
         return output
 
@@ -41,8 +43,15 @@ class FaultTest(PreemptionTest):
 
     def files(self, run_name):
         """What would tell that a run's folder was written to, but for the lock."""
-        found = [path for path in (self.folder / "runs" / run_name).rglob("*") if path.is_file() and "run.lock" not in path.name]
-        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) for path in found}
+        found = [
+            path
+            for path in (self.folder / "runs" / run_name).rglob("*")
+            if path.is_file() and "run.lock" not in path.name
+        ]
+        return {
+            path.name: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size)
+            for path in found
+        }
 
     def same_as(self, run_name, unbroken, step):
         contents = [load_checkpoint(self.checkpoint(name, step)) for name in (run_name, unbroken)]
@@ -50,7 +59,10 @@ class FaultTest(PreemptionTest):
             content["config"].pop("checkpoint")
         self.same_content(*contents)
         self.assertEqual(self.records(run_name), self.records(unbroken))
-        metrics = [json.loads(self.checkpoint(name, step).with_suffix(".json").read_text())["metrics"] for name in (run_name, unbroken)]
+        metrics = [
+            json.loads(self.checkpoint(name, step).with_suffix(".json").read_text())["metrics"]
+            for name in (run_name, unbroken)
+        ]
         self.assertEqual(*metrics)
         self.assertEqual([path for path in (self.folder / "runs" / run_name).rglob("*.tmp")], [])
         self.assertIsNone(self.lock_owner(run_name))
@@ -67,7 +79,13 @@ class EightWorkers(FaultTest):
         errors = self.errors(output)
         self.assertEqual(errors.count("error: worker 5 was killed by signal 9"), 1, errors)
         self.assertLessEqual(len(errors), 2, errors)
-        self.assertTrue(any("run the same command again, it goes on from the last checkpoint" in line for line in errors), errors)
+        self.assertTrue(
+            any(
+                "run the same command again, it goes on from the last checkpoint" in line
+                for line in errors
+            ),
+            errors,
+        )
         saved = self.newest("killed")
         self.assertGreaterEqual(saved, 14)
         self.assertIn(f"goes on after step {saved}:", self.train("--run_name", "killed", *flags))
@@ -100,11 +118,26 @@ class TwoWorkers(FaultTest):
         """By SIGKILL to all, or to the parent alone, whose workers must follow it; the next start does not wait for that."""
         draw, before = random.Random(1), None
         for kill in range(20):
-            place = draw.choice(["started", "locked", "train_step", "train_step", "train_step", "save", "upload", "evaluate"])
-            count = draw.randint(1, {"started": 4, "train_step": 15, "save": 2, "upload": 2}.get(place, 1))
+            place = draw.choice(
+                [
+                    "started",
+                    "locked",
+                    "train_step",
+                    "train_step",
+                    "train_step",
+                    "save",
+                    "upload",
+                    "evaluate",
+                ]
+            )
+            count = draw.randint(
+                1, {"started": 4, "train_step": 15, "save": 2, "upload": 2}.get(place, 1)
+            )
             rank = 0 if place in ("save", "upload") else draw.randrange(2)
             self.owner = self.lock_owner("killed")
-            process = self.begin("killed", {"train_step": 0.01, "evaluate": 0.05, "save": 0.02, "upload": 0.02}, *TWO)
+            process = self.begin(
+                "killed", {"train_step": 0.01, "evaluate": 0.05, "save": 0.02, "upload": 0.02}, *TWO
+            )
             with self.subTest(kill=kill, place=place, count=count, rank=rank):
                 if place == "started":
                     self.started(process, count)
@@ -129,7 +162,9 @@ class TwoWorkers(FaultTest):
         while self.newest(name) != 14:
             time.sleep(0.005)
         files = self.files(name)
-        self.user_mistake("--run_name", name, *TWO, says=[f"another training, process {pid} on ", "--take_over"])
+        self.user_mistake(
+            "--run_name", name, *TWO, says=[f"another training, process {pid} on ", "--take_over"]
+        )
         self.assertEqual((self.files(name), self.lock_owner(name)), (files, pid))
 
         arrivals = self.arrivals
@@ -137,7 +172,7 @@ class TwoWorkers(FaultTest):
         new_pid = self.arrived(second, "train_step", 1)
         self.assertEqual(self.lock_owner(name), new_pid)
         files = self.files(name)
-        hold.unlink()       # the first now saves: a step that it has done, of a run that is not its any more
+        hold.unlink()  # the first now saves: a step that it has done, of a run that is not its any more
         errors = self.errors(self.ends(first, status=1))
         self.assertEqual(len(errors), 1, errors)
         self.assertIn(f"was taken over by process {new_pid} on ", errors[0])
@@ -152,26 +187,49 @@ class TwoWorkers(FaultTest):
         an evaluation by then, waits for nobody that could be seen to be gone."""
         hold = self.folder / "step.16"
         hold.touch()
-        process = self.begin("full", {"train_step": str(hold.with_suffix("")), "evaluate": 3600}, *TWO)
+        process = self.begin(
+            "full", {"train_step": str(hold.with_suffix("")), "evaluate": 3600}, *TWO
+        )
         pid = self.arrived(process, "train_step", 16)
         while self.newest("full") != 14:
             time.sleep(0.005)
-        saved = {name: version for name, version in self.files("full").items() if name.startswith("checkpoint_")}
+        saved = {
+            name: version
+            for name, version in self.files("full").items()
+            if name.startswith("checkpoint_")
+        }
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
         hold.unlink()
         output = self.ends(process, status=2, seconds=30)
         self.assertNotIn("did not end by itself", output)
         errors = self.errors(output)
         self.assertEqual(len(errors), 1, output)
-        for text in ("checkpoint_step_20.pt: the checkpoint could not be written", "free some space", "the last good checkpoint is", "checkpoint_step_14.pt"):
+        for text in (
+            "checkpoint_step_20.pt: the checkpoint could not be written",
+            "free some space",
+            "the last good checkpoint is",
+            "checkpoint_step_14.pt",
+        ):
             self.assertIn(text, errors[0])
-        self.assertEqual({name: version for name, version in self.files("full").items() if "checkpoint_" in name}, saved)
+        self.assertEqual(
+            {
+                name: version
+                for name, version in self.files("full").items()
+                if "checkpoint_" in name
+            },
+            saved,
+        )
         self.assertIn("goes on after step 14:", self.train("--run_name", "full", *TWO))
         self.same_as("full", "unbroken", 120)
 
     def test_clocks_that_differ(self):
         """Wall clocks days apart, of the workers and of the run's owners one after the other; each jumps at every look."""
-        flags = (*TWO, "checkpoint.interval_steps=1000", f"checkpoint.interval_minutes={0.4 / 60}", "checkpoint.keep_last_n=99")
+        flags = (
+            *TWO,
+            "checkpoint.interval_steps=1000",
+            f"checkpoint.interval_minutes={0.4 / 60}",
+            "checkpoint.keep_last_n=99",
+        )
         with mock.patch.dict(os.environ, TRM_TEST_DAYS="[400, -30]"):
             process = self.begin("clocks", {"train_step": 0.04}, *flags)
             self.arrived(process, "train_step", 95)
@@ -182,9 +240,15 @@ class TwoWorkers(FaultTest):
         self.assertRegex(output, "goes on after step [1-9]")
         self.assertNotIn("watching", output)
         self.same_as("clocks", "unbroken", 120)
-        contents = [load_checkpoint(path) for path in self.checkpoint("clocks", 120).parent.glob("*.pt")]
+        contents = [
+            load_checkpoint(path) for path in self.checkpoint("clocks", 120).parent.glob("*.pt")
+        ]
         seconds = dict(sorted((content["step"], content["train_seconds"]) for content in contents))
-        between = [after - before for (_, before), (step, after) in zip(seconds.items(), list(seconds.items())[1:]) if step % 20]
+        between = [
+            after - before
+            for (_, before), (step, after) in zip(seconds.items(), list(seconds.items())[1:])
+            if step % 20
+        ]
         self.assertGreaterEqual(len(between), 3, seconds)
         # 0.4 s, less what an evaluation took of it
         self.assertGreater(min(between), 0.25, seconds)
@@ -215,7 +279,9 @@ class Vanished(FaultTest):
         os.kill(pids[1], signal.SIGSTOP)
         output = self.ends(process, status=1)
         self.names(output, 1)
-        self.assertEqual(output.count("warning: worker 1 did not end by itself and is killed"), 1, output)
+        self.assertEqual(
+            output.count("warning: worker 1 did not end by itself and is killed"), 1, output
+        )
         self.assertEqual(output.count("warning: "), 1, output)
         saved = self.newest("stopped")
         self.assertGreaterEqual(saved, 7)
@@ -224,7 +290,10 @@ class Vanished(FaultTest):
 
     def test_a_host_is_stopped(self):
         """Rank 0's, which holds the store; or another, and in an evaluation nobody waits for it."""
-        for rank, place, pauses in ((0, "train_step", {"train_step": 0.05}), (1, "evaluate", {"evaluate": 3600})):
+        for rank, place, pauses in (
+            (0, "train_step", {"train_step": 0.05}),
+            (1, "evaluate", {"evaluate": 3600}),
+        ):
             with self.subTest(rank=rank, place=place):
                 name = f"host_{rank}_{place}"
                 processes = self.begin_hosts(name, pauses, "training.epochs=6")
@@ -245,14 +314,36 @@ class Vanished(FaultTest):
     def test_two_hosts_lose_each_other(self):
         """Each is in a network of its own; the link between them goes down. Each ends, and names the other."""
         names = [f"trm{os.getpid()}{end}" for end in "ab"]
-        script = "ip netns add {0} && ip netns add {1} && ip link add {0} netns {0} type veth peer name {1} netns {1}" + "".join(
-            f" && ip -n {{{k}}} addr add 10.77.0.{k + 1}/24 dev {{{k}}} && ip -n {{{k}}} link set {{{k}}} up && ip -n {{{k}}} link set lo up" for k in (0, 1))
-        self.addCleanup(subprocess.run, ["sh", "-c", "ip netns del {0}; ip netns del {1}".format(*names)], capture_output=True)
-        made = subprocess.run(["sh", "-c", script.format(*names)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        script = (
+            "ip netns add {0} && ip netns add {1} && ip link add {0} netns {0} type veth peer name {1} netns {1}"
+            + "".join(
+                f" && ip -n {{{k}}} addr add 10.77.0.{k + 1}/24 dev {{{k}}} && ip -n {{{k}}} link set {{{k}}} up && ip -n {{{k}}} link set lo up"
+                for k in (0, 1)
+            )
+        )
+        self.addCleanup(
+            subprocess.run,
+            ["sh", "-c", "ip netns del {0}; ip netns del {1}".format(*names)],
+            capture_output=True,
+        )
+        made = subprocess.run(
+            ["sh", "-c", script.format(*names)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         if made.returncode:
-            self.skipTest(f"no network namespaces here (test_a_host_is_stopped stands in): {made.stdout.strip()}")
-        processes = self.begin_hosts("apart", {"train_step": 0.05}, "training.epochs=6", address="10.77.0.1", inside=[("ip", "netns", "exec", name) for name in names],
-                                     environments=[{"GLOO_SOCKET_IFNAME": name} for name in names])
+            self.skipTest(
+                f"no network namespaces here (test_a_host_is_stopped stands in): {made.stdout.strip()}"
+            )
+        processes = self.begin_hosts(
+            "apart",
+            {"train_step": 0.05},
+            "training.epochs=6",
+            address="10.77.0.1",
+            inside=[("ip", "netns", "exec", name) for name in names],
+            environments=[{"GLOO_SOCKET_IFNAME": name} for name in names],
+        )
         for rank, process in enumerate(processes):
             self.arrived(process, "train_step", 10, rank)
         subprocess.run(["ip", "-n", names[1], "link", "set", names[1], "down"], check=True)
@@ -268,7 +359,7 @@ class Vanished(FaultTest):
         pid = self.arrived(process, "train_step", 12, 1)
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(6)
-        for awake in (process.pid, pid):        # the parent holds the store
+        for awake in (process.pid, pid):  # the parent holds the store
             os.kill(awake, signal.SIGCONT)
         time.sleep(1.5)
         os.killpg(process.pid, signal.SIGCONT)
@@ -277,7 +368,14 @@ class Vanished(FaultTest):
 
     def test_rank_0_takes_long_to_end(self):
         """The others have done what they had to, and give no more signs."""
-        process = self.begin("late", {"upload": 8}, "training.num_workers=2", "--max_steps", "20", "checkpoint.interval_steps=1000")
+        process = self.begin(
+            "late",
+            {"upload": 8},
+            "training.num_workers=2",
+            "--max_steps",
+            "20",
+            "checkpoint.interval_steps=1000",
+        )
         self.assertEqual(self.errors(self.ends(process, status=0, seconds=300)), [])
         self.assertEqual(self.newest("late"), 20)
 

@@ -1,4 +1,5 @@
 """The model: shapes, gradients, halting, loss, loading, costs. The original's numbers are in test_parity."""
+
 import dataclasses
 import itertools
 import math
@@ -12,13 +13,30 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import trm_model
+from config import ModelConfig
 from tests.helpers import FolderTest, random_pairs
-from trm_model import METRIC_KEYS, TinyRecursiveModel, act_step, exploration_min_steps, stablemax_loss
-from utils import ModelConfig
+from trm_model import (
+    METRIC_KEYS,
+    TinyRecursiveModel,
+    act_step,
+    exploration_min_steps,
+    stablemax_loss,
+)
 
-torch.set_num_threads(1)          # tensors are tiny: on a busy machine waiting for a second thread costs fifty times the work
-SEQ, VOCAB, IDS = 16, 6, 5        # 4x4 Sudoku, five puzzle identifiers
-SMALL = dict(hidden_size=32, num_heads=4, puzzle_emb_ndim=32, puzzle_emb_len=2, H_cycles=2, L_cycles=2, halt_max_steps=4, forward_dtype="float32")
+torch.set_num_threads(
+    1
+)  # tensors are tiny: on a busy machine waiting for a second thread costs fifty times the work
+SEQ, VOCAB, IDS = 16, 6, 5  # 4x4 Sudoku, five puzzle identifiers
+SMALL = dict(
+    hidden_size=32,
+    num_heads=4,
+    puzzle_emb_ndim=32,
+    puzzle_emb_len=2,
+    H_cycles=2,
+    L_cycles=2,
+    halt_max_steps=4,
+    forward_dtype="float32",
+)
 
 
 def small_model(seed=0, **changes):
@@ -28,7 +46,10 @@ def small_model(seed=0, **changes):
 def example_batch(count=8, seed=0):
     inputs, labels = random_pairs(4, count, seed)
     identifiers = np.arange(count) % IDS
-    return {k: torch.as_tensor(v) for k, v in (("inputs", inputs), ("labels", labels), ("puzzle_identifiers", identifiers))}
+    return {
+        k: torch.as_tensor(v)
+        for k, v in (("inputs", inputs), ("labels", labels), ("puzzle_identifiers", identifiers))
+    }
 
 
 def admitted(model, count=8, seed=0):
@@ -50,7 +71,9 @@ class Variants(unittest.TestCase):
         model = small_model(**changes)
         carry, config = admitted(model), model.config
         with torch.no_grad():
-            model.q_head.weight.normal_(generator=torch.Generator().manual_seed(1))     # zero at the start: it would pass no gradient on
+            model.q_head.weight.normal_(
+                generator=torch.Generator().manual_seed(1)
+            )  # zero at the start: it would pass no gradient on
         rows = model.puzzle_rows(carry)
         if config.puzzle_emb_ndim:
             self.assertEqual(rows.shape, (8, config.puzzle_emb_ndim))
@@ -58,13 +81,22 @@ class Variants(unittest.TestCase):
         else:
             self.assertIsNone(rows)
         z_H, z_L, logits, q_halt = model.supervision_step(carry, rows)
-        prefix = config.puzzle_emb_ndim and (config.puzzle_emb_len or math.ceil(config.puzzle_emb_ndim / config.hidden_size))
+        prefix = config.puzzle_emb_ndim and (
+            config.puzzle_emb_len or math.ceil(config.puzzle_emb_ndim / config.hidden_size)
+        )
         self.assertEqual(z_H.shape, (8, prefix + SEQ, config.hidden_size))
-        self.assertEqual((z_L.shape, logits.shape, q_halt.shape), (z_H.shape, (8, SEQ, VOCAB), (8,)))
-        self.assertEqual((z_H.dtype, logits.dtype, q_halt.dtype), (model.forward_dtype, model.forward_dtype, torch.float32))
+        self.assertEqual(
+            (z_L.shape, logits.shape, q_halt.shape), (z_H.shape, (8, SEQ, VOCAB), (8,))
+        )
+        self.assertEqual(
+            (z_H.dtype, logits.dtype, q_halt.dtype),
+            (model.forward_dtype, model.forward_dtype, torch.float32),
+        )
         loss, metrics, after = act_step(model, carry, rows, no_minimum(carry))
         self.assertTrue(torch.isfinite(loss) and torch.isfinite(metrics).all())
-        self.assertEqual((loss.shape, metrics.shape, metrics.dtype), ((), (len(METRIC_KEYS),), torch.float32))
+        self.assertEqual(
+            (loss.shape, metrics.shape, metrics.dtype), ((), (len(METRIC_KEYS),), torch.float32)
+        )
         loss.backward()
         for name, p in [*model.named_parameters(), *([("puzzle rows", rows)] if prefix else [])]:
             self.assertIsNotNone(p.grad, name)
@@ -76,33 +108,73 @@ class Variants(unittest.TestCase):
             self.assertEqual(metrics[0], 8)
 
     def test_mixers_positions_and_puzzle_embedding(self):
-        mixers = [(True, "none"), (True, "learned"), (False, "none"), (False, "learned"), (False, "rope")]
-        for (mlp_t, positions), (ndim, length) in itertools.product(mixers, [(32, 2), (0, 2), (40, 0), (20, 1)]):
+        mixers = [
+            (True, "none"),
+            (True, "learned"),
+            (False, "none"),
+            (False, "learned"),
+            (False, "rope"),
+        ]
+        for (mlp_t, positions), (ndim, length) in itertools.product(
+            mixers, [(32, 2), (0, 2), (40, 0), (20, 1)]
+        ):
             with self.subTest(mlp_t=mlp_t, positions=positions, ndim=ndim, length=length):
-                self.check(mlp_t=mlp_t, pos_encodings=positions, puzzle_emb_ndim=ndim, puzzle_emb_len=length)
+                self.check(
+                    mlp_t=mlp_t,
+                    pos_encodings=positions,
+                    puzzle_emb_ndim=ndim,
+                    puzzle_emb_len=length,
+                )
 
     def test_sizes_and_schedules(self):
-        for changes in [dict(hidden_size=8, puzzle_emb_ndim=8), dict(hidden_size=64), dict(L_layers=1), dict(L_layers=3), dict(H_cycles=1),
-                        dict(H_cycles=3), dict(L_cycles=1), dict(L_cycles=4), dict(halt_max_steps=1), dict(expansion=1.5), dict(forward_dtype="bfloat16"),
-                        dict(forward_dtype="bfloat16", mlp_t=False, pos_encodings="rope")]:
+        for changes in [
+            dict(hidden_size=8, puzzle_emb_ndim=8),
+            dict(hidden_size=64),
+            dict(L_layers=1),
+            dict(L_layers=3),
+            dict(H_cycles=1),
+            dict(H_cycles=3),
+            dict(L_cycles=1),
+            dict(L_cycles=4),
+            dict(halt_max_steps=1),
+            dict(expansion=1.5),
+            dict(forward_dtype="bfloat16"),
+            dict(forward_dtype="bfloat16", mlp_t=False, pos_encodings="rope"),
+        ]:
             with self.subTest(**changes):
                 self.check(**changes)
 
     def test_parameter_counts_of_the_base(self):
         for mlp_t, count in ((True, 5_028_866), (False, 6_828_034)):
-            with torch.device("meta"), mock.patch.object(trm_model, "truncated_normal", lambda shape, *_: torch.empty(shape)):
-                model = TinyRecursiveModel(ModelConfig(mlp_t=mlp_t, pos_encodings="none" if mlp_t else "rope"), 81, 11)
+            with (
+                torch.device("meta"),
+                mock.patch.object(
+                    trm_model, "truncated_normal", lambda shape, *_: torch.empty(shape)
+                ),
+            ):
+                model = TinyRecursiveModel(
+                    ModelConfig(mlp_t=mlp_t, pos_encodings="none" if mlp_t else "rope"), 81, 11
+                )
             self.assertEqual(trm_model.num_parameters(model), count)
 
     def test_positions_matter_where_there_are_some(self):
         """Attention without positions treats cells alike: permuted inputs give permuted logits; rope and learned do not."""
-        batch, order = example_batch(), torch.randperm(SEQ, generator=torch.Generator().manual_seed(0))
+        batch, order = (
+            example_batch(),
+            torch.randperm(SEQ, generator=torch.Generator().manual_seed(0)),
+        )
         for positions in ("none", "learned", "rope"):
             model = small_model(mlp_t=False, pos_encodings=positions, puzzle_emb_ndim=0)
             with torch.no_grad():
-                plain, moved = (model.supervision_step(model.admit(model.empty_carry(8), {**batch, "inputs": inputs}), None)[2]
-                                for inputs in (batch["inputs"], batch["inputs"][:, order]))
-            self.assertEqual(torch.allclose(plain[:, order], moved, atol=1e-4), positions == "none", positions)
+                plain, moved = (
+                    model.supervision_step(
+                        model.admit(model.empty_carry(8), {**batch, "inputs": inputs}), None
+                    )[2]
+                    for inputs in (batch["inputs"], batch["inputs"][:, order])
+                )
+            self.assertEqual(
+                torch.allclose(plain[:, order], moved, atol=1e-4), positions == "none", positions
+            )
 
     def test_rope_table(self):
         """Within one rounding of the angles of the original, which computes them and their cosines in float32."""
@@ -110,7 +182,7 @@ class Variants(unittest.TestCase):
         angles = torch.outer(torch.arange(97, dtype=torch.float32), inverse)
         for ours, theirs in zip(trm_model.rope_table(97, 64), (angles.cos(), angles.sin())):
             self.assertEqual(ours.dtype, torch.float32)
-            torch.testing.assert_close(ours, torch.cat((theirs, theirs), -1), rtol=0, atol=2.0 ** -24)
+            torch.testing.assert_close(ours, torch.cat((theirs, theirs), -1), rtol=0, atol=2.0**-24)
 
     def test_initial_weights_depend_on_the_seed_alone(self):
         one, state = small_model(seed=3), torch.get_rng_state()
@@ -136,11 +208,18 @@ class Halting(unittest.TestCase):
         self.assertEqual(after.steps.tolist(), [0, 1, 1, 0, 0, 1, 1, 1])
         for key in ("inputs", "labels", "puzzle_identifiers"):
             new, kept, came = getattr(after, key), getattr(carry, key), offered[key].int()
-            self.assertTrue(torch.equal(new[halted], came[halted]) and torch.equal(new[~halted], kept[~halted]), key)
+            self.assertTrue(
+                torch.equal(new[halted], came[halted]) and torch.equal(new[~halted], kept[~halted]),
+                key,
+            )
             self.assertEqual(new.dtype, torch.int32)
         for key, start in (("z_H", model.H_init), ("z_L", model.L_init)):
             new, kept = getattr(after, key), getattr(carry, key)
-            self.assertTrue(torch.equal(new[halted], start.expand_as(new[halted])) and torch.equal(new[~halted], kept[~halted]), key)
+            self.assertTrue(
+                torch.equal(new[halted], start.expand_as(new[halted]))
+                and torch.equal(new[~halted], kept[~halted]),
+                key,
+            )
             self.assertFalse(torch.equal(new[~halted], start.expand_as(new[~halted])))
 
     def step_from(self, model, steps, minimum):
@@ -149,13 +228,14 @@ class Halting(unittest.TestCase):
             return act_step(model, carry, model.puzzle_rows(carry), torch.tensor(minimum))[2]
 
     def test_rules(self):
-        model = small_model()         # halt_max_steps 4
+        model = small_model()  # halt_max_steps 4
         for q_halt, minimum, expected in [
-                (-5.0, [0] * 4, [False, False, False, True]),           # only for lack of steps
-                (0.0, [0] * 4, [False, False, False, True]),            # q_halt > 0, not >=
-                (0.01, [0] * 4, [True, True, True, True]),
-                (0.01, [2, 2, 4, 4], [False, True, False, True]),       # not before the drawn minimum
-                (0.01, [4, 4, 4, 9], [False, False, False, True])]:     # nor ever after halt_max_steps
+            (-5.0, [0] * 4, [False, False, False, True]),  # only for lack of steps
+            (0.0, [0] * 4, [False, False, False, True]),  # q_halt > 0, not >=
+            (0.01, [0] * 4, [True, True, True, True]),
+            (0.01, [2, 2, 4, 4], [False, True, False, True]),  # not before the drawn minimum
+            (0.01, [4, 4, 4, 9], [False, False, False, True]),
+        ]:  # nor ever after halt_max_steps
             with self.subTest(q_halt=q_halt, minimum=minimum):
                 set_q_halt(model, q_halt)
                 after = self.step_from(model, [0, 1, 2, 3], minimum)
@@ -165,17 +245,21 @@ class Halting(unittest.TestCase):
     def test_metrics_count_the_slots_that_halt(self):
         model = small_model()
         set_q_halt(model, -1.0)
-        carry = admitted(model)._replace(steps=torch.tensor([3, 3, 0, 3, 1, 3, 3, 0], dtype=torch.int32))
+        carry = admitted(model)._replace(
+            steps=torch.tensor([3, 3, 0, 3, 1, 3, 3, 0], dtype=torch.int32)
+        )
         rows = model.puzzle_rows(carry)
         with torch.no_grad():
             logits = model.supervision_step(carry, rows)[2]
         right = logits.argmax(-1).int()
-        labels = torch.where(right == 0, 0, right)                      # where the model says pad, the cell is not scored
+        labels = torch.where(
+            right == 0, 0, right
+        )  # where the model says pad, the cell is not scored
         self.assertTrue((labels > 0).sum(1).min() >= 4)
         cell = int((labels[1] > 0).nonzero()[0])
-        labels[1, cell] = labels[1, cell] % 5 + 1                       # slot 1: one cell wrong
-        labels[4:6] = labels[4:6].clamp(max=1) * 7                      # slots 4, 5: a label that is no code; all wrong
-        labels[6] = 0                                                   # slot 6: a pad
+        labels[1, cell] = labels[1, cell] % 5 + 1  # slot 1: one cell wrong
+        labels[4:6] = labels[4:6].clamp(max=1) * 7  # slots 4, 5: a label that is no code; all wrong
+        labels[6] = 0  # slot 6: a pad
         scored = int((labels[1] > 0).sum())
         carry = carry._replace(labels=labels)
         loss, metrics, after = act_step(model, carry, rows, no_minimum(carry))
@@ -184,17 +268,23 @@ class Halting(unittest.TestCase):
         # counted: slots 0 and 3 (all right), 1 (all but one cell), 5 (nothing right); q_halt < 0 says "wrong" for all
         self.assertEqual(found["count"], 4)
         self.assertAlmostEqual(found["cell_accuracy"], 3 - 1 / scored, places=5)
-        self.assertEqual((found["exact_accuracy"], found["q_halt_accuracy"], found["steps"]), (2, 2, 16))
+        self.assertEqual(
+            (found["exact_accuracy"], found["q_halt_accuracy"], found["steps"]), (2, 2, 16)
+        )
         # losses are of all slots, whether they halt or not; an all-pad slot counts as exact
         exact = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1.0])
-        q_loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.full((8,), -1.0), exact, reduction="sum").item()
+        q_loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            torch.full((8,), -1.0), exact, reduction="sum"
+        ).item()
         self.assertAlmostEqual(found["q_halt_loss"], q_loss, places=4)
-        self.assertAlmostEqual(found["lm_loss"], stablemax_loss(logits, labels).sum().item(), places=3)
+        self.assertAlmostEqual(
+            found["lm_loss"], stablemax_loss(logits, labels).sum().item(), places=3
+        )
         self.assertAlmostEqual(loss.item(), found["lm_loss"] + 0.5 * q_loss, places=3)
 
     def test_evaluation_takes_exactly_halt_max_steps(self):
         model, batch = small_model(), example_batch()
-        set_q_halt(model, 5.0)        # would halt at once in training
+        set_q_halt(model, 5.0)  # would halt at once in training
         carry = model.empty_carry(8)
         with torch.no_grad():
             chain = admitted(model)
@@ -203,12 +293,16 @@ class Halting(unittest.TestCase):
                 z_H, z_L, logits, _ = model.supervision_step(chain, model.puzzle_rows(chain))
                 chain = chain._replace(z_H=z_H, z_L=z_L)
                 self.assertTrue(torch.equal(carry.z_H, z_H))
-                self.assertEqual((carry.steps.tolist(), carry.halted.tolist()), ([step] * 8, [step == 4] * 8))
+                self.assertEqual(
+                    (carry.steps.tolist(), carry.halted.tolist()), ([step] * 8, [step == 4] * 8)
+                )
                 right = logits.argmax(-1) == batch["labels"]
                 self.assertTrue(torch.allclose(result[0], right.float().mean(1)))
                 self.assertTrue(torch.equal(result[1], right.all(1).float()))
-                self.assertTrue(torch.equal(result[2], result[1]))      # the head says "right" for all
-                self.assertTrue(torch.allclose(result[3], stablemax_loss(logits, batch["labels"]).float()))
+                self.assertTrue(torch.equal(result[2], result[1]))  # the head says "right" for all
+                self.assertTrue(
+                    torch.allclose(result[3], stablemax_loss(logits, batch["labels"]).float())
+                )
             second = example_batch(seed=1)
             carry, _ = trm_model.evaluation_step(model, carry, second)
         self.assertTrue(torch.equal(carry.inputs, second["inputs"].int()))
@@ -219,14 +313,17 @@ class Halting(unittest.TestCase):
         self.assertEqual((draws.dtype, draws.shape), (np.dtype("int32"), (15_000,)))
         counts = np.bincount(draws, minlength=17)
         self.assertEqual(counts[:2].tolist() + [len(counts)], [0, 0, 17])
-        self.assertLess(np.abs(counts[2:] - 1000).max(), 120)            # uniform: standard deviation 31
+        self.assertLess(np.abs(counts[2:] - 1000).max(), 120)  # uniform: standard deviation 31
         some = exploration_min_steps(0, 1, 15_000, 0.1, 16)
         self.assertLess(abs((some > 0).mean() - 0.1), 0.01)
         self.assertEqual(set(some[some > 0]), set(range(2, 17)))
         self.assertFalse(exploration_min_steps(0, 1, 15_000, 0.0, 16).any())
         self.assertEqual(set(exploration_min_steps(0, 1, 100, 1.0, 2)), {2})
         np.testing.assert_array_equal(exploration_min_steps(0, 1, 15_000, 1.0, 16), draws)
-        for other in (exploration_min_steps(1, 1, 15_000, 1.0, 16), exploration_min_steps(0, 2, 15_000, 1.0, 16)):
+        for other in (
+            exploration_min_steps(1, 1, 15_000, 1.0, 16),
+            exploration_min_steps(0, 2, 15_000, 1.0, 16),
+        ):
             self.assertLess((other == draws).mean(), 0.1)
 
 
@@ -242,18 +339,33 @@ class ActivationCheckpointing(unittest.TestCase):
         return loss, after, torch.autograd.grad(loss, [*model.parameters(), rows]), kept
 
     def test_same_numbers_from_less_memory(self):
-        for changes in (dict(), dict(mlp_t=False, pos_encodings="rope"), dict(forward_dtype="bfloat16")):
+        for changes in (
+            dict(),
+            dict(mlp_t=False, pos_encodings="rope"),
+            dict(forward_dtype="bfloat16"),
+        ):
             with self.subTest(**changes):
-                results = [self.step(L_cycles=4, activation_checkpointing=on, **changes) for on in (False, True)]
-                for ours, plain in zip(*([loss, *after, *grads] for loss, after, grads, _ in results), strict=True):
+                results = [
+                    self.step(L_cycles=4, activation_checkpointing=on, **changes)
+                    for on in (False, True)
+                ]
+                for ours, plain in zip(
+                    *([loss, *after, *grads] for loss, after, grads, _ in results), strict=True
+                ):
                     self.assertTrue(torch.equal(ours, plain))
                 self.assertLess(results[1][-1], results[0][-1] / 20)
 
     def test_in_a_compiled_step(self):
         """In one graph; aot_eager is torch.compile without the generated code, which takes minutes."""
-        compiled, small = torch.compile(act_step, backend="aot_eager", fullgraph=True, dynamic=False), dict(H_cycles=1, L_cycles=1, L_layers=1)
-        self.step(compiled, activation_checkpointing=True, **small)         # the compile
-        ours, plain = self.step(compiled, activation_checkpointing=True, **small), self.step(**small)
+        compiled, small = (
+            torch.compile(act_step, backend="aot_eager", fullgraph=True, dynamic=False),
+            dict(H_cycles=1, L_cycles=1, L_layers=1),
+        )
+        self.step(compiled, activation_checkpointing=True, **small)  # the compile
+        ours, plain = (
+            self.step(compiled, activation_checkpointing=True, **small),
+            self.step(**small),
+        )
         for a, b in zip(ours[2], plain[2], strict=True):
             torch.testing.assert_close(a, b)
         self.assertLess(ours[-1], plain[-1] / 20)
@@ -281,7 +393,9 @@ class Gradient(unittest.TestCase):
             self.assertEqual(loss.item(), loss_of_last.item())
             for a, b in zip(grads, grads_of_last):
                 self.assertTrue(torch.equal(a, b))
-            _, grads_of_all = self.gradients(model, state, 1)      # through all three cycles: another gradient
+            _, grads_of_all = self.gradients(
+                model, state, 1
+            )  # through all three cycles: another gradient
             self.assertFalse(torch.allclose(grads[1], grads_of_all[1], rtol=0.01, atol=0))
 
     def test_slots_do_not_touch_each_other(self):
@@ -297,10 +411,12 @@ class Gradient(unittest.TestCase):
 class Loss(unittest.TestCase):
     def both(self, logits, labels):
         """(loss [B], gradient) in float64 as on CPU and CUDA, and in float32 as on XLA."""
+
         def run():
             leaf = logits.clone().requires_grad_()
             loss = stablemax_loss(leaf, labels)
             return loss, torch.autograd.grad(loss.sum(), leaf)[0]
+
         with mock.patch.object(torch.Tensor, "double", torch.Tensor.float):
             narrow = run()
         wide = run()
@@ -308,7 +424,10 @@ class Loss(unittest.TestCase):
         return wide, narrow
 
     def test_formula(self):
-        logits, labels = torch.tensor([[[0.0, 1.0, -1.0], [3.0, 0.5, -4.0], [9.0, 9.0, 9.0]]]), torch.tensor([[1, 2, 0]])
+        logits, labels = (
+            torch.tensor([[[0.0, 1.0, -1.0], [3.0, 0.5, -4.0], [9.0, 9.0, 9.0]]]),
+            torch.tensor([[1, 2, 0]]),
+        )
         expected = (-math.log(2 / (1 + 2 + 1 / 2)) - math.log((1 / 5) / (4 + 1.5 + 1 / 5))) / 2
         self.assertAlmostEqual(stablemax_loss(logits, labels).item(), expected, places=12)
 
@@ -320,7 +439,9 @@ class Loss(unittest.TestCase):
                 logits = (torch.randn(16, 81, 11, generator=stream) * scale).to(dtype)
                 wide, narrow = self.both(logits, torch.randint(0, 11, (16, 81), generator=stream))
                 self.assertLess(((wide[0] - narrow[0]).abs() / wide[0]).max().item(), 1e-6)
-                self.assertLess(((wide[1] - narrow[1]).abs().max() / wide[1].abs().max()).item(), 1e-6)
+                self.assertLess(
+                    ((wide[1] - narrow[1]).abs().max() / wide[1].abs().max()).item(), 1e-6
+                )
 
     def test_a_sure_and_right_answer_loses_digits_in_float32(self):
         """Where the loss itself is near zero its float32 error is absolute: a difference of two logarithms."""
@@ -337,18 +458,23 @@ class Loss(unittest.TestCase):
         labels = torch.arange(4).repeat(4, 1)
         for dtype in (torch.float32, torch.bfloat16):
             for size in (0.0, 1e4, 1e30):
-                for loss, gradient in self.both((signs * size).to(dtype).unsqueeze(1).expand(4, 4, 4), labels):
+                for loss, gradient in self.both(
+                    (signs * size).to(dtype).unsqueeze(1).expand(4, 4, 4), labels
+                ):
                     self.assertTrue(torch.isfinite(loss).all(), (dtype, size, loss))
                     self.assertTrue(torch.isfinite(gradient).all(), (dtype, size))
                     self.assertEqual(gradient.dtype, dtype)
 
     def test_pads_are_ignored(self):
         stream = torch.Generator().manual_seed(0)
-        logits, labels = torch.randn(3, 10, 6, generator=stream), torch.randint(1, 6, (3, 10), generator=stream)
+        logits, labels = (
+            torch.randn(3, 10, 6, generator=stream),
+            torch.randint(1, 6, (3, 10), generator=stream),
+        )
         cut = stablemax_loss(logits[:, :7], labels[:, :7])
         labels[:, 7:] = 0
         logits[:, 7:] = 1e4
-        labels[2] = 0                                                   # nothing at all is scored
+        labels[2] = 0  # nothing at all is scored
         leaf = logits.clone().requires_grad_()
         loss = stablemax_loss(leaf, labels)
         self.assertTrue(torch.allclose(loss[:2], cut[:2], rtol=1e-12, atol=0))
@@ -368,12 +494,18 @@ class Numbers(unittest.TestCase):
             self.assertEqual(values.dtype, torch.float32)
             self.assertLess(abs(values.double().std().item() / std - 1), 0.003)
             self.assertLess(abs(values.double().mean().item()), 0.003 * std)
-            cut = 2 * std / 0.8796256610342398       # two standard deviations of the normal before the cut
+            cut = (
+                2 * std / 0.8796256610342398
+            )  # two standard deviations of the normal before the cut
             self.assertLessEqual(values.abs().max().item(), cut * 1.000001)
             self.assertGreater(values.abs().max().item(), cut * 0.999)
 
     def test_bfloat16_is_close_to_float32(self):
-        for changes in (dict(), dict(mlp_t=False, pos_encodings="rope"), dict(pos_encodings="learned")):
+        for changes in (
+            dict(),
+            dict(mlp_t=False, pos_encodings="rope"),
+            dict(pos_encodings="learned"),
+        ):
             results = []
             for dtype in ("float32", "bfloat16"):
                 model = small_model(forward_dtype=dtype, **changes)
@@ -382,7 +514,15 @@ class Numbers(unittest.TestCase):
                 loss = act_step(model, carry, rows, no_minimum(carry))[0]
                 with torch.no_grad():
                     logits = model.supervision_step(carry, rows)[2].float()
-                results.append((loss.item(), logits, torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])))
+                results.append(
+                    (
+                        loss.item(),
+                        logits,
+                        torch.cat(
+                            [g.flatten() for g in torch.autograd.grad(loss, model.parameters())]
+                        ),
+                    )
+                )
             (loss, logits, grad), (loss16, logits16, grad16) = results
             self.assertNotEqual(loss, loss16)
             self.assertLess(abs(loss16 / loss - 1), 0.01)
@@ -408,8 +548,13 @@ class Loading(FolderTest):
         state["model.inner.H_init"] = torch.zeros(7)
         model = small_model(seed=2)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        self.user_error(lambda: trm_model.load_named_state(model, state, "file.pt"), "file.pt: ", "lm_head.weight is missing",
-                        "H_init is [7], here [32]", "Use the model section")
+        self.user_error(
+            lambda: trm_model.load_named_state(model, state, "file.pt"),
+            "file.pt: ",
+            "lm_head.weight is missing",
+            "H_init is [7], here [32]",
+            "Use the model section",
+        )
         self.assertTrue(all(torch.equal(v, before[k]) for k, v in model.state_dict().items()))
 
     def test_what_is_left_out_is_noted(self):
@@ -418,19 +563,31 @@ class Loading(FolderTest):
         state["model.inner.extra"] = torch.zeros(1)
         model = small_model(seed=2)
         notes = trm_model.load_named_state(model, state, "file.pt")
-        self.assertEqual(notes, ["puzzle_emb.weights is [99, 32], here [5, 32]", "extra has no place here"])
+        self.assertEqual(
+            notes, ["puzzle_emb.weights is [99, 32], here [5, 32]", "extra has no place here"]
+        )
         self.assertFalse(model.puzzle_emb.weights.any())
         self.assertTrue(torch.equal(model.lm_head.weight, state["model.inner.lm_head.weight"]))
 
 
 class Costs(unittest.TestCase):
     def test_flops_of_a_network_call(self):
-        for changes in (dict(), dict(mlp_t=False), dict(L_layers=3, puzzle_emb_ndim=0), dict(mlp_t=False, pos_encodings="rope", hidden_size=64)):
+        for changes in (
+            dict(),
+            dict(mlp_t=False),
+            dict(L_layers=3, puzzle_emb_ndim=0),
+            dict(mlp_t=False, pos_encodings="rope", hidden_size=64),
+        ):
             model = small_model(**changes)
             h = torch.randn(2, model.length, model.config.hidden_size)
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:     # the fused kernel is not counted on CPU
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                FlopCounterMode(display=False) as counter,
+            ):  # the fused kernel is not counted on CPU
                 model.L_level(h, h, [layer.weights() for layer in model.L_level.layers], model.rope)
-            self.assertEqual(counter.get_total_flops(), 2 * trm_model.forward_flops_per_example(model), changes)
+            self.assertEqual(
+                counter.get_total_flops(), 2 * trm_model.forward_flops_per_example(model), changes
+            )
 
     def test_flops_of_a_step(self):
         """The rule "a gradient costs twice its forward" is up to 3% above what this small model is counted to do."""
@@ -439,12 +596,20 @@ class Costs(unittest.TestCase):
             carry = admitted(model)
             rows = model.puzzle_rows(carry).requires_grad_()
             for train in (True, False):
-                model.requires_grad_(train)     # the counter's hooks fail on weights that could have a gradient in a forward that has none
-                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+                model.requires_grad_(
+                    train
+                )  # the counter's hooks fail on weights that could have a gradient in a forward that has none
+                with (
+                    sdpa_kernel(SDPBackend.MATH),
+                    FlopCounterMode(display=False) as counter,
+                    torch.set_grad_enabled(train),
+                ):
                     loss = act_step(model, carry, rows, no_minimum(carry))[0]
                     if train:
                         loss.backward()
-                ratio = 8 * trm_model.step_flops_per_example(model, train) / counter.get_total_flops()
+                ratio = (
+                    8 * trm_model.step_flops_per_example(model, train) / counter.get_total_flops()
+                )
                 self.assertTrue(0.999 < ratio < 1.03, (changes, train, ratio))
 
 

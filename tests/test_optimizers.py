@@ -1,4 +1,5 @@
 """Optimizers, schedule, weight averaging, and the update of one training step."""
+
 import copy
 import io
 import math
@@ -10,18 +11,23 @@ import torch
 import train_tpu
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, bias_correction, lr_at
+from config import ModelConfig, load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
-from utils import ModelConfig, load_config
 
-torch.set_num_threads(1)          # tensors are tiny: on a busy machine waiting for a second thread costs fifty times the work
+torch.set_num_threads(
+    1
+)  # tensors are tiny: on a busy machine waiting for a second thread costs fifty times the work
 
 
 def random_params(seed=0):
     stream = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=stream)) for shape in ((5, 3), (7,), (2, 2, 2))]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=stream))
+        for shape in ((5, 3), (7,), (2, 2, 2))
+    ]
 
 
 def set_grads(params, step):
@@ -35,10 +41,17 @@ def set_grads(params, step):
 class AdamATan2Test(unittest.TestCase):
     def test_formula(self):
         params = random_params()
-        for settings in ({"betas": (0.9, 0.95), "weight_decay": 1.0}, {"betas": (0.5, 0.99), "weight_decay": 0.0}):
+        for settings in (
+            {"betas": (0.9, 0.95), "weight_decay": 1.0},
+            {"betas": (0.5, 0.99), "weight_decay": 0.0},
+        ):
             expected = [p.detach().numpy().astype(np.float64) for p in params]
             m, v = [0 * p for p in expected], [0 * p for p in expected]
-            optimizer, (beta1, beta2), decay = AdamATan2(params, 0.0, **settings), settings["betas"], settings["weight_decay"]
+            optimizer, (beta1, beta2), decay = (
+                AdamATan2(params, 0.0, **settings),
+                settings["betas"],
+                settings["weight_decay"],
+            )
             for t in range(1, 8):
                 lr = 0.01 * t
                 set_grads(params, t)
@@ -49,14 +62,22 @@ class AdamATan2Test(unittest.TestCase):
                     expected[k] *= 1 - lr * decay
                     m[k] = beta1 * m[k] + (1 - beta1) * g
                     v[k] = beta2 * v[k] + (1 - beta2) * g * g
-                    expected[k] -= lr / (1 - beta1 ** t) * np.arctan2(m[k], np.sqrt(v[k]) / np.sqrt(1 - beta2 ** t))
-                    np.testing.assert_allclose(p.detach().numpy(), expected[k], rtol=2e-6, atol=2e-6, err_msg=f"step {t}")
+                    expected[k] -= (
+                        lr
+                        / (1 - beta1**t)
+                        * np.arctan2(m[k], np.sqrt(v[k]) / np.sqrt(1 - beta2**t))
+                    )
+                    np.testing.assert_allclose(
+                        p.detach().numpy(), expected[k], rtol=2e-6, atol=2e-6, err_msg=f"step {t}"
+                    )
 
     def test_bias_correction(self):
         t = torch.arange(1.0, 3000.0)
         for beta in (0.0, 0.5, 0.9, 0.95, 0.999, 0.99999):
             exact = 1 - beta ** t.double()
-            self.assertLess(((bias_correction(beta, t).double() - exact) / exact).abs().max().item(), 2e-7, beta)
+            self.assertLess(
+                ((bias_correction(beta, t).double() - exact) / exact).abs().max().item(), 2e-7, beta
+            )
 
     def test_size_of_the_first_update(self):
         """atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|) at the first step, whatever the scale of g; zero stays zero."""
@@ -90,21 +111,32 @@ class AdamATan2Test(unittest.TestCase):
 
     def test_refuses_another_models_state(self):
         with self.assertRaises(ValueError):
-            AdamATan2(random_params(), 0.01).load_state_dict(AdamATan2(random_params()[:2], 0.01).state_dict())
+            AdamATan2(random_params(), 0.01).load_state_dict(
+                AdamATan2(random_params()[:2], 0.01).state_dict()
+            )
 
 
 class PuzzleEmbedding(unittest.TestCase):
     def test_occurrences_are_summed_before_the_sign(self):
         weights = torch.arange(12.0).reshape(4, 3)
         start = weights.clone()
-        grads = torch.tensor([[1.0, -1.0, 0.5], [-3.0, 0.4, 0.5], [1.0, 0.4, -1.0], [2.0, -2.0, 0.0]])
+        grads = torch.tensor(
+            [[1.0, -1.0, 0.5], [-3.0, 0.4, 0.5], [1.0, 0.4, -1.0], [2.0, -2.0, 0.0]]
+        )
         optimizer = PuzzleEmbeddingSGD(weights, weight_decay=0.5)
         # as from two workers: sums of sums
-        parts = [optimizer.row_sums(torch.tensor(ids), part) for ids, part in (([1, 1], grads[:2]), ([1, 3], grads[2:]))]
+        parts = [
+            optimizer.row_sums(torch.tensor(ids), part)
+            for ids, part in (([1, 1], grads[:2]), ([1, 3], grads[2:]))
+        ]
         optimizer.step(*(a + b for a, b in zip(*parts)), 0.1)
-        signs = torch.tensor([[0.0, 0, 0], [-1, -1, 0], [0, 0, 0], [1, -1, 0]])       # of the sums -1, -0.2, 0
+        signs = torch.tensor(
+            [[0.0, 0, 0], [-1, -1, 0], [0, 0, 0], [1, -1, 0]]
+        )  # of the sums -1, -0.2, 0
         seen = torch.tensor([[0.0], [1], [0], [1]])
-        self.assertTrue(torch.allclose(weights, start * (1 - 0.1 * 0.5 * seen) - 0.1 * signs, atol=1e-6))
+        self.assertTrue(
+            torch.allclose(weights, start * (1 - 0.1 * 0.5 * seen) - 0.1 * signs, atol=1e-6)
+        )
         self.assertTrue(torch.equal(weights[[0, 2]], start[[0, 2]]))
         # a zero gradient moves nothing, but the row decays
         self.assertAlmostEqual(weights[3, 2].item(), 11 * 0.95, places=5)
@@ -112,22 +144,38 @@ class PuzzleEmbedding(unittest.TestCase):
     def test_in_place_and_with_tensors(self):
         weights = torch.ones(3, 2)
         optimizer, address = PuzzleEmbeddingSGD(weights), weights.data_ptr()
-        optimizer.step(*optimizer.row_sums(torch.tensor([2], dtype=torch.int32), torch.tensor([[5.0, -5.0]])), torch.tensor(0.25))
+        optimizer.step(
+            *optimizer.row_sums(torch.tensor([2], dtype=torch.int32), torch.tensor([[5.0, -5.0]])),
+            torch.tensor(0.25),
+        )
         self.assertEqual(weights.tolist(), [[1, 1], [1, 1], [0.75, 1.25]])
         self.assertEqual(optimizer.weights.data_ptr(), address)
 
 
 class Schedule(unittest.TestCase):
     def test_values(self):
-        for step, expected in [(1, 0.5e-4), (5, 2.5e-4), (9, 4.5e-4), (10, 5e-4), (11, None), (55, 2.75e-4), (100, 0.5e-4), (150, 0.5e-4)]:
+        for step, expected in [
+            (1, 0.5e-4),
+            (5, 2.5e-4),
+            (9, 4.5e-4),
+            (10, 5e-4),
+            (11, None),
+            (55, 2.75e-4),
+            (100, 0.5e-4),
+            (150, 0.5e-4),
+        ]:
             found = lr_at(step, 5e-4, 10, 100, 0.1)
-            expected = 5e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi / 90)) / 2) if expected is None else expected
+            expected = (
+                5e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi / 90)) / 2)
+                if expected is None
+                else expected
+            )
             self.assertAlmostEqual(found, expected, delta=1e-12, msg=f"step {step}")
         for step in (10, 50, 100):
             self.assertEqual(lr_at(step, 3e-4, 10, 100, 1.0), 3e-4)
         self.assertEqual(lr_at(1, 3e-4, 0, 100, 1.0), 3e-4)
         self.assertAlmostEqual(lr_at(100, 3e-4, 10, 100, 0.0), 0.0, delta=1e-15)
-        self.assertEqual(lr_at(7, 3e-4, 10, 5, 1.0), 3e-4 * 7 / 10)         # a run shorter than its warmup
+        self.assertEqual(lr_at(7, 3e-4, 10, 5, 1.0), 3e-4 * 7 / 10)  # a run shorter than its warmup
 
     def test_it_never_rises_after_the_warmup(self):
         rates = [lr_at(step, 1.0, 20, 200, 0.25) for step in range(1, 201)]
@@ -137,18 +185,26 @@ class Schedule(unittest.TestCase):
 
 class Averaging(unittest.TestCase):
     def model(self):
-        return trm_model.TinyRecursiveModel(ModelConfig(hidden_size=16, puzzle_emb_ndim=16, puzzle_emb_len=1, L_layers=1), 16, 6, 3)
+        return trm_model.TinyRecursiveModel(
+            ModelConfig(hidden_size=16, puzzle_emb_ndim=16, puzzle_emb_len=1, L_layers=1), 16, 6, 3
+        )
 
     def test_formula(self):
         model = self.model()
-        ema, expected = EMADistributed(model, 0.75, Device("cpu")), [p.detach().double().numpy() for p in model.parameters()]
+        ema, expected = (
+            EMADistributed(model, 0.75, Device("cpu")),
+            [p.detach().double().numpy() for p in model.parameters()],
+        )
         for _ in range(4):
             with torch.no_grad():
                 for p in model.parameters():
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
             before = [p.clone() for p in model.parameters()]
             ema.update_in_step(model)
-            expected = [0.75 * e + 0.25 * p.detach().double().numpy() for e, p in zip(expected, model.parameters())]
+            expected = [
+                0.75 * e + 0.25 * p.detach().double().numpy()
+                for e, p in zip(expected, model.parameters())
+            ]
             self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, model.parameters())))
         for p, e in zip(ema.module.parameters(), expected):
             np.testing.assert_allclose(p.numpy(), e, rtol=1e-6, atol=1e-6)
@@ -156,7 +212,9 @@ class Averaging(unittest.TestCase):
     def test_buffers_are_shared_and_parameters_are_not(self):
         model = self.model()
         ema = EMADistributed(model, 0.5, Device("cpu"))
-        for (name, ours), theirs in zip(ema.module.named_parameters(), model.parameters(), strict=True):
+        for (name, ours), theirs in zip(
+            ema.module.named_parameters(), model.parameters(), strict=True
+        ):
             self.assertNotEqual(ours.data_ptr(), theirs.data_ptr(), name)
             self.assertFalse(ours.requires_grad)
             self.assertTrue(theirs.requires_grad)
@@ -173,12 +231,15 @@ class TrainingStep(FolderTest):
         super().setUp()
         write_split(self.folder / "data" / "train", *random_pairs(4, 8))
         self.dataset = SudokuDatasetTPU(self.folder / "data", "train")
-        self.path = write_config(self.folder / "run.yaml", f"""
+        self.path = write_config(
+            self.folder / "run.yaml",
+            f"""
 device: cpu
-data: {{dataset_path: {self.folder / 'data'}}}
+data: {{dataset_path: {self.folder / "data"}}}
 model: {{hidden_size: 32, num_heads: 4, puzzle_emb_ndim: 32, puzzle_emb_len: 1, H_cycles: 2, L_cycles: 2, halt_max_steps: 4, forward_dtype: float32}}
 training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr_warmup_steps: 0}}
-""")
+""",
+        )
 
     def run_of(self, *overrides):
         config = load_config(self.path, overrides)
@@ -192,9 +253,12 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
             if watch:
                 watch(run)
             optimizer_step()
+
         run.optimizer.step = step
         for _ in range(count):
-            train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step)
+            train_tpu.train_step(
+                run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step
+            )
             run.step += 1
         batches.close()
         return run
@@ -204,54 +268,86 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         for parts in (1, 2, 4):
             run, grads = self.run_of(f"training.grad_accumulation_steps={parts}"), []
             puzzle_step = run.puzzle_optimizer.step
-            with torch.no_grad():       # else halting is one slot's like the other's
+            with torch.no_grad():  # else halting is one slot's like the other's
                 run.model.q_head.weight[0].copy_(torch.linspace(-1, 1, 32))
                 run.model.q_head.bias[0] = 0.0
 
             def puzzle(row_grads, occurrences, lr):
                 grads.extend((row_grads, occurrences))
                 puzzle_step(row_grads, occurrences, lr)
+
             run.puzzle_optimizer.step = puzzle
-            self.steps(run, 1, lambda run: grads.extend(p.grad.clone() for p in run.model.parameters()))
+            self.steps(
+                run, 1, lambda run: grads.extend(p.grad.clone() for p in run.model.parameters())
+            )
             recorded.append([*grads, run.totals, *run.carry, *run.model.parameters()])
             self.assertTrue(all(p.grad is None for p in run.model.parameters()))
         whole, halves, quarters = recorded
         names = [name for name, _ in run.model.named_parameters()]
-        labels = [*(f"gradient of {n}" for n in names), "row gradients", "occurrences", "totals", *run.carry._fields, *(f"weight {n}" for n in names)]
+        labels = [
+            *(f"gradient of {n}" for n in names),
+            "row gradients",
+            "occurrences",
+            "totals",
+            *run.carry._fields,
+            *(f"weight {n}" for n in names),
+        ]
         self.assertEqual(len(labels), len(whole))
-        self.assertTrue(all(t.any() for t in whole[:len(names)]))
+        self.assertTrue(all(t.any() for t in whole[: len(names)]))
         for parts in (halves, quarters):
             for label, a, b in zip(labels, whole, parts, strict=True):
                 # AdamATan2's first update hangs on the sign of a gradient near zero; in sum such entries are few
                 if label.startswith("weight"):
                     self.assertLess(((a - b).abs() > 1e-6).float().mean().item(), 0.01, label)
                 else:
-                    self.assertLessEqual((a.double() - b.double()).abs().max().item(), 1e-6 * max(1, a.double().abs().max().item()), label)
+                    self.assertLessEqual(
+                        (a.double() - b.double()).abs().max().item(),
+                        1e-6 * max(1, a.double().abs().max().item()),
+                        label,
+                    )
 
     def test_adamw_is_torchs(self):
-        run = self.run_of("training.optimizer=adamw", "training.weight_decay=0.3", "training.beta1=0.8", "training.beta2=0.9",
-                          "training.lr_min_ratio=0.1", "training.lr_warmup_steps=2")
+        run = self.run_of(
+            "training.optimizer=adamw",
+            "training.weight_decay=0.3",
+            "training.beta1=0.8",
+            "training.beta2=0.9",
+            "training.lr_min_ratio=0.1",
+            "training.lr_warmup_steps=2",
+        )
         twin = copy.deepcopy(run.model)
         fresh = torch.optim.AdamW(twin.parameters(), 1e-2, betas=(0.8, 0.9), weight_decay=0.3)
         grads = []
-        self.steps(run, 5, lambda run: grads.append([p.grad.clone() for p in run.model.parameters()]))
+        self.steps(
+            run, 5, lambda run: grads.append([p.grad.clone() for p in run.model.parameters()])
+        )
         for t, of_step in enumerate(grads, 1):
             fresh.param_groups[0]["lr"] = lr_at(t, 1e-2, 2, run.total_steps, 0.1)
             for p, grad in zip(twin.parameters(), of_step, strict=True):
                 p.grad = grad
             fresh.step()
-        for (name, ours), theirs in zip(run.model.named_parameters(), twin.parameters(), strict=True):
+        for (name, ours), theirs in zip(
+            run.model.named_parameters(), twin.parameters(), strict=True
+        ):
             self.assertTrue(torch.allclose(ours, theirs, rtol=0, atol=1e-6), name)
-        self.assertEqual(run.optimizer.state_dict()["state"][0].keys(), fresh.state_dict()["state"][0].keys())
+        self.assertEqual(
+            run.optimizer.state_dict()["state"][0].keys(), fresh.state_dict()["state"][0].keys()
+        )
 
     def test_everything_is_updated_once_and_in_order(self):
         run = self.run_of("training.ema_rate=0.5")
         start = [p.clone() for p in run.model.parameters()]
         self.steps(run, 1)
-        for p, first, average in zip(run.model.parameters(), start, run.ema.module.parameters(), strict=True):
+        for p, first, average in zip(
+            run.model.parameters(), start, run.ema.module.parameters(), strict=True
+        ):
             self.assertFalse(torch.equal(p, first))
-            self.assertTrue(torch.allclose(average, 0.5 * first + 0.5 * p, atol=1e-6))      # after the optimizer, not before it
-        self.assertTrue((run.model.puzzle_emb.weights.abs() - 0.01).abs().max() < 1e-6)     # all eight rows seen: +-lr each
+            self.assertTrue(
+                torch.allclose(average, 0.5 * first + 0.5 * p, atol=1e-6)
+            )  # after the optimizer, not before it
+        self.assertTrue(
+            (run.model.puzzle_emb.weights.abs() - 0.01).abs().max() < 1e-6
+        )  # all eight rows seen: +-lr each
         self.assertEqual(run.totals[-1].item(), 0)
         without = self.steps(self.run_of("training.ema=false", "model.puzzle_emb_ndim=0"), 2)
         self.assertIsNone(without.ema)
@@ -260,8 +356,13 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
     def test_clipping(self):
         norms = []
         for limit in (0.0, 1e-3):
-            self.steps(self.run_of(f"training.grad_clip_norm={limit}"), 1, lambda run: norms.append(
-                torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item()))
+            self.steps(
+                self.run_of(f"training.grad_clip_norm={limit}"),
+                1,
+                lambda run: norms.append(
+                    torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item()
+                ),
+            )
         self.assertGreater(norms[0], 0.1)
         self.assertAlmostEqual(norms[1], 1e-3, delta=1e-5)
 
@@ -272,7 +373,9 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
             run.model.lm_head.weight[0, 0] = math.nan
         batches = iter(run.loader)
         for _ in range(2):
-            train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step)
+            train_tpu.train_step(
+                run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step
+            )
             run.step += 1
         batches.close()
         self.assertEqual(run.totals[-1].item(), 3)

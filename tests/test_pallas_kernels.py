@@ -1,4 +1,5 @@
 """The TPU kernels: what they compute (tests/kernel_cases.py), and that a TPU's compiler takes them (tests/compile_kernels.py)."""
+
 import importlib.util
 import os
 import subprocess
@@ -14,8 +15,15 @@ def installed(*names):
 
 class Kernels(unittest.TestCase):
     def output(self, *command):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True, timeout=900,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            text=True,
+            timeout=900,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.assertEqual(done.returncode, 0, done.stdout[-5000:])
         return done.stdout
 
@@ -31,7 +39,9 @@ class Kernels(unittest.TestCase):
         # a v5e refuses that one unless it is told that the kernel may take more than 16 MiB
         for words, kernels in ((("v4-8",), 6), (("v6e-8",), 7), (("v5litepod-8", "--last"), 1)):
             with self.subTest(words):
-                self.assertEqual(self.output("tests.compile_kernels", *words).count("compiled"), kernels)
+                self.assertEqual(
+                    self.output("tests.compile_kernels", *words).count("compiled"), kernels
+                )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Without the folder the tests of recordings skip and say so; a wrong number fails
 repeated operation by operation. Another order of the sums, as on XLA, is another rounding error, which each call of
 the network makes larger: how far that goes with a model is computed, and not set.
 """
+
 import copy
 import json
 import os
@@ -16,19 +17,33 @@ import torch
 
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at
+from config import ModelConfig
 from device import Device
 from ema_distributed import EMADistributed
 from tests import exact
 from tests.helpers import XLATest
 from trm_model import CHECKPOINT_PREFIX, Carry
-from utils import ModelConfig
 
-PARITY_DIR = Path(os.environ.get("TRM_PARITY_DIR", Path(__file__).resolve().parent.parent.parent / "shared" / "parity"))
+PARITY_DIR = Path(
+    os.environ.get(
+        "TRM_PARITY_DIR", Path(__file__).resolve().parent.parent.parent / "shared" / "parity"
+    )
+)
 RECORDINGS = sorted(PARITY_DIR.glob("*.npz"))
-METRICS = {"count": "count", "cell_accuracy": "accuracy", "exact_accuracy": "exact_accuracy",
-           "q_halt_accuracy": "q_halt_accuracy", "steps": "steps"}
+METRICS = {
+    "count": "count",
+    "cell_accuracy": "accuracy",
+    "exact_accuracy": "exact_accuracy",
+    "q_halt_accuracy": "q_halt_accuracy",
+    "steps": "steps",
+}
 # of an evaluation
-RECORDED = {"q_halt": "q_halt_logits", "loss": "loss_sum", "lm_loss": "lm_loss_sum", "q_halt_loss": "q_halt_loss_sum"}
+RECORDED = {
+    "q_halt": "q_halt_logits",
+    "loss": "loss_sum",
+    "lm_loss": "lm_loss_sum",
+    "q_halt_loss": "q_halt_loss_sum",
+}
 
 
 class Recording:
@@ -37,21 +52,36 @@ class Recording:
     def __init__(self, path, device="cpu"):
         self.arrays, self.device = np.load(path, allow_pickle=False), torch.device(device)
         self.meta = json.loads(str(self.arrays["meta"]))
-        given = {k: v for k, v in self.meta["model"].items() if k in ModelConfig.__dataclass_fields__}
+        given = {
+            k: v for k, v in self.meta["model"].items() if k in ModelConfig.__dataclass_fields__
+        }
         self.config, self.steps = ModelConfig(**given), self.meta["steps"]
 
     def model(self, prefix):
-        model = trm_model.TinyRecursiveModel(self.config, self.meta["model"]["seq_len"], self.meta["model"]["vocab_size"],
-                                             self.meta["model"]["num_puzzle_identifiers"])
-        state = self.tensors("init/") | self.tensors(prefix)      # H_init and L_init stand in init/ only
+        model = trm_model.TinyRecursiveModel(
+            self.config,
+            self.meta["model"]["seq_len"],
+            self.meta["model"]["vocab_size"],
+            self.meta["model"]["num_puzzle_identifiers"],
+        )
+        state = self.tensors("init/") | self.tensors(
+            prefix
+        )  # H_init and L_init stand in init/ only
         assert trm_model.load_named_state(model, state, "recording") == []
         return model.to(self.device)
 
     def tensors(self, prefix):
-        return {k.removeprefix(prefix): torch.tensor(self.arrays[k]) for k in self.arrays.files if k.startswith(prefix)}
+        return {
+            k.removeprefix(prefix): torch.tensor(self.arrays[k])
+            for k in self.arrays.files
+            if k.startswith(prefix)
+        }
 
     def batch(self, prefix):
-        return {k: self.integers(prefix + k).to(self.device) for k in ("inputs", "labels", "puzzle_identifiers")}
+        return {
+            k: self.integers(prefix + k).to(self.device)
+            for k in ("inputs", "labels", "puzzle_identifiers")
+        }
 
     def integers(self, key):
         tensor = torch.tensor(self.arrays[key])
@@ -70,7 +100,8 @@ class Recording:
         *grads, row_grads = torch.autograd.grad(loss / len(carry.steps), [*params, rows])
         if str(self.device).startswith("xla"):
             import torch_xla
-            torch_xla.sync()        # one program for all of it, and not one for each tensor that is looked at
+
+            torch_xla.sync()  # one program for all of it, and not one for each tensor that is looked at
         return loss, metrics, dict(zip(names, grads)), row_grads, after
 
 
@@ -83,7 +114,10 @@ class Parity:
 
     def close(self, ours, recorded, what, tolerance=1e-6):
         """max |ours - recorded| <= tolerance * max(1, max |recorded|)."""
-        ours, recorded = np.asarray(ours.detach().cpu(), np.float64), np.asarray(recorded, np.float64)
+        ours, recorded = (
+            np.asarray(ours.detach().cpu(), np.float64),
+            np.asarray(recorded, np.float64),
+        )
         what = f"{self.recording_name}: {what}"
         self.assertEqual(ours.shape, recorded.shape, what)
         error = np.abs(ours - recorded).max() / max(1.0, np.abs(recorded).max())
@@ -98,7 +132,11 @@ class Parity:
         """Every array of `given`, {name: array}, is as near to float64's value as float32 can be asked to be."""
         for name, value in given.items():
             ratio = exact.distance(torch.as_tensor(value), exact_values[name]) / tolerances[name]
-            self.assertLessEqual(ratio, 1, f"{self.recording_name}: {name}, {what}: as a part of its tolerance, {tolerances[name]:.1e}")
+            self.assertLessEqual(
+                ratio,
+                1,
+                f"{self.recording_name}: {name}, {what}: as a part of its tolerance, {tolerances[name]:.1e}",
+            )
 
     def check_evaluation(self, device, tolerance=None):
         """Four supervision steps. The chain of states is kept on the CPU, where each step is that of the recording
@@ -113,13 +151,24 @@ class Parity:
                 carry = model.admit(carry, batch)
                 start = Carry(*(t.to(device) for t in carry))
                 with torch.no_grad():
-                    _, _, logits, q_halt = on_device.supervision_step(start, on_device.puzzle_rows(start))
-                    result = trm_model.evaluation_step(on_device, start, {k: t.to(device) for k, t in batch.items()})[1]
+                    _, _, logits, q_halt = on_device.supervision_step(
+                        start, on_device.puzzle_rows(start)
+                    )
+                    result = trm_model.evaluation_step(
+                        on_device, start, {k: t.to(device) for k, t in batch.items()}
+                    )[1]
                     z_H, z_L, _, _ = model.supervision_step(carry, model.puzzle_rows(carry))
                 lm_loss, q_halt_loss = result[3].sum(), result[4].sum()
-                ours = {"logits": logits, "q_halt": q_halt, "lm_loss": lm_loss, "q_halt_loss": q_halt_loss,
-                        "loss": lm_loss + 0.5 * q_halt_loss}
-                recorded = {name: arrays[f"eval/step{k}/{RECORDED.get(name, name)}"] for name in ours}
+                ours = {
+                    "logits": logits,
+                    "q_halt": q_halt,
+                    "lm_loss": lm_loss,
+                    "q_halt_loss": q_halt_loss,
+                    "loss": lm_loss + 0.5 * q_halt_loss,
+                }
+                recorded = {
+                    name: arrays[f"eval/step{k}/{RECORDED.get(name, name)}"] for name in ours
+                }
                 if tolerance:
                     for name, value in ours.items():
                         self.close(value, recorded[name], f"{name} of step {k}", tolerance)
@@ -133,16 +182,31 @@ class Parity:
         for recording in self.each(device):
             for t in range(1, recording.steps + 1):
                 prefix = f"train/step{t}/"
-                model, before = recording.model(prefix + "before/"), recording.carry(prefix + "carry_before/")
+                model, before = (
+                    recording.model(prefix + "before/"),
+                    recording.carry(prefix + "carry_before/"),
+                )
                 loss, metrics, grads, row_grads, after = recording.train(t, model, before)
                 metrics = dict(zip(trm_model.METRIC_KEYS, metrics))
-                ours = {"loss": loss, "lm_loss": metrics.pop("lm_loss"), "q_halt_loss": metrics.pop("q_halt_loss"),
-                        **grads, "puzzle_rows": row_grads, "z_H": after.z_H, "z_L": after.z_L}
-                places = {"loss": "loss_sum", "puzzle_rows": "grad_puzzle_rows",
-                          **{name: f"grad/{CHECKPOINT_PREFIX}{name}" for name in grads},
-                          **{name: f"metric/{name}" for name in ("lm_loss", "q_halt_loss")},
-                          **{name: f"carry_after/{name}" for name in ("z_H", "z_L")}}
-                recorded = {name: recording.arrays[prefix + place] for name, place in places.items()}
+                ours = {
+                    "loss": loss,
+                    "lm_loss": metrics.pop("lm_loss"),
+                    "q_halt_loss": metrics.pop("q_halt_loss"),
+                    **grads,
+                    "puzzle_rows": row_grads,
+                    "z_H": after.z_H,
+                    "z_L": after.z_L,
+                }
+                places = {
+                    "loss": "loss_sum",
+                    "puzzle_rows": "grad_puzzle_rows",
+                    **{name: f"grad/{CHECKPOINT_PREFIX}{name}" for name in grads},
+                    **{name: f"metric/{name}" for name in ("lm_loss", "q_halt_loss")},
+                    **{name: f"carry_after/{name}" for name in ("z_H", "z_L")},
+                }
+                recorded = {
+                    name: recording.arrays[prefix + place] for name, place in places.items()
+                }
                 if tolerance:
                     for name, value in ours.items():
                         self.close(value, recorded[name], f"{name} of step {t}", tolerance)
@@ -152,11 +216,19 @@ class Parity:
                     limits = float64(on_cpu, on_cpu.admit(before, batch))
                     self.within(*limits, ours, f"step {t}, ours")
                     self.within(*limits, recorded, f"step {t}, recorded")
-                for name, value in metrics.items():         # counts and shares
-                    self.close(value, recording.arrays[f"{prefix}metric/{METRICS[name]}"], f"{name} of step {t}")
+                for name, value in metrics.items():  # counts and shares
+                    self.close(
+                        value,
+                        recording.arrays[f"{prefix}metric/{METRICS[name]}"],
+                        f"{name} of step {t}",
+                    )
                 for name, value in recording.carry(prefix + "carry_after/")._asdict().items():
                     if name not in ours:
-                        self.close(getattr(after, name).float(), value.cpu(), f"carry {name} after step {t}")
+                        self.close(
+                            getattr(after, name).float(),
+                            value.cpu(),
+                            f"carry {name} after step {t}",
+                        )
 
 
 class ParityTest(Parity, unittest.TestCase):
@@ -170,16 +242,25 @@ class ParityTest(Parity, unittest.TestCase):
         for recording in self.each():
             train, arrays = recording.meta["train"], recording.arrays
             model = recording.model("init/")
-            optimizer = AdamATan2(model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"])
-            puzzle_optimizer = PuzzleEmbeddingSGD(model.puzzle_emb.weights, train["puzzle_emb_weight_decay"])
+            optimizer = AdamATan2(
+                model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"]
+            )
+            puzzle_optimizer = PuzzleEmbeddingSGD(
+                model.puzzle_emb.weights, train["puzzle_emb_weight_decay"]
+            )
             for t in range(1, recording.steps + 1):
-                prefix, following = f"train/step{t}/", f"train/step{t + 1}/before/" if t < recording.steps else "final/"
+                prefix, following = (
+                    f"train/step{t}/",
+                    f"train/step{t + 1}/before/" if t < recording.steps else "final/",
+                )
                 for name, p in model.named_parameters():
                     p.grad = torch.tensor(arrays[f"{prefix}grad/{CHECKPOINT_PREFIX}{name}"])
                 optimizer.param_groups[0]["lr"] = float(arrays[prefix + "lr"])
                 optimizer.step()
-                row_sums = puzzle_optimizer.row_sums(recording.integers(prefix + "carry_after/puzzle_identifiers"),
-                                                     torch.tensor(arrays[prefix + "grad_puzzle_rows"]))
+                row_sums = puzzle_optimizer.row_sums(
+                    recording.integers(prefix + "carry_after/puzzle_identifiers"),
+                    torch.tensor(arrays[prefix + "grad_puzzle_rows"]),
+                )
                 puzzle_optimizer.step(*row_sums, float(arrays[prefix + "puzzle_emb_lr"]))
                 for name, value in trm_model.named_state(model).items():
                     if following + name in arrays:
@@ -191,7 +272,9 @@ class ParityTest(Parity, unittest.TestCase):
             for t in range(1, recording.steps + 1):
                 for key in ("lr", "puzzle_emb_lr"):
                     ours = lr_at(t, train[key], train["warmup"], 10_000, 1.0)
-                    self.assertAlmostEqual(ours, float(recording.arrays[f"train/step{t}/{key}"]), delta=1e-12)
+                    self.assertAlmostEqual(
+                        ours, float(recording.arrays[f"train/step{t}/{key}"]), delta=1e-12
+                    )
 
     def test_closed_loop_and_ema(self):
         """Several steps in a row: AdamATan2's first updates hang on the sign of gradients near zero, so the last
@@ -200,8 +283,12 @@ class ParityTest(Parity, unittest.TestCase):
             train, arrays = recording.meta["train"], recording.arrays
             model = recording.model("init/")
             ema = EMADistributed(model, train["ema_rate"], Device("cpu"))
-            optimizer = AdamATan2(model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"])
-            puzzle_optimizer = PuzzleEmbeddingSGD(model.puzzle_emb.weights, train["puzzle_emb_weight_decay"])
+            optimizer = AdamATan2(
+                model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"]
+            )
+            puzzle_optimizer = PuzzleEmbeddingSGD(
+                model.puzzle_emb.weights, train["puzzle_emb_weight_decay"]
+            )
             carry = recording.carry("train/step1/carry_before/")
             for t in range(1, recording.steps + 1):
                 loss, _, grads, row_grads, carry = recording.train(t, model, carry)
@@ -209,20 +296,35 @@ class ParityTest(Parity, unittest.TestCase):
                 self.assertLess(abs(loss.item() - recorded), 0.01 * recorded, f"loss of step {t}")
                 for name, p in model.named_parameters():
                     p.grad = grads[name]
-                optimizer.param_groups[0]["lr"] = lr_at(t, train["lr"], train["warmup"], 10_000, 1.0)
+                optimizer.param_groups[0]["lr"] = lr_at(
+                    t, train["lr"], train["warmup"], 10_000, 1.0
+                )
                 optimizer.step()
-                puzzle_optimizer.step(*puzzle_optimizer.row_sums(carry.puzzle_identifiers, row_grads), lr_at(t, train["puzzle_emb_lr"], train["warmup"], 10_000, 1.0))
+                puzzle_optimizer.step(
+                    *puzzle_optimizer.row_sums(carry.puzzle_identifiers, row_grads),
+                    lr_at(t, train["puzzle_emb_lr"], train["warmup"], 10_000, 1.0),
+                )
                 ema.update_in_step(model)
             for label, ours in (("final/", model), ("final_ema/", ema.module)):
                 start, end = self.flat(recording, "init/", ours), self.flat(recording, label, ours)
-                change, recorded = np.concatenate([p.detach().numpy().ravel() for _, p in ours.named_parameters()]) - start, end - start
+                change, recorded = (
+                    np.concatenate([p.detach().numpy().ravel() for _, p in ours.named_parameters()])
+                    - start,
+                    end - start,
+                )
                 cosine = change @ recorded / np.linalg.norm(change) / np.linalg.norm(recorded)
                 self.assertGreater(cosine, 0.99, label)
-                self.assertAlmostEqual(np.linalg.norm(change) / np.linalg.norm(recorded), 1.0, delta=0.01, msg=label)
+                self.assertAlmostEqual(
+                    np.linalg.norm(change) / np.linalg.norm(recorded), 1.0, delta=0.01, msg=label
+                )
 
     def flat(self, recording, prefix, model):
-        return np.concatenate([recording.arrays[prefix + CHECKPOINT_PREFIX + name].astype(np.float64).ravel()
-                               for name, _ in model.named_parameters()])
+        return np.concatenate(
+            [
+                recording.arrays[prefix + CHECKPOINT_PREFIX + name].astype(np.float64).ravel()
+                for name, _ in model.named_parameters()
+            ]
+        )
 
 
 class ParityOnXLATest(Parity, XLATest):
@@ -241,18 +343,27 @@ class Float64:
     def check(self, device):
         for mlp_t in (True, False):
             for H_cycles, L_cycles, hidden_size in ((1, 1, 32), (3, 4, 96)):
-                self.recording_name = (f"{'token MLP' if mlp_t else 'attention'}, H_cycles {H_cycles}, "
-                                       f"L_cycles {L_cycles}, hidden_size {hidden_size}")
+                self.recording_name = (
+                    f"{'token MLP' if mlp_t else 'attention'}, H_cycles {H_cycles}, "
+                    f"L_cycles {L_cycles}, hidden_size {hidden_size}"
+                )
                 model, carry = deep_model(H_cycles, L_cycles, hidden_size, mlp_t)
-                Parity.within(self, *float64(model, carry), results(model, carry, device), str(device))
+                Parity.within(
+                    self, *float64(model, carry), results(model, carry, device), str(device)
+                )
 
     def check_products(self, device):
         """What tests/exact.py takes a product's error to be, for sums as long as those of the models here."""
         generator = torch.Generator().manual_seed(0)
         for length in (32, 96, 256):
-            a, b = torch.randn(256, length, generator=generator), torch.randn(length, 256, generator=generator)
+            a, b = (
+                torch.randn(256, length, generator=generator),
+                torch.randn(length, 256, generator=generator),
+            )
             ours, expected = (a.to(device) @ b.to(device)).cpu().double(), a.double() @ b.double()
-            self.assertLess(((ours - expected).norm() / expected.norm()).item(), exact.ROUNDING, length)
+            self.assertLess(
+                ((ours - expected).norm() / expected.norm()).item(), exact.ROUNDING, length
+            )
 
 
 class Float64Test(Float64, unittest.TestCase):
@@ -271,7 +382,9 @@ class Float64Test(Float64, unittest.TestCase):
         self.assertEqual(tolerances, sorted(tolerances))
         self.assertLess(tolerances[0], 5e-6)
         calls = 4 * (4 + 1)
-        self.assertTrue(1.1 < (tolerances[-1] / tolerances[0]) ** (1 / (calls - 2)) < 1.25, tolerances)
+        self.assertTrue(
+            1.1 < (tolerances[-1] / tolerances[0]) ** (1 / (calls - 2)) < 1.25, tolerances
+        )
 
 
 class Float64OnXLATest(Float64, XLATest):
@@ -284,17 +397,31 @@ class Float64OnXLATest(Float64, XLATest):
 
 def float64(model, carry):
     """exact.tolerances of a step of a model, on the CPU, from an admitted carry."""
-    return exact.tolerances(model.config, dict(model.named_parameters()), carry, model.puzzle_rows(carry), model.rope)
+    return exact.tolerances(
+        model.config, dict(model.named_parameters()), carry, model.puzzle_rows(carry), model.rope
+    )
 
 
 def deep_model(H_cycles, L_cycles, hidden_size, mlp_t):
     """A model with every weight drawn, also those that begin with zero, and its admitted carry of two examples."""
-    config = ModelConfig(hidden_size=hidden_size, num_heads=4, H_cycles=H_cycles, L_cycles=L_cycles,
-                         puzzle_emb_ndim=hidden_size, puzzle_emb_len=4, halt_max_steps=4, forward_dtype="float32",
-                         mlp_t=mlp_t, pos_encodings="none" if mlp_t else "rope")
-    model, generator = trm_model.TinyRecursiveModel(config, 81, 11, 2, seed=1), torch.Generator().manual_seed(2)
+    config = ModelConfig(
+        hidden_size=hidden_size,
+        num_heads=4,
+        H_cycles=H_cycles,
+        L_cycles=L_cycles,
+        puzzle_emb_ndim=hidden_size,
+        puzzle_emb_len=4,
+        halt_max_steps=4,
+        forward_dtype="float32",
+        mlp_t=mlp_t,
+        pos_encodings="none" if mlp_t else "rope",
+    )
+    model, generator = (
+        trm_model.TinyRecursiveModel(config, 81, 11, 2, seed=1),
+        torch.Generator().manual_seed(2),
+    )
     model.puzzle_emb.weights.normal_(generator=generator)
-    torch.nn.init.normal_(model.q_head.weight, std=hidden_size ** -0.5, generator=generator)
+    torch.nn.init.normal_(model.q_head.weight, std=hidden_size**-0.5, generator=generator)
     labels = torch.randint(2, 11, (2, 81), generator=generator)
     inputs = torch.where(torch.rand(2, 81, generator=generator) < 0.4, labels, 1)
     batch = {"inputs": inputs, "labels": labels, "puzzle_identifiers": torch.tensor([0, 1])}
@@ -311,9 +438,18 @@ def results(model, carry, device):
     grads = torch.autograd.grad(loss / len(carry.steps), [*weights, rows])
     if str(device).startswith("xla"):
         import torch_xla
+
         torch_xla.sync()
-    return {"logits": logits, "q_halt": q_halt, "z_H": after.z_H, "z_L": after.z_L, "loss": loss,
-            "lm_loss": metrics[-2], "q_halt_loss": metrics[-1], **dict(zip([*names, "puzzle_rows"], grads))}
+    return {
+        "logits": logits,
+        "q_halt": q_halt,
+        "z_H": after.z_H,
+        "z_L": after.z_L,
+        "loss": loss,
+        "lm_loss": metrics[-2],
+        "q_halt_loss": metrics[-1],
+        **dict(zip([*names, "puzzle_rows"], grads)),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """SIGTERM at any time, to one worker or to all: a checkpoint, exit status 143 soon, and the same training afterwards."""
+
 import importlib.util
 import json
 import os
@@ -15,32 +16,59 @@ from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT, CommandTest
 from tests.metadata_server import MetadataServer
 
-SECONDS = 25        # from the signal to the end, of a run whose steps take under a second
+SECONDS = 25  # from the signal to the end, of a run whose steps take under a second
 
 
 class PreemptionTest(CommandTest):
-    inside = ()         # a command that runs the one it is given, for `begin`
+    inside = ()  # a command that runs the one it is given, for `begin`
 
     def begin(self, run_name, pauses, *flags):
         """Start the command with pauses (see tests/slow_train.py), in a process group of its own."""
         self.arrivals = self.folder / f"{run_name}.arrivals.{time.monotonic_ns()}"
         self.arrivals.touch()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRM_TEST_PAUSES": json.dumps(pauses), "TRM_TEST_ARRIVALS": str(self.arrivals),
-                       "TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"{run_name}.compiled")}      # each compile takes its time
-        process = subprocess.Popen([*self.inside, sys.executable, "tests/slow_train.py", "--config", str(self.config), "--run_name", run_name, *flags], cwd=ROOT,
-                                   env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))    # a shell's background jobs ignore it
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TRM_TEST_PAUSES": json.dumps(pauses),
+            "TRM_TEST_ARRIVALS": str(self.arrivals),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"{run_name}.compiled"),
+        }  # each compile takes its time
+        process = subprocess.Popen(
+            [
+                *self.inside,
+                sys.executable,
+                "tests/slow_train.py",
+                "--config",
+                str(self.config),
+                "--run_name",
+                run_name,
+                *flags,
+            ],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # a shell's background jobs ignore it
         process.arrivals = self.arrivals
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
         self.addCleanup(self.kill_group, process)
         return process
 
-    def begin_hosts(self, run_name, pauses, *flags, environments=({}, {}), inside=((), ()), address="127.0.0.1"):
+    def begin_hosts(
+        self, run_name, pauses, *flags, environments=({}, {}), inside=((), ()), address="127.0.0.1"
+    ):
         """`begin` on each of several hosts, with one worker each; that of rank 0 holds the store, as on a TPU slice."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            where = {"MASTER_ADDR": address, "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(len(environments))}
+            where = {
+                "MASTER_ADDR": address,
+                "MASTER_PORT": str(probe.getsockname()[1]),
+                "WORLD_SIZE": str(len(environments)),
+            }
         processes = []
         for rank, (environment, self.inside) in enumerate(zip(environments, inside, strict=True)):
             with mock.patch.dict(os.environ, {**where, "RANK": str(rank), **environment}):
@@ -68,7 +96,9 @@ class PreemptionTest(CommandTest):
             output, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             self.kill_group(process)
-            self.fail(f"still there {time.monotonic() - began:.0f} s after the signal: {process.communicate()[0]}")
+            self.fail(
+                f"still there {time.monotonic() - began:.0f} s after the signal: {process.communicate()[0]}"
+            )
         self.assertEqual(process.returncode, status, output)
         self.assertNotIn("Traceback", output)
         return output
@@ -100,7 +130,10 @@ class ShortRuns(PreemptionTest):
 
     def goes_on_as_unbroken(self, run_name):
         self.train("--run_name", run_name, "training.epochs=3")
-        self.same_content(load_checkpoint(self.checkpoint(run_name, 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
+        self.same_content(
+            load_checkpoint(self.checkpoint(run_name, 30)),
+            load_checkpoint(self.checkpoint("unbroken", 30)),
+        )
         self.assertEqual(self.records(run_name), self.records("unbroken"))
 
 
@@ -110,7 +143,9 @@ class OneWorker(ShortRuns):
         self.arrived(process, "train_step", 17)
         process.terminate()
         output = self.ends(process)
-        self.assertRegex(output, r"step \d+ of 30: stopped by SIGTERM; the last good checkpoint is ")
+        self.assertRegex(
+            output, r"step \d+ of 30: stopped by SIGTERM; the last good checkpoint is "
+        )
         self.assertGreaterEqual(self.newest("step"), 17)
         self.assertLess(self.newest("step"), 20)
         self.goes_on_as_unbroken("step")
@@ -134,7 +169,7 @@ class OneWorker(ShortRuns):
         process.send_signal(signal.SIGINT)
         while "interrupted: it saves" not in (line := process.stdout.readline()):
             self.assertTrue(line, "it ended too soon")
-        time.sleep(0.5)     # no finger is so fast that the main thread has not noted the first
+        time.sleep(0.5)  # no finger is so fast that the main thread has not noted the first
         process.send_signal(signal.SIGINT)
         self.assertIn("interrupted\n", self.ends(process, 130))
         self.assertEqual(self.newest("twice"), 14)
@@ -143,38 +178,76 @@ class OneWorker(ShortRuns):
 
     def test_interrupted_with_nothing_to_save(self):
         """As before the training begins, or in an evaluation of its own. A background job, which is told to ignore Ctrl-C, does so."""
-        code = ("import os, preemption, signal, time; preemption.listen(); preemption.listen_to_keyboard()\n"
-                "os.kill(os.getpid(), signal.SIGINT); time.sleep(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
-        for handler, status, says in ((signal.default_int_handler, 130, "SIGINT"), (signal.SIG_IGN, 143, "SIGTERM")):
-            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  preexec_fn=lambda: signal.signal(signal.SIGINT, handler), timeout=60)
-            self.assertEqual((done.returncode, done.stdout), (status, f"{says}: nothing is unsaved; status {status}\n"))
+        code = (
+            "import os, preemption, signal, time; preemption.listen(); preemption.listen_to_keyboard()\n"
+            "os.kill(os.getpid(), signal.SIGINT); time.sleep(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+        )
+        for handler, status, says in (
+            (signal.default_int_handler, 130, "SIGINT"),
+            (signal.SIG_IGN, 143, "SIGTERM"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+                timeout=60,
+            )
+            self.assertEqual(
+                (done.returncode, done.stdout),
+                (status, f"{says}: nothing is unsaved; status {status}\n"),
+            )
 
     def test_login_ends(self):
         """At a shutdown its processes get SIGTERM, and SIGHUP on its heels; where a terminal is closed, SIGHUP alone."""
-        for which, signals in (("SIGTERM", (signal.SIGTERM, signal.SIGHUP)), ("SIGHUP", (signal.SIGHUP,))):
+        for which, signals in (
+            ("SIGTERM", (signal.SIGTERM, signal.SIGHUP)),
+            ("SIGHUP", (signal.SIGHUP,)),
+        ):
             with self.subTest(which):
                 process = self.begin(which, {"train_step": 0.05})
                 self.arrived(process, "train_step", 17)
                 for number in signals:
                     process.send_signal(number)
-                self.assertIn(f"stopped by {which}; the last good checkpoint is ", self.ends(process))
+                self.assertIn(
+                    f"stopped by {which}; the last good checkpoint is ", self.ends(process)
+                )
                 self.assertTrue(17 <= self.newest(which) < 20)
 
     def test_login_ends_on_a_host_of_a_slice(self):
         """What tpu_host.sh starts ignores SIGHUP, and its supervisor lives on to write down how the training ended."""
-        python, home, arrivals = self.folder / "venv" / "bin" / "python", self.folder / "home", self.folder / "host.arrivals"
+        python, home, arrivals = (
+            self.folder / "venv" / "bin" / "python",
+            self.folder / "home",
+            self.folder / "host.arrivals",
+        )
         folder = home / "trm" / "runs" / "host"
         for made in (python.parent, folder):
             made.mkdir(parents=True)
         python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} tests/slow_train.py "$@"\n')
         python.chmod(0o755)
         arrivals.touch()
-        environment = {**os.environ, "HOME": str(home), "TRM_VENV": str(python.parent.parent), "PYTHONPATH": str(ROOT),
-                       "TRM_TEST_PAUSES": '{"train_step": 0.05}', "TRM_TEST_ARRIVALS": str(arrivals)}
+        environment = {
+            **os.environ,
+            "HOME": str(home),
+            "TRM_VENV": str(python.parent.parent),
+            "PYTHONPATH": str(ROOT),
+            "TRM_TEST_PAUSES": '{"train_step": 0.05}',
+            "TRM_TEST_ARRIVALS": str(arrivals),
+        }
         flags = ("--config", str(self.config), "--run_name", "host", "training.epochs=3")
-        supervisor = subprocess.Popen(["nohup", "bash", "scripts/tpu_host.sh", "supervise", "host", *flags], cwd=ROOT, env=environment, text=True,
-                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        supervisor = subprocess.Popen(
+            ["nohup", "bash", "scripts/tpu_host.sh", "supervise", "host", *flags],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self.addCleanup(supervisor.stdout.close)
         self.addCleanup(supervisor.wait)
         self.addCleanup(self.kill_group, supervisor)
@@ -244,7 +317,10 @@ class Notice(ShortRuns):
     def test_in_a_step(self):
         with MetadataServer() as server:
             output = self.told("step", server)
-            self.assertIn(f"stopped by the notice that {socket.gethostname()} is preempted; the last good checkpoint is ", output)
+            self.assertIn(
+                f"stopped by the notice that {socket.gethostname()} is preempted; the last good checkpoint is ",
+                output,
+            )
             self.assertTrue(17 <= self.newest("step") < 20)
             self.assertEqual(server.answers, [200, 200])
         with MetadataServer() as server, mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
@@ -254,9 +330,19 @@ class Notice(ShortRuns):
     def test_in_an_evaluation(self):
         """One of the host's two workers asks, and tells the other."""
         with MetadataServer() as server:
-            output = self.told("evaluation", server, "training.num_workers=2", pauses={"evaluate": 3600}, place="evaluate", count=1)
+            output = self.told(
+                "evaluation",
+                server,
+                "training.num_workers=2",
+                pauses={"evaluate": 3600},
+                place="evaluate",
+                count=1,
+            )
             for rank in range(2):
-                self.assertIn(f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; worker {rank} ends with status 143", output)
+                self.assertIn(
+                    f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; worker {rank} ends with status 143",
+                    output,
+                )
             self.assertEqual(server.answers, [200, 200])
             self.assertEqual(self.newest("evaluation"), 20)
 
@@ -265,11 +351,16 @@ class Notice(ShortRuns):
         with MetadataServer() as server, mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
             server.preempt()
             output = self.ends(self.begin("before", {"train_step": 0.05}))
-            self.assertIn(f"the notice that {socket.gethostname()} is preempted: nothing is unsaved", output)
+            self.assertIn(
+                f"the notice that {socket.gethostname()} is preempted: nothing is unsaved", output
+            )
             self.assertEqual(server.answers, [200])
 
     def test_of_a_server_that_is_restarted(self):
-        with MetadataServer(down=True) as server, mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
+        with (
+            MetadataServer(down=True) as server,
+            mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host),
+        ):
             process = self.begin("restarted", {"train_step": 0.5})
             server.wait_until(lambda: server.answers == [503, 503])
             server.come_up()
@@ -281,8 +372,12 @@ class Notice(ShortRuns):
 
     def test_of_nobody(self):
         """Nobody at that address, or somebody who is not Google's: nothing is said, and the training is the same."""
+
         def unmeasured(output, run_name):
-            return re.sub(r" +\d+ (ex|puzzles)/s|peak .* TFLOP/s", "", output.replace(f"/{run_name}", ""))
+            return re.sub(
+                r" +\d+ (ex|puzzles)/s|peak .* TFLOP/s", "", output.replace(f"/{run_name}", "")
+            )
+
         with MetadataServer() as gone, MetadataServer(flavor=None) as stranger:
             gone.__exit__()
             for name, server in (("gone", gone), ("stranger", stranger)):
@@ -291,28 +386,43 @@ class Notice(ShortRuns):
                     output = self.train("--run_name", name, "training.epochs=3")
                     self.assertEqual(unmeasured(output, name), unmeasured(self.output, "unbroken"))
                     self.assertEqual(set(server.answers), set() if server is gone else {200})
-                    self.same_content(load_checkpoint(self.checkpoint(name, 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
+                    self.same_content(
+                        load_checkpoint(self.checkpoint(name, 30)),
+                        load_checkpoint(self.checkpoint("unbroken", 30)),
+                    )
                     self.assertEqual(self.records(name), self.records("unbroken"))
 
     def test_to_one_host_of_two(self):
         """Both save, or have nothing to save, and both end."""
-        for place, count, says in (("train_step", 10, "stopped by {}; the last good checkpoint is "), ("evaluate", 1, "{}: nothing is unsaved; worker 0 ends")):
+        for place, count, says in (
+            ("train_step", 10, "stopped by {}; the last good checkpoint is "),
+            ("evaluate", 1, "{}: nothing is unsaved; worker 0 ends"),
+        ):
             with self.subTest(place), MetadataServer() as ours, MetadataServer() as theirs:
-                processes = self.begin_hosts(place, {"train_step": 0.1} if place == "train_step" else {"evaluate": 3600},
-                                             environments=[{"GCE_METADATA_HOST": server.host} for server in (ours, theirs)])
+                processes = self.begin_hosts(
+                    place,
+                    {"train_step": 0.1} if place == "train_step" else {"evaluate": 3600},
+                    environments=[{"GCE_METADATA_HOST": server.host} for server in (ours, theirs)],
+                )
                 for rank, process in enumerate(processes):
                     self.arrived(process, place, count, rank)
                 theirs.wait_until(lambda: theirs.waiting == 1)
                 theirs.preempt()
                 output, _ = map(self.ends, processes)
-                self.assertIn(says.format(f"the notice that {socket.gethostname()} is preempted"), output)
+                self.assertIn(
+                    says.format(f"the notice that {socket.gethostname()} is preempted"), output
+                )
                 self.assertEqual(self.newest(place) % 4, 0)
-                self.assertEqual(ours.answers, [200])       # and the other request is held to the end
+                self.assertEqual(ours.answers, [200])  # and the other request is held to the end
 
 
 class ManyWorkers(PreemptionTest):
     """Runs of 26 steps."""
-    WORKERS, FLAGS = 3, ("training.num_workers=3", "training.global_batch_size=9", "training.epochs=3")
+
+    WORKERS, FLAGS = (
+        3,
+        ("training.num_workers=3", "training.global_batch_size=9", "training.epochs=3"),
+    )
 
     def begin(self, run_name, pauses, *flags):
         return super().begin(run_name, pauses, *self.FLAGS, *flags)
@@ -330,12 +440,18 @@ class ManyWorkers(PreemptionTest):
         for whom in ("parent", "one", "all"):
             with self.subTest(whom):
                 name = f"step_{whom}"
-                self.assertIn("stopped by SIGTERM", self.check(name, "train_step", 10, {"train_step": 0.1}, whom))
+                self.assertIn(
+                    "stopped by SIGTERM",
+                    self.check(name, "train_step", 10, {"train_step": 0.1}, whom),
+                )
                 # a vote every four steps, read four steps later
                 self.assertEqual(self.newest(name) % 4, 0)
                 self.assertLessEqual(self.newest(name), 10 + 12)
                 self.train("--run_name", name, *self.FLAGS)
-                self.same_content(load_checkpoint(self.checkpoint(name, last)), load_checkpoint(self.checkpoint("unbroken", last)))
+                self.same_content(
+                    load_checkpoint(self.checkpoint(name, last)),
+                    load_checkpoint(self.checkpoint("unbroken", last)),
+                )
                 self.assertEqual(self.records(name), self.records("unbroken"))
 
     def test_in_an_evaluation(self):
@@ -347,7 +463,13 @@ class ManyWorkers(PreemptionTest):
 
     def test_while_they_start(self):
         """Of multiprocessing's two processes the one that forks the workers imports PyTorch; or the last worker is just there."""
-        for k, (processes, signals, status) in enumerate(((2, signal.SIGTERM, 143), (2, signal.SIGINT, 130), (2 + self.WORKERS, signal.SIGTERM, 143))):
+        for k, (processes, signals, status) in enumerate(
+            (
+                (2, signal.SIGTERM, 143),
+                (2, signal.SIGINT, 130),
+                (2 + self.WORKERS, signal.SIGTERM, 143),
+            )
+        ):
             with self.subTest(processes=processes, signals=signals):
                 process = self.begin(f"start_{k}", {})
                 while self.descendants(process.pid) < processes:
@@ -388,7 +510,9 @@ class OnXLA(PreemptionTest):
                 self.assertGreaterEqual(self.newest(f"step_{whom}"), 10)
 
     def test_in_a_compile(self):
-        process = self.begin("compile", {"train_step": 0}, "device=xla_cpu", "model.H_cycles=6", "model.L_cycles=8")
+        process = self.begin(
+            "compile", {"train_step": 0}, "device=xla_cpu", "model.H_cycles=6", "model.L_cycles=8"
+        )
         pid = self.arrived(process, "train_step", 1)
         time.sleep(0.5)
         os.kill(pid, signal.SIGTERM)
@@ -398,11 +522,20 @@ class OnXLA(PreemptionTest):
 
 class Interval(PreemptionTest):
     def test_minutes_make_checkpoints_too(self):
-        process = self.begin("minutes", {"train_step": 0.1}, "checkpoint.interval_steps=1000", "evaluation.interval_epochs=6", f"checkpoint.interval_minutes={2 / 60}",
-                             "checkpoint.keep_last_n=99")
+        process = self.begin(
+            "minutes",
+            {"train_step": 0.1},
+            "checkpoint.interval_steps=1000",
+            "evaluation.interval_epochs=6",
+            f"checkpoint.interval_minutes={2 / 60}",
+            "checkpoint.keep_last_n=99",
+        )
         output, _ = process.communicate(timeout=120)
         self.assertEqual(process.returncode, 0, output)
-        steps = sorted(int(path.stem.split("_")[-1]) for path in (self.folder / "runs" / "minutes" / "checkpoints").glob("*.json"))
+        steps = sorted(
+            int(path.stem.split("_")[-1])
+            for path in (self.folder / "runs" / "minutes" / "checkpoints").glob("*.json")
+        )
         self.assertEqual(steps[-1], 60)
         # sixty steps of a tenth of a second or more, a checkpoint every two seconds: some, and not at every step
         self.assertTrue(3 <= len(steps) <= 30, steps)

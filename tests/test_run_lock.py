@@ -1,4 +1,5 @@
 """The lock of a run's folder: one owner, none that is dead, and a loss that its former owner learns of."""
+
 import contextlib
 import io
 import json
@@ -17,7 +18,7 @@ from tests.gcs_server import GCSTest, Proxy
 from tests.helpers import ROOT, FolderTest
 from utils import RunFailure, UserError
 
-NEVER = 9999                # seconds between two renewals in tests that want none
+NEVER = 9999  # seconds between two renewals in tests that want none
 OWNER = """
 import contextlib, io, signal, sys, run_lock, storage, utils
 signal.alarm(120)
@@ -38,7 +39,7 @@ if pause:
 try:
     with contextlib.redirect_stderr(io.StringIO()):
         lock = run_lock.RunLock(folder, take_over, beat_seconds)
-except utils.UserError as error:
+except UserError as error:
     print("refused:", error, flush=True)
     sys.exit()
 print("held", flush=True)
@@ -46,7 +47,7 @@ for command in sys.stdin:
     try:
         eval(command)
         print("fine", flush=True)
-    except utils.RunFailure as error:
+    except RunFailure as error:
         print("lost:", error, flush=True)
 """
 
@@ -56,8 +57,14 @@ class Owner(subprocess.Popen):
     does anything about it, it says so and waits for a line."""
 
     def __init__(self, url, take_over=False, beat_seconds=NEVER, pause=False):
-        super().__init__([sys.executable, "-c", OWNER, url, str(take_over), str(beat_seconds), str(pause)], cwd=ROOT, text=True,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        super().__init__(
+            [sys.executable, "-c", OWNER, url, str(take_over), str(beat_seconds), str(pause)],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
 
     def says(self):
         return self.stdout.readline().strip()
@@ -80,7 +87,11 @@ class Clock:
 
     def __init__(self, during=None):
         self.waited, self.sleeps, self.during = 0.0, 0, during or {}
-        self.monotonic, self.strftime, self.gmtime = lambda: 1e6 + self.waited, time.strftime, time.gmtime
+        self.monotonic, self.strftime, self.gmtime = (
+            lambda: 1e6 + self.waited,
+            time.strftime,
+            time.gmtime,
+        )
 
     def sleep(self, seconds):
         self.waited += seconds
@@ -109,7 +120,10 @@ class LockTest(FolderTest):
     def timed(self, during=None, **options):
         """(the lock or the message of the refusal, the Clock, stderr)"""
         clock = Clock(during)
-        with mock.patch.object(run_lock, "time", clock), contextlib.redirect_stderr(io.StringIO()) as err:
+        with (
+            mock.patch.object(run_lock, "time", clock),
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             try:
                 result = self.take(**options)
             except UserError as error:
@@ -118,8 +132,16 @@ class LockTest(FolderTest):
 
     def leave(self, **changes):
         """Put the lock of a process there; unless changed, it is one with the same pid and start as this one."""
-        owner = {"token": "another", **run_lock._this_process(), "since": "2222-02-22 22:22:22 UTC", "beat": 1, **changes}
-        self.open().write(NAME, json.dumps({k: v for k, v in owner.items() if v != "left out"}).encode())
+        owner = {
+            "token": "another",
+            **run_lock._this_process(),
+            "since": "2222-02-22 22:22:22 UTC",
+            "beat": 1,
+            **changes,
+        }
+        self.open().write(
+            NAME, json.dumps({k: v for k, v in owner.items() if v != "left out"}).encode()
+        )
 
     def stored(self):
         return json.loads(self.open().read(NAME))
@@ -140,7 +162,7 @@ class Processes:
         self.assertEqual(owner.says(), "held")
         self.assertEqual(self.stored()["pid"], owner.pid)
         owner.kill()
-        os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)     # a zombie until end() waits for it
+        os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # a zombie until end() waits for it
         lock, clock, err = self.timed()
         lock.check(verify=True)
         self.assertEqual((clock.sleeps, err), (0, ""))
@@ -150,10 +172,18 @@ class Processes:
         owner = self.owner(beat_seconds=0.05)
         self.assertEqual(owner.says(), "held")
         message, clock, err = self.timed()
-        for text in (self.url + ": another training, ", f"process {owner.pid} on {os.uname().nodename} since {self.stored()['since']}",
-                     "one at a time", "wait until it has ended", "another --run_name", "--take_over"):
+        for text in (
+            self.url + ": another training, ",
+            f"process {owner.pid} on {os.uname().nodename} since {self.stored()['since']}",
+            "one at a time",
+            "wait until it has ended",
+            "another --run_name",
+            "--take_over",
+        ):
             self.assertIn(text, message)
-        self.assertTrue(run_lock.GRACE_SECONDS <= clock.waited < run_lock.GRACE_SECONDS + 1, clock.waited)
+        self.assertTrue(
+            run_lock.GRACE_SECONDS <= clock.waited < run_lock.GRACE_SECONDS + 1, clock.waited
+        )
         self.assertEqual((err, owner.ask("lock.check(verify=True)")), ("", "fine"))
         self.assertEqual(owner.ask("lock.release()"), "fine")
         self.assertEqual(self.timed()[1].sleeps, 0)
@@ -163,7 +193,9 @@ class Processes:
             with self.subTest(command):
                 owner = self.owner()
                 self.assertEqual(owner.says(), "held")
-                lock, clock, err = self.timed({2: owner.end if command == "kill" else lambda: owner.ask("lock.release()")})
+                lock, clock, err = self.timed(
+                    {2: owner.end if command == "kill" else lambda: owner.ask("lock.release()")}
+                )
                 lock.check(verify=True)
                 self.assertEqual((clock.sleeps, err), (2, ""))
                 lock.release()
@@ -175,15 +207,21 @@ class Processes:
                 self.assertEqual(owner.says(), "held")
                 lock, clock, err = self.timed(take_over=True, beat_seconds=NEVER)
                 self.assertEqual(clock.sleeps, 0)
-                self.assertRegex(err, rf"\A\S+/run.lock: taken over from process {owner.pid} on .*\n\Z")
+                self.assertRegex(
+                    err, rf"\A\S+/run.lock: taken over from process {owner.pid} on .*\n\Z"
+                )
                 if beat_seconds == NEVER:
-                    self.assertEqual(owner.ask("lock.check()"), "fine")         # it has not looked since
+                    self.assertEqual(owner.ask("lock.check()"), "fine")  # it has not looked since
                     self.assertIn("lost: ", owner.ask("lock.check(verify=True)"))
                 self.until(lambda: owner.ask("lock.check()") != "fine")
                 for command in ("lock.check()", "lock.check(verify=True)"):
-                    self.assertIn(f"run.lock was taken over by process {os.getpid()} on ", owner.ask(command))
+                    self.assertIn(
+                        f"run.lock was taken over by process {os.getpid()} on ", owner.ask(command)
+                    )
                 self.assertEqual(owner.ask("lock.release()"), "fine")
-                self.assertEqual(self.open().read_version(NAME)[1], lock.version)   # nothing of the loser's came after
+                self.assertEqual(
+                    self.open().read_version(NAME)[1], lock.version
+                )  # nothing of the loser's came after
                 lock.check(verify=True)
                 lock.release()
 
@@ -192,7 +230,11 @@ class Processes:
         self.assertEqual(live.says(), "held")
         with_owner, dead = self.open().read(NAME), self.owner()
         dead.end()
-        for case, content in (("nothing", None), ("dead", json.dumps({**json.loads(with_owner), "pid": dead.pid}).encode()), ("take over", with_owner)):
+        for case, content in (
+            ("nothing", None),
+            ("dead", json.dumps({**json.loads(with_owner), "pid": dead.pid}).encode()),
+            ("take over", with_owner),
+        ):
             with self.subTest(case):
                 self.open().delete(NAME)
                 if content:
@@ -204,7 +246,15 @@ class Processes:
                 said = [taker.says() for taker in takers]
                 winners = [taker for taker, text in zip(takers, said) if text == "held"]
                 self.assertEqual(len(winners), 1, said)
-                self.assertEqual(sum(f"process {winners[0].pid} on " in text for text in said if text.startswith("refused: ")), 2, said)
+                self.assertEqual(
+                    sum(
+                        f"process {winners[0].pid} on " in text
+                        for text in said
+                        if text.startswith("refused: ")
+                    ),
+                    2,
+                    said,
+                )
                 self.assertEqual(winners[0].ask("lock.check(verify=True)"), "fine")
                 winners[0].end()
 
@@ -223,7 +273,7 @@ class Processes:
         lock = self.take(beat_seconds=0.01)
         self.open().delete(NAME)
         lock.thread.join(30)
-        with mock.patch.object(lock, "folder", None):       # nothing more is asked of it
+        with mock.patch.object(lock, "folder", None):  # nothing more is asked of it
             for verify in (False, True):
                 self.assertRaisesRegex(RunFailure, "run.lock was deleted", lock.check, verify)
         self.assertEqual(self.open().list(), {})
@@ -259,7 +309,10 @@ class GCSLocks(Processes, GCSTest, LockTest):
             before = self.stored()["beat"]
             self.until(lambda: self.stored()["beat"] > before)
             lock.check(verify=True)
-        self.assertRegex(err.getvalue(), r"\Awarning: gs://\S+/run.lock could not be renewed \(.*Connection refused\); tried again every 0.02 s\n\Z")
+        self.assertRegex(
+            err.getvalue(),
+            r"\Awarning: gs://\S+/run.lock could not be renewed \(.*Connection refused\); tried again every 0.02 s\n\Z",
+        )
 
     def test_taken_over_while_out_of_reach(self):
         with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -268,9 +321,11 @@ class GCSLocks(Processes, GCSTest, LockTest):
                 self.until(lambda: "warning" in err.getvalue())
                 other_way = Proxy()
                 self.addCleanup(other_way.close)
-                with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{other_way.port}"}):
+                with mock.patch.dict(
+                    os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{other_way.port}"}
+                ):
                     new = self.take(take_over=True, beat_seconds=NEVER)
-                lock.check()        # it cannot know
+                lock.check()  # it cannot know
             lock.thread.join(30)
             self.assertRaisesRegex(RunFailure, "taken over by process", lock.check)
             lock.release()
@@ -297,12 +352,17 @@ class GCSLocks(Processes, GCSTest, LockTest):
         lock = self.take(beat_seconds=NEVER, folder=self.remote)
         with self.out_of_reach(), contextlib.redirect_stderr(io.StringIO()) as err:
             lock.release()
-        self.assertRegex(err.getvalue(), r"\Awarning: gs://\S+/run.lock could not be released \(.*Connection refused\); .*\n\Z")
+        self.assertRegex(
+            err.getvalue(),
+            r"\Awarning: gs://\S+/run.lock could not be released \(.*Connection refused\); .*\n\Z",
+        )
         self.assertEqual(self.stored()["token"], lock.owner["token"])
 
     def test_out_of_reach_at_the_start(self):
         with self.out_of_reach():
-            self.assertRaisesRegex(StorageError, "Connection refused", self.take, folder=self.remote)
+            self.assertRaisesRegex(
+                StorageError, "Connection refused", self.take, folder=self.remote
+            )
 
 
 class Judgements(LockTest):
@@ -310,19 +370,34 @@ class Judgements(LockTest):
 
     def setUp(self):
         super().setUp()
-        patch = mock.patch.object(run_lock, "_text", lambda path, text=run_lock._text: "this machine" if path == "/etc/machine-id" else text(path))
-        patch.start()       # containers often have no machine-id
+        patch = mock.patch.object(
+            run_lock,
+            "_text",
+            lambda path, text=run_lock._text: (
+                "this machine" if path == "/etc/machine-id" else text(path)
+            ),
+        )
+        patch.start()  # containers often have no machine-id
         self.addCleanup(patch.stop)
         self.ended = subprocess.Popen([sys.executable, "-c", ""])
         self.ended.wait()
 
-    ELSEWHERE = {"another host": {"host": "elsewhere"}, "its clock is behind": {"host": "elsewhere", "since": "1970-01-01 00:00:00 UTC"},
-                 "another machine of this name": {"boot": "another", "machine": "another"},
-                 "another container": {"namespace": "another"}, "without /proc": {"boot": None, "namespace": None, "start": None}}
+    ELSEWHERE = {
+        "another host": {"host": "elsewhere"},
+        "its clock is behind": {"host": "elsewhere", "since": "1970-01-01 00:00:00 UTC"},
+        "another machine of this name": {"boot": "another", "machine": "another"},
+        "another container": {"namespace": "another"},
+        "without /proc": {"boot": None, "namespace": None, "start": None},
+    }
     DAMAGED = (b"", b"not JSON", b"\xff\xfe", b"[]", b"3", b"{}", b'{"token": "another"}')
 
     def test_dead_here(self):
-        for case in ({"pid": self.ended.pid}, {"start": run_lock._this_process()["start"] - 1}, {"boot": "another"}, {"pid": 10 ** 30}):
+        for case in (
+            {"pid": self.ended.pid},
+            {"start": run_lock._this_process()["start"] - 1},
+            {"boot": "another"},
+            {"pid": 10**30},
+        ):
             with self.subTest(case):
                 self.leave(**case)
                 lock, clock, err = self.timed()
@@ -346,7 +421,13 @@ class Judgements(LockTest):
             with self.subTest(content=content):
                 self.open().write(NAME, content)
                 yield lambda: self.open().write(NAME, content + b" ")
-        for changes in ({"pid": "left out"}, {"since": "left out"}, {"pid": "12"}, {"token": ""}, {"token": 5}):
+        for changes in (
+            {"pid": "left out"},
+            {"since": "left out"},
+            {"pid": "12"},
+            {"token": ""},
+            {"token": 5},
+        ):
             with self.subTest(changes):
                 self.leave(**changes)
                 yield lambda: self.leave(**changes, beat=2)
@@ -357,7 +438,9 @@ class Judgements(LockTest):
             lock, clock, err = self.timed()
             lock.check(verify=True)
             self.assertTrue(30 <= clock.waited < 31, clock.waited)
-            self.assertRegex(err, r"\A\S+/run.lock: held by .+: watching for 30 s whether it is alive\n\Z")
+            self.assertRegex(
+                err, r"\A\S+/run.lock: held by .+: watching for 30 s whether it is alive\n\Z"
+            )
             cases += 1
         self.assertEqual(cases, 17)
         self.leave(host="elsewhere")
@@ -374,13 +457,26 @@ class Judgements(LockTest):
         started, text = run_lock._started, run_lock._text
 
         def without(name):
-            return mock.patch.object(run_lock, "_text", lambda path: None if name in path else text(path))
-        hidden = mock.patch.object(run_lock, "_started", lambda pid: started(pid) if pid == os.getpid() else None)
-        for case, patch, changes in (("hidden", hidden, {"pid": os.getppid()}), ("no /proc", without("/"), {"pid": self.ended.pid}),
-                                     ("no boot id", without("boot_id"), {}), ("no machine-id", without("machine-id"), {"boot": "another", "machine": None})):
+            return mock.patch.object(
+                run_lock, "_text", lambda path: None if name in path else text(path)
+            )
+
+        hidden = mock.patch.object(
+            run_lock, "_started", lambda pid: started(pid) if pid == os.getpid() else None
+        )
+        for case, patch, changes in (
+            ("hidden", hidden, {"pid": os.getppid()}),
+            ("no /proc", without("/"), {"pid": self.ended.pid}),
+            ("no boot id", without("boot_id"), {}),
+            ("no machine-id", without("machine-id"), {"boot": "another", "machine": None}),
+        ):
             for another_users in (False, True):
                 self.leave(**changes)
-                forbidden = mock.patch("os.kill", side_effect=PermissionError) if another_users else contextlib.nullcontext()
+                forbidden = (
+                    mock.patch("os.kill", side_effect=PermissionError)
+                    if another_users
+                    else contextlib.nullcontext()
+                )
                 with self.subTest(case, another_users=another_users), patch, forbidden:
                     lock, clock, _ = self.timed()
                     lock.check(verify=True)
@@ -413,7 +509,9 @@ class Judgements(LockTest):
         self.leave(host="elsewhere")
         lock, clock, _ = self.timed({55: lambda: self.leave(token="third", host="elsewhere")})
         lock.check(verify=True)
-        self.assertTrue(27.5 + 30 <= clock.waited < 27.5 + 31, clock.waited)        # it is watched from its beginning
+        self.assertTrue(
+            27.5 + 30 <= clock.waited < 27.5 + 31, clock.waited
+        )  # it is watched from its beginning
 
     def test_taken_over_wherever_it_is(self):
         for changes in ({}, *self.ELSEWHERE.values(), {"pid": "left out"}):
@@ -424,7 +522,7 @@ class Judgements(LockTest):
                 self.assertEqual(clock.sleeps, 0)
                 self.assertRegex(err, r"\A\S+/run.lock: taken over from .*\n\Z")
         lock.release()
-        self.assertEqual(self.timed(take_over=True)[2], "")     # from nobody
+        self.assertEqual(self.timed(take_over=True)[2], "")  # from nobody
 
     def changed_before_it_is_taken(self, **changes):
         """What comes of a takeover between whose look and replace_if the lock is changed."""
@@ -435,6 +533,7 @@ class Judgements(LockTest):
             folder.replace_if = replace_if
             self.leave(**changes)
             return replace_if(*args)
+
         folder.replace_if = late
         self.leave()
         return self.timed(folder=folder, take_over=True)
@@ -451,7 +550,11 @@ class Judgements(LockTest):
 class Renewals(LockTest):
     def failing(self, *failures):
         """(folder, done): replace_if raises what is listed, one a call, None: it works; then `done` is set."""
-        folder, left, done = self.open(), [None, *failures], threading.Event()     # None: of the first, that takes the lock
+        folder, left, done = (
+            self.open(),
+            [None, *failures],
+            threading.Event(),
+        )  # None: of the first, that takes the lock
         replace_if = folder.replace_if
 
         def scripted(*args):
@@ -460,18 +563,30 @@ class Renewals(LockTest):
             elif failure := left.pop(0):
                 raise failure
             return replace_if(*args)
+
         folder.replace_if = scripted
         return folder, done
 
     def test_one_warning_an_outage(self):
-        folder, done = self.failing(StorageError("out of reach"), OSError(28, "No space left"), StorageError("out of reach"), None,
-                                    UserError("permission denied"), OSError("other"))
+        folder, done = self.failing(
+            StorageError("out of reach"),
+            OSError(28, "No space left"),
+            StorageError("out of reach"),
+            None,
+            UserError("permission denied"),
+            OSError("other"),
+        )
         with contextlib.redirect_stderr(io.StringIO()) as err:
             lock = self.take(folder=folder, beat_seconds=0.005)
             self.assertTrue(done.wait(30))
         lock.check(verify=True)
-        self.assertEqual(err.getvalue(), "".join(f"warning: {self.url}/run.lock could not be renewed ({text}); tried again every 0.005 s\n"
-                                                 for text in ("out of reach", "permission denied")))
+        self.assertEqual(
+            err.getvalue(),
+            "".join(
+                f"warning: {self.url}/run.lock could not be renewed ({text}); tried again every 0.005 s\n"
+                for text in ("out of reach", "permission denied")
+            ),
+        )
 
     def test_a_mistake_in_the_thread_is_raised(self):
         lock = self.take(folder=self.failing(ZeroDivisionError("a mistake"))[0], beat_seconds=0.005)
@@ -481,11 +596,16 @@ class Renewals(LockTest):
 
     def test_check_asks_nothing(self):
         lock = self.take(beat_seconds=NEVER)
-        lock.folder = None      # any use of it would raise
+        lock.folder = None  # any use of it would raise
         lock.check()
 
     def test_release_waits_for_a_renewal_under_way(self):
-        folder, begun, looked, go_on = self.open(), threading.Event(), threading.Event(), threading.Event()
+        folder, begun, looked, go_on = (
+            self.open(),
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         lock = self.take(folder=folder, beat_seconds=0.005)
         replace_if, read_version = folder.replace_if, folder.read_version
         folder.replace_if = lambda *args: (begun.set(), go_on.wait(30), replace_if(*args))[-1]

@@ -1,4 +1,5 @@
 """Local folders and Cloud Storage behind one interface: nothing partial, one winner, faults outlived or told."""
+
 import contextlib
 import functools
 import hashlib
@@ -22,13 +23,18 @@ from storage import BackgroundSaver, StorageError, join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, FolderTest
 
-BIG = random.Random(0).randbytes(9 << 20)       # past 8 MiB the library uploads in another way (resumable)
-OBJECTS = "/o(/|[?]|$)"                         # requests about objects
+BIG = random.Random(0).randbytes(
+    9 << 20
+)  # past 8 MiB the library uploads in another way (resumable)
+OBJECTS = "/o(/|[?]|$)"  # requests about objects
 
 
 def printed(function):
     """(result, stdout, stderr) of a call."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         result = function()
     return result, out.getvalue(), err.getvalue()
 
@@ -42,7 +48,12 @@ class FolderContract:
     def test_round_trips(self):
         folder, file = self.open(), self.folder / "elsewhere" / "file"
         self.assertEqual(folder.list(), {})
-        contents = {"a": b"", "b/c.json": b"{}\r\n", "b/d/e": bytes(range(256)) * 999, "b/d/é ü?#%2F": b"x"}
+        contents = {
+            "a": b"",
+            "b/c.json": b"{}\r\n",
+            "b/d/e": bytes(range(256)) * 999,
+            "b/d/é ü?#%2F": b"x",
+        }
         for name, data in contents.items():
             folder.write(name, data)
             self.assertEqual(folder.read(name), data)
@@ -68,7 +79,11 @@ class FolderContract:
     def test_what_is_not_there(self):
         folder = self.open()
         folder.write("here", b"")
-        for call in (lambda: folder.read("not"), lambda: folder.read_version("not"), lambda: folder.get("not", self.folder / "file")):
+        for call in (
+            lambda: folder.read("not"),
+            lambda: folder.read_version("not"),
+            lambda: folder.get("not", self.folder / "file"),
+        ):
             with self.assertRaises(FileNotFoundError) as caught:
                 call()
             self.assertIn(join(self.url, "not"), str(caught.exception))
@@ -76,9 +91,26 @@ class FolderContract:
 
     def test_names_stay_inside(self):
         folder = self.open()
-        for name in ("", "/etc/passwd", "../x", "a/../../x", "a/..", "./x", "a//b", "a\\b", "a/", "a\0"):
-            for call in (lambda: folder.read(name), lambda: folder.write(name, b""), lambda: folder.create(name, b""), lambda: folder.delete(name),
-                         lambda: folder.put(__file__, name), lambda: folder.get(name, self.folder / "file")):
+        for name in (
+            "",
+            "/etc/passwd",
+            "../x",
+            "a/../../x",
+            "a/..",
+            "./x",
+            "a//b",
+            "a\\b",
+            "a/",
+            "a\0",
+        ):
+            for call in (
+                lambda: folder.read(name),
+                lambda: folder.write(name, b""),
+                lambda: folder.create(name, b""),
+                lambda: folder.delete(name),
+                lambda: folder.put(__file__, name),
+                lambda: folder.get(name, self.folder / "file"),
+            ):
                 self.user_error(call, repr(name), "lead out of the folder")
 
     def test_versions(self):
@@ -90,7 +122,7 @@ class FolderContract:
         second = folder.replace_if("lock", b"two", first)
         self.assertEqual(folder.read_version("lock"), (b"two", second))
         self.assertIsNone(folder.replace_if("lock", b"three", first))
-        folder.delete("lock", first)                    # the lock of another: stays
+        folder.delete("lock", first)  # the lock of another: stays
         self.assertEqual(folder.read("lock"), b"two")
         self.assertEqual(folder.list(), {"lock": 3})
         folder.delete("lock", second)
@@ -106,9 +138,17 @@ class FolderContract:
         def compete(k, call):
             start.wait(30)
             return k if call(folders[k], f"by {k}".encode()) else None
+
         with ThreadPoolExecutor(len(folders)) as threads:
-            for call in (lambda folder, data: folder.create("lock", data), lambda folder, data: folder.replace_if("lock", data, token)):
-                winners = [k for k in threads.map(compete, range(len(folders)), [call] * len(folders)) if k is not None]
+            for call in (
+                lambda folder, data: folder.create("lock", data),
+                lambda folder, data: folder.replace_if("lock", data, token),
+            ):
+                winners = [
+                    k
+                    for k in threads.map(compete, range(len(folders)), [call] * len(folders))
+                    if k is not None
+                ]
                 self.assertEqual(len(winners), 1)
                 data, token = folders[0].read_version("lock")
                 self.assertEqual(data, f"by {winners[0]}".encode())
@@ -143,10 +183,14 @@ class LocalFolders(FolderContract, FolderTest):
 
     def test_processes_compete(self):
         self.open().write("counter", b"0")
-        code = ("import sys, storage\nfolder, wins = storage.open_folder(sys.argv[1]), 0\n"
-                "while wins < 20:\n    data, token = folder.read_version('counter')\n"
-                "    wins += folder.replace_if('counter', b'%d' % (int(data) + 1), token) is not None\n")
-        processes = [subprocess.Popen([sys.executable, "-c", code, self.url], cwd=ROOT) for _ in range(3)]
+        code = (
+            "import sys, storage\nfolder, wins = storage.open_folder(sys.argv[1]), 0\n"
+            "while wins < 20:\n    data, token = folder.read_version('counter')\n"
+            "    wins += folder.replace_if('counter', b'%d' % (int(data) + 1), token) is not None\n"
+        )
+        processes = [
+            subprocess.Popen([sys.executable, "-c", code, self.url], cwd=ROOT) for _ in range(3)
+        ]
         self.assertEqual([process.wait(60) for process in processes], [0, 0, 0])
         self.assertEqual(self.open().read("counter"), b"60")
 
@@ -164,13 +208,26 @@ class Paths(FolderTest):
     def test_malformed(self):
         self.assertTrue(storage.is_remote("gs://bucket/x"))
         self.assertFalse(storage.is_remote(Path("/gs/x")))
-        for url in ("gs://", "gs:/bucket/x", Path("gs://bucket/x"), "gs://Bucket/x", "gs://b", "gs:bucket", "gs://bucket_/x", "gs:// bucket/x"):
+        for url in (
+            "gs://",
+            "gs:/bucket/x",
+            Path("gs://bucket/x"),
+            "gs://Bucket/x",
+            "gs://b",
+            "gs:bucket",
+            "gs://bucket_/x",
+            "gs:// bucket/x",
+        ):
             self.user_error(lambda: open_folder(url), repr(str(url)), "write gs://bucket/folder")
         self.user_error(lambda: open_folder("gs://bucket/a/../b"), "'a/../b'")
 
     def test_without_the_package(self):
         with mock.patch.dict(sys.modules, {"google.cloud.storage": None}):
-            self.user_error(lambda: open_folder("gs://bucket/x"), "gs://bucket/x", "pip install google-cloud-storage")
+            self.user_error(
+                lambda: open_folder("gs://bucket/x"),
+                "gs://bucket/x",
+                "pip install google-cloud-storage",
+            )
 
 
 class GCSFolders(FolderContract, GCSTest):
@@ -182,7 +239,9 @@ class Faults(GCSTest):
         super().setUp()
         self.remote = open_folder(self.url, deadline=20)
         # the waits between attempts are the library's; here they are short
-        patch = mock.patch("google.api_core.retry.retry_base.random.uniform", lambda low, high: 0.02)
+        patch = mock.patch(
+            "google.api_core.retry.retry_base.random.uniform", lambda low, high: 0.02
+        )
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -195,19 +254,24 @@ class Faults(GCSTest):
         """Every method, on an object that is there."""
         self.remote.write("a", b"content")
         token = self.remote.read_version("a")[1]
-        return {"list": lambda: self.assertEqual(self.remote.list(), {"a": 7}),
-                "read": lambda: self.assertEqual(self.remote.read("a"), b"content"),
-                "get": lambda: self.remote.get("a", self.folder / "got"),
-                "write": lambda: self.remote.write("b", b"1"),
-                "put": lambda: self.remote.put(self.file(), "c"),
-                "create": lambda: self.assertTrue(self.remote.create("d", b"1")),
-                "replace_if": lambda: self.assertTrue(self.remote.replace_if("a", b"1", token)),
-                "delete": lambda: self.remote.delete("b")}
+        return {
+            "list": lambda: self.assertEqual(self.remote.list(), {"a": 7}),
+            "read": lambda: self.assertEqual(self.remote.read("a"), b"content"),
+            "get": lambda: self.remote.get("a", self.folder / "got"),
+            "write": lambda: self.remote.write("b", b"1"),
+            "put": lambda: self.remote.put(self.file(), "c"),
+            "create": lambda: self.assertTrue(self.remote.create("d", b"1")),
+            "replace_if": lambda: self.assertTrue(self.remote.replace_if("a", b"1", token)),
+            "delete": lambda: self.remote.delete("b"),
+        }
 
     def test_passing_faults_are_outlived(self):
         for name, call in self.calls().items():
             with self.subTest(name):
-                faults = [self.proxy.fail("status", status, path=OBJECTS) for status in (503, 429, 500, 502, 504, 408)]
+                faults = [
+                    self.proxy.fail("status", status, path=OBJECTS)
+                    for status in (503, 429, 500, 502, 504, 408)
+                ]
                 call()
                 self.assertEqual([fault.times for fault in faults], [0] * 6)
         self.assertEqual(self.remote.list(), {"a": 1, "c": len(BIG), "d": 1})
@@ -217,9 +281,13 @@ class Faults(GCSTest):
         refused, real = threading.Event(), time.sleep
 
         def sleep(seconds):
-            refused.set()       # between two attempts
+            refused.set()  # between two attempts
             real(seconds)
-        with mock.patch("google.api_core.retry.retry_unary.time.sleep", sleep), ThreadPoolExecutor(1) as thread:
+
+        with (
+            mock.patch("google.api_core.retry.retry_unary.time.sleep", sleep),
+            ThreadPoolExecutor(1) as thread,
+        ):
             written = thread.submit(self.remote.write, "a", b"1")
             self.assertTrue(refused.wait(30))
             self.proxy.accept()
@@ -236,7 +304,9 @@ class Faults(GCSTest):
                 with self.assertRaises(StorageError) as caught:
                     call()
                 self.assertLess(time.monotonic() - began, 5)
-                self.assertIn("no success within 0.3 s, last: Connection refused", str(caught.exception))
+                self.assertIn(
+                    "no success within 0.3 s, last: Connection refused", str(caught.exception)
+                )
                 self.assertTrue(str(caught.exception).startswith(self.url), caught.exception)
 
     def test_a_silent_server_does_not_hold_us(self):
@@ -253,7 +323,13 @@ class Faults(GCSTest):
             for content in (BIG[:100_000], BIG):
                 if there:
                     self.remote.write(name, b"old")
-                fault = self.proxy.fail("cut_upload", 50_000, times=999, method="PUT" if content is BIG else "POST", path="/upload/")
+                fault = self.proxy.fail(
+                    "cut_upload",
+                    50_000,
+                    times=999,
+                    method="PUT" if content is BIG else "POST",
+                    path="/upload/",
+                )
                 with self.assertRaises(StorageError):
                     self.remote.put(self.file(content), name)
                 self.assertLess(fault.times, 999)
@@ -267,9 +343,14 @@ class Faults(GCSTest):
 
     def test_an_upload_damaged_on_its_way_is_refused(self):
         for content in (b"content", BIG):
-            with mock.patch.object(storage.GCSFolder, "_measured", lambda *_: (len(content), "AAAAAA==")):
-                self.assertRaisesRegex(StorageError, "damaged: Cloud Storage refused the request: HTTP 400",
-                                       lambda: self.remote.put(self.file(content), "damaged"))
+            with mock.patch.object(
+                storage.GCSFolder, "_measured", lambda *_: (len(content), "AAAAAA==")
+            ):
+                self.assertRaisesRegex(
+                    StorageError,
+                    "damaged: Cloud Storage refused the request: HTTP 400",
+                    lambda: self.remote.put(self.file(content), "damaged"),
+                )
         self.assertEqual(self.remote.list(), {})
 
     def test_an_upload_whose_session_ended_begins_again(self):
@@ -316,15 +397,26 @@ class Faults(GCSTest):
             self.remote.write("a", b"new")
             go_on.set()
             self.assertEqual(reading.result(30), b"new")
-        gone = self.proxy.fail("status", 404, path="alt=media.*generation=")     # what the real server says of a replaced version
+        gone = self.proxy.fail(
+            "status", 404, path="alt=media.*generation="
+        )  # what the real server says of a replaced version
         self.assertEqual((self.remote.read("a"), gone.times), (b"new", 0))
 
     def test_mistakes_are_told_at_once(self):
         calls = self.calls()
-        for status, says in ((403, "permission denied (storage.objects.foo)"), (401, "no valid Google credentials")):
+        for status, says in (
+            (403, "permission denied (storage.objects.foo)"),
+            (401, "no valid Google credentials"),
+        ):
             for name, call in calls.items():
                 with self.subTest(name, status=status):
-                    fault = self.proxy.fail("status", status, times=999, path=OBJECTS, message="x@y.z does not have storage.objects.foo access")
+                    fault = self.proxy.fail(
+                        "status",
+                        status,
+                        times=999,
+                        path=OBJECTS,
+                        message="x@y.z does not have storage.objects.foo access",
+                    )
                     message = self.user_error(call, self.url, says)
                     self.assertEqual(fault.times, 998)
                     self.assertNotIn("x@y.z", message)
@@ -341,14 +433,26 @@ class Faults(GCSTest):
 
     def test_no_credentials(self):
         from google.auth import exceptions
+
         error = exceptions.DefaultCredentialsError("File /secret/key.json was not found.")
         with mock.patch("google.auth.default", side_effect=error), mock.patch.dict(os.environ):
             del os.environ["STORAGE_EMULATOR_HOST"]
-            self.assertNotIn("secret", self.user_error(lambda: open_folder("gs://bucket/x"), "gs://bucket/x", "gcloud auth application-default login"))
+            self.assertNotIn(
+                "secret",
+                self.user_error(
+                    lambda: open_folder("gs://bucket/x"),
+                    "gs://bucket/x",
+                    "gcloud auth application-default login",
+                ),
+            )
 
     def test_credentials_without_a_project_will_do(self):
         from google.auth.credentials import AnonymousCredentials
-        with mock.patch("google.auth.default", return_value=(AnonymousCredentials(), None)), mock.patch.dict(os.environ):
+
+        with (
+            mock.patch("google.auth.default", return_value=(AnonymousCredentials(), None)),
+            mock.patch.dict(os.environ),
+        ):
             del os.environ["STORAGE_EMULATOR_HOST"]
             self.assertEqual(open_folder("gs://bucket/x").url, "gs://bucket/x")
 
@@ -359,7 +463,10 @@ class Faults(GCSTest):
         with self.assertRaises(StorageError) as caught:
             self.remote.put(self.file(), "a")
         self.assertTrue(self.proxy.count(path="upload_id="))
-        self.assertEqual(str(caught.exception), f"{self.url}/a: no success within 0.3 s, last: HTTP 503 Service Unavailable")
+        self.assertEqual(
+            str(caught.exception),
+            f"{self.url}/a: no success within 0.3 s, last: HTTP 503 Service Unavailable",
+        )
         self.assertTrue(caught.exception.__suppress_context__)
 
 
@@ -367,7 +474,13 @@ class Job:
     """A job that waits for `go_on` and then fails as told, once for each of `failures`."""
 
     def __init__(self, *failures, held=False):
-        self.failures, self.calls, self.begun, self.go_on, self.done = [*failures], 0, threading.Event(), threading.Event(), threading.Event()
+        self.failures, self.calls, self.begun, self.go_on, self.done = (
+            [*failures],
+            0,
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         if not held:
             self.go_on.set()
 
@@ -386,7 +499,7 @@ class Background(unittest.TestCase):
 
     def test_training_waits_only_for_the_job_before(self):
         first, second = Job(held=True), Job()
-        self.saver.submit(first)            # comes back although the job has not ended
+        self.saver.submit(first)  # comes back although the job has not ended
         self.assertTrue(first.begun.wait(30))
         with ThreadPoolExecutor(1) as thread:
             submitted = thread.submit(self.saver.submit, second)
@@ -396,7 +509,14 @@ class Background(unittest.TestCase):
         self.saver.finish()
         self.assertEqual((first.calls, second.calls, second.done.is_set()), (1, 1, True))
         self.saver.finish()
-        self.assertNotIn("saver", [thread.name for thread in threading.enumerate() if thread.is_alive() and not thread.daemon])
+        self.assertNotIn(
+            "saver",
+            [
+                thread.name
+                for thread in threading.enumerate()
+                if thread.is_alive() and not thread.daemon
+            ],
+        )
 
     def failed_once(self, job):
         self.saver.submit(job)
@@ -411,10 +531,14 @@ class Background(unittest.TestCase):
             self.saver.submit(job)
             self.assertTrue(job.done.wait(30))
             self.saver.finish()
+
         _, _, err = printed(save)
         self.assertEqual(job.calls, 4)
-        self.assertEqual(err, "warning: gs://b/a: out of reach; training goes on, and the save is tried again every 0.01 s\n"
-                              "the save that had failed has succeeded\n")
+        self.assertEqual(
+            err,
+            "warning: gs://b/a: out of reach; training goes on, and the save is tried again every 0.01 s\n"
+            "the save that had failed has succeeded\n",
+        )
 
     def test_finish_tries_once_more(self):
         job = Job(StorageError("first"), StorageError("second"))
@@ -426,45 +550,64 @@ class Background(unittest.TestCase):
 
     def test_a_newer_save_takes_the_place_of_a_failed_one(self):
         old, new = Job(StorageError("out of reach")), Job()
-        _, _, err = printed(lambda: (self.failed_once(old), self.saver.submit(new), self.saver.finish()))
+        _, _, err = printed(
+            lambda: (self.failed_once(old), self.saver.submit(new), self.saver.finish())
+        )
         self.assertIn("a newer save takes the place of the one that failed", err)
         self.assertEqual((old.calls, new.calls), (1, 1))
 
     def test_mistakes_and_bugs_are_raised_in_the_caller(self):
-        for error in (storage.UserError("permission denied"), ZeroDivisionError("a bug"), SystemExit(3)):
+        for error in (
+            storage.UserError("permission denied"),
+            ZeroDivisionError("a bug"),
+            SystemExit(3),
+        ):
             never = Job()
             self.failed_once(Job(error))
             self.assertRaises(type(error), self.saver.submit, never)
             self.assertEqual(never.calls, 0)
             self.saver.submit(Job(error))
             self.assertRaises(type(error), self.saver.finish)
-            self.saver.finish()             # told once
+            self.saver.finish()  # told once
 
     def test_finish_waits_no_longer_than_its_timeout(self):
         job = Job(held=True)
         self.saver.submit(job)
-        self.assertRaisesRegex(StorageError, "still under way after 0.05 s", lambda: self.saver.finish(0.05))
+        self.assertRaisesRegex(
+            StorageError, "still under way after 0.05 s", lambda: self.saver.finish(0.05)
+        )
         job.go_on.set()
         self.saver.finish()
         self.assertTrue(job.done.is_set())
 
     def test_the_process_can_end(self):
-        code = ("import storage, threading\nsaver = storage.BackgroundSaver()\nsaver.submit(print)\nsaver.finish()\n"
-                "saver.submit(threading.Event().wait)\n")
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True)
+        code = (
+            "import storage, threading\nsaver = storage.BackgroundSaver()\nsaver.submit(print)\nsaver.finish()\n"
+            "saver.submit(threading.Event().wait)\n"
+        )
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True
+        )
 
 
 class Datasets(GCSTest):
     def setUp(self):
         super().setUp()
         self.cache, self.remote = self.folder / "cache", open_folder(self.url)
-        self.files = {f"{split}/{name}": f"{split} {name}".encode() * 1000 for split in ("train", "test")
-                      for name in ("dataset.json", "all__inputs.npy", "all__labels.npy")}
+        self.files = {
+            f"{split}/{name}": f"{split} {name}".encode() * 1000
+            for split in ("train", "test")
+            for name in ("dataset.json", "all__inputs.npy", "all__labels.npy")
+        }
         self.files["identifiers.json"] = b'["<blank>"]'
         self.upload(**{"build_info.json": self.build_info()})
 
     def build_info(self, **wrong):
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items() if name.endswith(".npy")}
+        digests = {
+            name: hashlib.sha256(data).hexdigest()
+            for name, data in self.files.items()
+            if name.endswith(".npy")
+        }
         return json.dumps({"sha256": digests | wrong}).encode()
 
     def upload(self, **files):
@@ -479,16 +622,32 @@ class Datasets(GCSTest):
         return self.proxy.count("GET", "alt=media")
 
     def same(self, folder):
-        self.assertEqual({path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}, self.files)
+        self.assertEqual(
+            {
+                path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in folder.rglob("*")
+                if path.is_file()
+            },
+            self.files,
+        )
 
     def nothing_kept(self):
         """No folder of a whole dataset in the cache."""
-        self.assertEqual([path for path in self.cache.glob("*/*/*") if path.is_dir() and path.suffix != ".tmp"], [])
+        self.assertEqual(
+            [path for path in self.cache.glob("*/*/*") if path.is_dir() and path.suffix != ".tmp"],
+            [],
+        )
 
     def process(self):
         code = f"import dataset_cache\nprint(dataset_cache.local_dataset({self.url!r}))"
-        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRM_CACHE": str(self.cache)}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "TRM_CACHE": str(self.cache)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def test_a_local_path_is_left_alone(self):
         self.assertEqual(local_dataset("no/such/folder", self.cache), Path("no/such/folder"))
@@ -508,7 +667,9 @@ class Datasets(GCSTest):
         self.assertIn(f"{self.url} has changed: downloading", out)
         self.assertNotEqual(first, second)
         self.same(second)
-        self.assertEqual((first / "test/all__inputs.npy").read_bytes(), b"test all__inputs.npy" * 1000)     # a run may be reading it
+        self.assertEqual(
+            (first / "test/all__inputs.npy").read_bytes(), b"test all__inputs.npy" * 1000
+        )  # a run may be reading it
 
     def test_a_cache_that_lost_a_file_is_mended(self):
         folder, _, _ = printed(self.dataset)
@@ -533,7 +694,7 @@ class Datasets(GCSTest):
         held = self.proxy.fail("hold", release, path="test%2Fall__labels.npy.*alt=media")
         first = self.process()
         self.assertTrue(held.met.wait(60))
-        second = self.process()             # finds the lock taken, and waits
+        second = self.process()  # finds the lock taken, and waits
         first.send_signal(signal.SIGKILL)
         first.communicate(timeout=60)
         output, _ = second.communicate(timeout=60)
@@ -544,33 +705,50 @@ class Datasets(GCSTest):
     def test_a_failing_download_is_never_used(self):
         self.proxy.fail("corrupt", times=999, path="all__labels.npy.*alt=media")
         with mock.patch("dataset_cache.open_folder", functools.partial(open_folder, deadline=0.3)):
-            self.assertRaisesRegex(StorageError, "all__labels.npy.*not what is stored", lambda: printed(self.dataset))
+            self.assertRaisesRegex(
+                StorageError, "all__labels.npy.*not what is stored", lambda: printed(self.dataset)
+            )
         self.nothing_kept()
 
     def test_wrong_build_info(self):
-        for wrong, says in (({"train/all__inputs.npy": "0" * 64}, ("train/all__inputs.npy", "sha256")),
-                            ({"train/all__ratings.npy": "0" * 64}, ("train/all__ratings.npy", "missing")),
-                            ({"../../../evil.npy": "0" * 64}, ("'../../../evil.npy'", "lead out of the folder"))):
+        for wrong, says in (
+            ({"train/all__inputs.npy": "0" * 64}, ("train/all__inputs.npy", "sha256")),
+            ({"train/all__ratings.npy": "0" * 64}, ("train/all__ratings.npy", "missing")),
+            ({"../../../evil.npy": "0" * 64}, ("'../../../evil.npy'", "lead out of the folder")),
+        ):
             self.remote.write("build_info.json", self.build_info(**wrong))
             self.user_error(lambda: printed(self.dataset), *says)
             self.nothing_kept()
         self.remote.write("build_info.json", b"[]")
         self.user_error(lambda: printed(self.dataset), "build_info.json is damaged")
         self.nothing_kept()
-        self.remote.delete("build_info.json")       # datasets of the original have none
+        self.remote.delete("build_info.json")  # datasets of the original have none
         self.files.pop("build_info.json")
         self.same(printed(self.dataset)[0])
 
     def test_names_that_lead_out(self):
         # the emulator takes no such names: its listing is changed on the way
         self.remote.write("train/all__evil.npy", b"evil")
-        for name in ("../all__evil.npy", "x/../../all__evil.npy", "/etc/all__evil.npy", "..\\x/all__evil.npy"):
-            self.proxy.fail("replace", (b"/train/all__evil.npy", b"/" + json.dumps(name)[1:-1].encode()), path="prefix=")
+        for name in (
+            "../all__evil.npy",
+            "x/../../all__evil.npy",
+            "/etc/all__evil.npy",
+            "..\\x/all__evil.npy",
+        ):
+            self.proxy.fail(
+                "replace",
+                (b"/train/all__evil.npy", b"/" + json.dumps(name)[1:-1].encode()),
+                path="prefix=",
+            )
             self.user_error(lambda: printed(self.dataset), repr(name), "lead out of the folder")
         self.assertEqual((self.downloads(), list(self.folder.rglob("*evil*"))), (0, []))
 
     def test_no_dataset(self):
-        self.user_error(lambda: local_dataset(join(self.url, "train"), self.cache), f"{self.url}/train", "no dataset")
+        self.user_error(
+            lambda: local_dataset(join(self.url, "train"), self.cache),
+            f"{self.url}/train",
+            "no dataset",
+        )
         blocked = self.folder / "file"
         blocked.write_text("")
         self.user_error(lambda: local_dataset(self.url, blocked), str(blocked), "set TRM_CACHE")

@@ -2,6 +2,7 @@
 
 Real puzzles are read from TRM_REAL_DATA_DIR (default ../shared/data); without them two tests are skipped.
 """
+
 import csv
 import os
 import random
@@ -26,10 +27,17 @@ def count_by_brute_force(puzzle, limit):
     grid = [int(digit) for digit in puzzle]
 
     def clash(cell, digit):
-        return any(grid[other] == digit and other != cell and (
-            other // size == cell // size or other % size == cell % size
-            or (other // size // rows, other % size // columns) == (cell // size // rows, cell % size // columns))
-            for other in range(size * size))
+        return any(
+            grid[other] == digit
+            and other != cell
+            and (
+                other // size == cell // size
+                or other % size == cell % size
+                or (other // size // rows, other % size // columns)
+                == (cell // size // rows, cell % size // columns)
+            )
+            for other in range(size * size)
+        )
 
     def count(cell, budget):
         if cell == size * size:
@@ -51,7 +59,7 @@ def count_by_brute_force(puzzle, limit):
 
 class Rules(unittest.TestCase):
     def test_parse_and_format(self):
-        text = "1..4" "...." "0..." ".2.3"
+        text = "1..4....0....2.3"
         grid = sudoku.parse(text)
         self.assertEqual(grid.dtype, np.uint8)
         self.assertEqual(sudoku.format_grid(grid), text.replace("0", "."))
@@ -65,23 +73,26 @@ class Rules(unittest.TestCase):
             grid = np.frombuffer(sudoku.random_solution(size, rng), np.uint8)
             square = grid.reshape(size, size)
             # Rows and columns are right, boxes are not.
-            shifted = np.array([[(r + c) % size + 1 for c in range(size)] for r in range(size)], np.uint8)
+            shifted = np.array(
+                [[(r + c) % size + 1 for c in range(size)] for r in range(size)], np.uint8
+            )
             twice_in_row = square.copy()
             twice_in_row[0, [0, 1]] = square[0, 1]
-            swapped_cells = square.copy()      # keeps the row, breaks two columns
+            swapped_cells = square.copy()  # keeps the row, breaks two columns
             swapped_cells[0, [0, 1]] = square[0, [1, 0]]
             zero, large = grid.copy(), grid.copy()
             zero[3], large[3] = 0, size + 1
-            cases = np.stack([grid, *(g.ravel() for g in (shifted, twice_in_row, swapped_cells)),
-                              zero, large])
+            cases = np.stack(
+                [grid, *(g.ravel() for g in (shifted, twice_in_row, swapped_cells)), zero, large]
+            )
             self.assertEqual(sudoku.is_solved(cases).tolist(), [True] + [False] * 5)
 
     def test_conflicts(self):
         empty = np.zeros((4, 36), np.uint8)
-        empty[0, [0, 5]] = 3       # row
-        empty[1, [0, 30]] = 3      # column
-        empty[2, [0, 8]] = 3       # box: 2 rows of 3 columns
-        empty[3, [0, 13]] = 3      # neighbouring box: fine
+        empty[0, [0, 5]] = 3  # row
+        empty[1, [0, 30]] = 3  # column
+        empty[2, [0, 8]] = 3  # box: 2 rows of 3 columns
+        empty[3, [0, 13]] = 3  # neighbouring box: fine
         self.assertEqual(sudoku.has_conflict(empty).tolist(), [True, True, True, False])
 
     def test_symmetries_keep_the_rules(self):
@@ -89,9 +100,15 @@ class Rules(unittest.TestCase):
         for size in (4, 6, 9):
             grid = np.frombuffer(sudoku.random_solution(size, random.Random(1)), np.uint8)
             puzzle = np.where(np.arange(size * size) % 3 == 0, grid, 0).astype(np.uint8)
-            for shift in (0, 1):      # this module's codes, and a dataset's
-                pairs = np.repeat(sudoku.paired(puzzle[None] + np.uint8(shift), grid[None] + np.uint8(shift)), 200, 0)
-                puzzles, solutions = (a - shift for a in sudoku.SudokuAugmenter(size, 1 + shift)(pairs, draws))
+            for shift in (0, 1):  # this module's codes, and a dataset's
+                pairs = np.repeat(
+                    sudoku.paired(puzzle[None] + np.uint8(shift), grid[None] + np.uint8(shift)),
+                    200,
+                    0,
+                )
+                puzzles, solutions = (
+                    a - shift for a in sudoku.SudokuAugmenter(size, 1 + shift)(pairs, draws)
+                )
                 self.assertTrue(sudoku.is_solved(solutions).all())
                 self.assertTrue(((puzzles == 0) | (puzzles == solutions)).all())
                 self.assertTrue(((puzzles > 0).sum(1) == (puzzle > 0).sum()).all())

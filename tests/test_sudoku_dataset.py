@@ -1,4 +1,5 @@
 """Datasets built by scripts/build_sudoku_dataset.py: content, refusals, interruptions."""
+
 import contextlib
 import csv
 import errno
@@ -37,8 +38,11 @@ SMALL = ["--generate", "--size", "4", "--num_train", "30", "--num_test", "10", "
 def build(*arguments):
     """Runs the script in this process: (status, stdout, stderr). Anything but an exit is an error."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["build", *map(str, arguments)]), \
-            contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with (
+        mock.patch.object(sys, "argv", ["build", *map(str, arguments)]),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
         try:
             run_cli(script.main)
         except SystemExit as stop:
@@ -46,13 +50,17 @@ def build(*arguments):
 
 
 def load(folder):
-    return {path.stem.removeprefix("all__"): np.load(path) for path in Path(folder).glob("all__*.npy")}
+    return {
+        path.stem.removeprefix("all__"): np.load(path) for path in Path(folder).glob("all__*.npy")
+    }
 
 
 def fingerprint(folder):
     """Hash of every array; also fails where build_info.json and the arrays disagree."""
-    found = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-             for path in sorted(Path(folder).glob("*/*.npy"))}
+    found = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(folder).glob("*/*.npy"))
+    }
     assert found == json.loads((Path(folder) / "build_info.json").read_text())["sha256"]
     return found
 
@@ -82,14 +90,32 @@ class Layout(Folder):
         arrays, cells = load(self.out / split), size * size
         rows = puzzles * group
         metadata = json.loads((self.out / split / "dataset.json").read_text())
-        self.assertEqual(metadata, {
-            "pad_id": 0, "ignore_label_id": 0, "blank_identifier_id": 0, "vocab_size": size + 2, "seq_len": cells,
-            "num_puzzle_identifiers": 1, "total_groups": puzzles, "mean_puzzle_examples": 1,
-            "total_puzzles": puzzles, "sets": ["all"]})
-        self.assertEqual({name: (array.dtype.name, array.shape) for name, array in arrays.items()}, {
-            "inputs": ("uint8", (rows, cells)), "labels": ("uint8", (rows, cells)),
-            "puzzle_identifiers": ("int32", (rows,)), "puzzle_indices": ("int32", (rows + 1,)),
-            "group_indices": ("int32", (puzzles + 1,)), "ratings": ("int32", (rows,))})
+        self.assertEqual(
+            metadata,
+            {
+                "pad_id": 0,
+                "ignore_label_id": 0,
+                "blank_identifier_id": 0,
+                "vocab_size": size + 2,
+                "seq_len": cells,
+                "num_puzzle_identifiers": 1,
+                "total_groups": puzzles,
+                "mean_puzzle_examples": 1,
+                "total_puzzles": puzzles,
+                "sets": ["all"],
+            },
+        )
+        self.assertEqual(
+            {name: (array.dtype.name, array.shape) for name, array in arrays.items()},
+            {
+                "inputs": ("uint8", (rows, cells)),
+                "labels": ("uint8", (rows, cells)),
+                "puzzle_identifiers": ("int32", (rows,)),
+                "puzzle_indices": ("int32", (rows + 1,)),
+                "group_indices": ("int32", (puzzles + 1,)),
+                "ratings": ("int32", (rows,)),
+            },
+        )
         self.assertFalse(arrays["puzzle_identifiers"].any())
         self.assertEqual(arrays["puzzle_indices"].tolist(), list(range(rows + 1)))
         self.assertEqual(arrays["group_indices"].tolist(), list(range(0, rows + 1, group)))
@@ -105,37 +131,68 @@ class Layout(Folder):
 
     def test_generated_sizes(self):
         for size, clues in [(4, ["min"]), (6, ["12", "18"]), (9, ["30", "40"])]:
-            self.built("--generate", "--size", size, "--num_train", 20, "--num_test", 10, "--val_size", 5,
-                       "--clues", *clues, "--overwrite")
+            self.built(
+                "--generate",
+                "--size",
+                size,
+                "--num_train",
+                20,
+                "--num_test",
+                10,
+                "--val_size",
+                5,
+                "--clues",
+                *clues,
+                "--overwrite",
+            )
             self.assertEqual(json.loads((self.out / "identifiers.json").read_text()), ["<blank>"])
-            self.assertEqual(sorted(os.listdir(self.out)),
-                             ["build_info.json", "identifiers.json", "test", "train", "val"])
+            self.assertEqual(
+                sorted(os.listdir(self.out)),
+                ["build_info.json", "identifiers.json", "test", "train", "val"],
+            )
             for split, puzzles in [("train", 15), ("test", 10), ("val", 5)]:
                 arrays = self.check_split(split, size, puzzles, 1)
                 if clues != ["min"]:
                     given = (arrays["inputs"] > 1).sum(1)
-                    self.assertTrue((given >= int(clues[0])).all() and (given <= int(clues[1])).all())
+                    self.assertTrue(
+                        (given >= int(clues[0])).all() and (given <= int(clues[1])).all()
+                    )
                     self.assertGreater(len(set(given)), 1)
             fingerprint(self.out)
         self.assertEqual(os.listdir(self.folder), ["out"])
 
     def test_augmented_groups(self):
         for size in (6, 9):
-            self.built("--generate", "--size", size, "--num_train", 6, "--num_test", 3, "--num_aug", 4,
-                       "--clues", 15 if size == 6 else 32, 20 if size == 6 else 40, "--overwrite")
+            self.built(
+                "--generate",
+                "--size",
+                size,
+                "--num_train",
+                6,
+                "--num_test",
+                3,
+                "--num_aug",
+                4,
+                "--clues",
+                15 if size == 6 else 32,
+                20 if size == 6 else 40,
+                "--overwrite",
+            )
             arrays = self.check_split("train", size, 6, 5)
             self.check_split("test", size, 3, 1)
             for first in range(0, 30, 5):
-                group = arrays["inputs"][first:first + 5]
+                group = arrays["inputs"][first : first + 5]
                 self.assertEqual(len(np.unique(group, axis=0)), 5)
                 self.assertEqual(len(set((group > 1).sum(1))), 1)
                 # A symmetry keeps how often each digit occurs, up to the names of the digits.
                 profiles = [sorted(np.bincount(row, minlength=size + 2)[2:]) for row in group]
                 self.assertTrue(all(profile == profiles[0] for profile in profiles))
-                self.assertEqual(len(set(arrays["ratings"][first:first + 5])), 1)
+                self.assertEqual(len(set(arrays["ratings"][first : first + 5])), 1)
 
     def test_splits_share_nothing_though_4x4_grids_are_few(self):
-        self.built("--generate", "--size", 4, "--num_train", 600, "--num_test", 100, "--val_size", 50)
+        self.built(
+            "--generate", "--size", 4, "--num_train", 600, "--num_test", 100, "--val_size", 50
+        )
         splits = [load(self.out / name) for name in ("train", "test", "val")]
         for key in ("inputs", "labels"):
             sets = [{row.tobytes() for row in split[key]} for split in splits]
@@ -144,9 +201,13 @@ class Layout(Folder):
                 self.assertEqual([len(s) for s in sets], [550, 100, 50])
 
     def test_min_guesses(self):
-        self.built("--generate", "--num_train", 3, "--num_test", 2, "--min_guesses", 4, "--num_workers", 1)
+        self.built(
+            "--generate", "--num_train", 3, "--num_test", 2, "--min_guesses", 4, "--num_workers", 1
+        )
         for split in ("train", "test"):
-            for row, rating in zip(load(self.out / split)["inputs"], load(self.out / split)["ratings"]):
+            for row, rating in zip(
+                load(self.out / split)["inputs"], load(self.out / split)["ratings"]
+            ):
                 self.assertEqual(sudoku.solve(row - 1).guesses, rating)
                 self.assertGreaterEqual(rating, 4)
 
@@ -154,9 +215,31 @@ class Layout(Folder):
         hashes = []
         for seed, workers in [(5, 1), (5, 2), (5, 3), (6, 1)]:
             out = self.folder / f"{seed}-{workers}"
-            run = subprocess.run([sys.executable, SCRIPT, "--output_dir", out, "--generate", "--size", "6",
-                                  "--num_train", "90", "--num_test", "30", "--num_aug", "2", "--val_size", "10",
-                                  "--seed", str(seed), "--num_workers", str(workers)], capture_output=True, text=True)
+            run = subprocess.run(
+                [
+                    sys.executable,
+                    SCRIPT,
+                    "--output_dir",
+                    out,
+                    "--generate",
+                    "--size",
+                    "6",
+                    "--num_train",
+                    "90",
+                    "--num_test",
+                    "30",
+                    "--num_aug",
+                    "2",
+                    "--val_size",
+                    "10",
+                    "--seed",
+                    str(seed),
+                    "--num_workers",
+                    str(workers),
+                ],
+                capture_output=True,
+                text=True,
+            )
             self.assertEqual(run.returncode, 0, run.stderr)
             self.assertEqual(run.stderr, "")
             hashes.append(fingerprint(out))
@@ -169,7 +252,10 @@ class FromCsv(Folder):
     @classmethod
     def setUpClass(cls):
         rows = sudoku_sources.generate_chunk((9, [30, 40], 0, 0, 60))
-        cls.rows = [["made", sudoku.format_grid(p), sudoku.format_grid(s), str(i)] for i, (p, s, _) in enumerate(rows)]
+        cls.rows = [
+            ["made", sudoku.format_grid(p), sudoku.format_grid(s), str(i)]
+            for i, (p, s, _) in enumerate(rows)
+        ]
 
     def write(self, name, rows, header=("source", "question", "answer", "rating")):
         path = self.folder / name
@@ -178,8 +264,14 @@ class FromCsv(Folder):
         return path
 
     def sources(self, train=None, test=None):
-        return ["--train_csv", self.write("train.csv", self.rows[:40] if train is None else train),
-                "--test_csv", self.write("test.csv", self.rows[40:] if test is None else test), "--num_workers", 1]
+        return [
+            "--train_csv",
+            self.write("train.csv", self.rows[:40] if train is None else train),
+            "--test_csv",
+            self.write("test.csv", self.rows[40:] if test is None else test),
+            "--num_workers",
+            1,
+        ]
 
     def expected(self, rows, column):
         return [(sudoku.parse(row[column]) + 1).tolist() for row in rows]
@@ -193,40 +285,82 @@ class FromCsv(Folder):
             self.assertEqual(arrays["ratings"].tolist(), [int(row[3]) for row in rows])
 
     def test_subsample_val_and_difficulty(self):
-        self.built(*self.sources(), "--subsample_size", 12, "--val_size", 8, "--min_difficulty", 5, "--seed", 3)
+        self.built(
+            *self.sources(),
+            "--subsample_size",
+            12,
+            "--val_size",
+            8,
+            "--min_difficulty",
+            5,
+            "--seed",
+            3,
+        )
         train, val, test = (load(self.out / name) for name in ("train", "val", "test"))
-        self.assertEqual((len(train["inputs"]), len(val["inputs"]), len(test["inputs"])), (12, 8, 20))
+        self.assertEqual(
+            (len(train["inputs"]), len(val["inputs"]), len(test["inputs"])), (12, 8, 20)
+        )
         self.assertTrue(min(train["ratings"].min(), val["ratings"].min()) >= 5)
-        ratings = [set(split["ratings"].tolist()) for split in (train, val, test)]  # here the row numbers
+        ratings = [
+            set(split["ratings"].tolist()) for split in (train, val, test)
+        ]  # here the row numbers
         self.assertFalse(ratings[0] & ratings[1])
         self.assertTrue(ratings[0] | ratings[1] <= set(range(40)))
         self.assertEqual(ratings[2], set(range(40, 60)))
-        self.built(*self.sources(), "--subsample_size", 12, "--val_size", 8, "--min_difficulty", 5, "--seed", 4,
-                   "--overwrite")
+        self.built(
+            *self.sources(),
+            "--subsample_size",
+            12,
+            "--val_size",
+            8,
+            "--min_difficulty",
+            5,
+            "--seed",
+            4,
+            "--overwrite",
+        )
         self.assertNotEqual(ratings[0], set(load(self.out / "train")["ratings"].tolist()))
         self.built(*self.sources(), "--min_difficulty", 5, "--overwrite")
         self.assertEqual(load(self.out / "train")["ratings"].tolist(), list(range(5, 40)))
-        self.refused(*self.sources(), "--subsample_size", 41, "--overwrite", says=["--subsample_size 41", "only 40"])
-        self.refused(*self.sources(), "--val_size", 41, "--overwrite", says=["--val_size 41", "only 40"])
-        self.refused(*self.sources(), "--min_difficulty", 99, "--overwrite", says=["--min_difficulty"])
+        self.refused(
+            *self.sources(),
+            "--subsample_size",
+            41,
+            "--overwrite",
+            says=["--subsample_size 41", "only 40"],
+        )
+        self.refused(
+            *self.sources(), "--val_size", 41, "--overwrite", says=["--val_size 41", "only 40"]
+        )
+        self.refused(
+            *self.sources(), "--min_difficulty", 99, "--overwrite", says=["--min_difficulty"]
+        )
 
     def test_no_solution_of_val_stays_in_train(self):
         # Two puzzles of each solution: one with a clue more.
         twins = []
         for row in self.rows[:20]:
             cell = row[1].index(".")
-            twins.append(["twin", row[1][:cell] + row[2][cell] + row[1][cell + 1:], *row[2:]])
+            twins.append(["twin", row[1][:cell] + row[2][cell] + row[1][cell + 1 :], *row[2:]])
         self.built(*self.sources(self.rows[:20] + twins), "--val_size", 6)
-        train, val = ({row.tobytes() for row in load(self.out / name)["labels"]} for name in ("train", "val"))
+        train, val = (
+            {row.tobytes() for row in load(self.out / name)["labels"]} for name in ("train", "val")
+        )
         self.assertFalse(train & val)
         self.assertEqual(len(train | val), 20)
 
     def test_duplicates_and_overlap_are_counted(self):
         said = self.built(*self.sources(self.rows[:40] + self.rows[:3], self.rows[38:50]))
         self.assertIn("duplicate puzzles within train: 3", said)
-        self.assertIn("test puzzles also in train: 2; test puzzles whose solution is a train solution: 2", said)
+        self.assertIn(
+            "test puzzles also in train: 2; test puzzles whose solution is a train solution: 2",
+            said,
+        )
         overlap = json.loads((self.out / "build_info.json").read_text())["overlap"]
-        self.assertEqual(overlap, {"train_duplicates": 3, "test_puzzles_in_train": 2, "test_solutions_in_train": 2})
+        self.assertEqual(
+            overlap,
+            {"train_duplicates": 3, "test_puzzles_in_train": 2, "test_solutions_in_train": 2},
+        )
 
     def bad_rows(self):
         source, question, answer, rating = self.rows[0]
@@ -238,11 +372,20 @@ class FromCsv(Folder):
             ([source, question, answer + "1", rating], "answer has 82 characters instead of 81"),
             ([source, "x" + question[1:], answer, rating], "question has a character other than"),
             ([source, "é" + question[1:], answer, rating], "question has a character other than"),
-            ([source, question, "." + answer[1:], rating], "answer has a character other than 1..9"),
+            (
+                [source, question, "." + answer[1:], rating],
+                "answer has a character other than 1..9",
+            ),
             ([source, row[0] * 2 + "." * 79, answer, rating], "givens hold a digit twice"),
             ([source, "." * 80 + answer[80], row * 9, rating], "answer holds a digit twice"),
-            ([source, question, row[1] + row[0] + answer[2:], rating], "answer holds a digit twice"),
-            ([source, "." * given + other + "." * (80 - given), answer, rating], "answer does not keep the givens"),
+            (
+                [source, question, row[1] + row[0] + answer[2:], rating],
+                "answer holds a digit twice",
+            ),
+            (
+                [source, "." * given + other + "." * (80 - given), answer, rating],
+                "answer does not keep the givens",
+            ),
             ([source, question, answer, "hard"], "rating 'hard' is not a whole number"),
             ([source, question, answer, "-1"], "rating '-1' is not a whole number"),
             ([source, question, answer], "3 columns instead of 4"),
@@ -256,12 +399,16 @@ class FromCsv(Folder):
                     continue
                 with self.subTest(reason, where=where):
                     rows = self.rows[:4] + [bad] + self.rows[4:8]
-                    sources = self.sources(**{"test": self.rows[50:52], "train": self.rows[52:54], where: rows})
+                    sources = self.sources(
+                        **{"test": self.rows[50:52], "train": self.rows[52:54], where: rows}
+                    )
                     self.refused(*sources, says=[f"{where}.csv:6: ", reason, "--skip_bad"])
                     self.assertFalse(self.out.exists())
                     said = self.built(*sources, "--skip_bad")
                     self.assertIn(f"{where}.csv:6: ", said)
-                    self.assertEqual(load(self.out / where)["inputs"].tolist(), self.expected(self.rows[:8], 1))
+                    self.assertEqual(
+                        load(self.out / where)["inputs"].tolist(), self.expected(self.rows[:8], 1)
+                    )
                     shutil.rmtree(self.out)
 
     def test_bad_rows_are_replaced_in_a_subsample(self):
@@ -278,7 +425,9 @@ class FromCsv(Folder):
 
     def test_files_that_are_no_such_csv(self):
         sources = self.sources()
-        sources[1] = self.write("train.csv", self.rows[:5], ("source", "puzzle", "answer", "rating"))
+        sources[1] = self.write(
+            "train.csv", self.rows[:5], ("source", "puzzle", "answer", "rating")
+        )
         self.refused(*sources, says=["no column question", "source,question,answer,rating"])
         sources[1] = self.folder / "absent.csv"
         self.refused(*sources, says=["absent.csv", "No such file"])
@@ -290,27 +439,31 @@ class FromCsv(Folder):
 class Mistakes(Folder):
     def test_arguments(self):
         for arguments, text in [
-                (["--generate", "--num_train", "5"], "--num_test"),
-                (["--num_train", "5"], "needs --generate"),
-                (SMALL + ["--subsample_size", "5"], "cannot go with --generate"),
-                (SMALL + ["--skip_bad"], "cannot go with --generate"),
-                (SMALL + ["--val_size", "30"], "--val_size 30"),
-                (SMALL + ["--clues", "3", "9"], "4 <= MIN <= MAX <= 16"),
-                (SMALL + ["--clues", "9", "5"], "--clues 9 5"),
-                (SMALL + ["--clues", "few"], "MIN MAX"),
-                (SMALL + ["--num_aug", "-1"], "--num_aug -1"),
-                (SMALL + ["--num_workers", "0"], "--num_workers 0"),
-                (SMALL + ["--seed", "x"], "--seed"), (SMALL + ["--seed", str(2**63)], "below 2^63"),
-                (SMALL[:1] + ["--size", "5"], "--size"),
-                (["--train_csv", "x.csv"], "go together"),
-                (["--size", "4"], "Sudoku-Extreme is 9x9")]:
+            (["--generate", "--num_train", "5"], "--num_test"),
+            (["--num_train", "5"], "needs --generate"),
+            (SMALL + ["--subsample_size", "5"], "cannot go with --generate"),
+            (SMALL + ["--skip_bad"], "cannot go with --generate"),
+            (SMALL + ["--val_size", "30"], "--val_size 30"),
+            (SMALL + ["--clues", "3", "9"], "4 <= MIN <= MAX <= 16"),
+            (SMALL + ["--clues", "9", "5"], "--clues 9 5"),
+            (SMALL + ["--clues", "few"], "MIN MAX"),
+            (SMALL + ["--num_aug", "-1"], "--num_aug -1"),
+            (SMALL + ["--num_workers", "0"], "--num_workers 0"),
+            (SMALL + ["--seed", "x"], "--seed"),
+            (SMALL + ["--seed", str(2**63)], "below 2^63"),
+            (SMALL[:1] + ["--size", "5"], "--size"),
+            (["--train_csv", "x.csv"], "go together"),
+            (["--size", "4"], "Sudoku-Extreme is 9x9"),
+        ]:
             with self.subTest(arguments):
                 self.refused(*arguments, says=[text])
                 self.assertEqual(os.listdir(self.folder), [])
 
     def test_more_puzzles_than_there_are(self):
         with mock.patch.object(sudoku_sources, "MAX_REJECTED", 500):
-            self.refused(*SMALL, "--clues", 16, 16, "--num_train", 400, says=["train", "lower the numbers"])
+            self.refused(
+                *SMALL, "--clues", 16, 16, "--num_train", 400, says=["train", "lower the numbers"]
+            )
             self.refused(*SMALL, "--min_guesses", 50, says=["0 of 30 train", "--min_guesses"])
         self.assertEqual(os.listdir(self.folder), [])
 
@@ -318,7 +471,9 @@ class Mistakes(Folder):
         fake = mock.Mock()
         fake.hf_hub_download.side_effect = ConnectionError("no route")
         with mock.patch.dict(sys.modules, {"huggingface_hub": fake}):
-            error = self.refused(says=["sapientinc/sudoku-extreme", "no route", "--train_csv", "--generate"])
+            error = self.refused(
+                says=["sapientinc/sudoku-extreme", "no route", "--train_csv", "--generate"]
+            )
         self.assertEqual(error.count("\n"), 1)
 
     def test_existing_output(self):
@@ -355,24 +510,43 @@ class Interruptions(Folder):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with mock.patch.object(script.os, "fsync", full):
-            error = self.refused(*SMALL, "--seed", 1, "--overwrite", says=["No space left", "Free space"])
+            error = self.refused(
+                *SMALL, "--seed", 1, "--overwrite", says=["No space left", "Free space"]
+            )
         self.assertEqual(error.count("\n"), 1)
         self.assertEqual(os.listdir(self.folder), ["out"])
         self.assertEqual(fingerprint(self.out), before)
 
     def test_write_that_fails_for_real(self):
         # A limit on file size fails in write() as a full disk does.
-        code = (f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-                f"resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.path[:0] = {[str(SCRIPT.parent)]!r}; "
-                f"import build_sudoku_dataset as script; script.run_cli(script.main)")
-        run = subprocess.run([sys.executable, "-B", "-c", code, "--output_dir", self.out, *SMALL, "--num_train", "900"],
-                             capture_output=True, text=True)
+        code = (
+            f"import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.path[:0] = {[str(SCRIPT.parent)]!r}; "
+            f"import build_sudoku_dataset as script; script.run_cli(script.main)"
+        )
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-B",
+                "-c",
+                code,
+                "--output_dir",
+                self.out,
+                *SMALL,
+                "--num_train",
+                "900",
+            ],
+            capture_output=True,
+            text=True,
+        )
         self.assertEqual(run.returncode, 2, run.stderr)
         self.assertRegex(run.stderr, r"^error: cannot write .*/out: File too large; .*\n$")
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_two_builds_at_once(self):
-        with mock.patch.object(script, "write_split", lambda *_: self.refused(*SMALL, says=["another build"])):
+        with mock.patch.object(
+            script, "write_split", lambda *_: self.refused(*SMALL, says=["another build"])
+        ):
             self.built(*SMALL)
 
     def test_kill_at_every_step_of_writing(self):
@@ -420,9 +594,23 @@ script.main()
         self.assertEqual(seen, {"none", "old", "new"})
 
     def test_kill_while_generating_leaves_no_process_and_no_file(self):
-        process = subprocess.Popen([sys.executable, SCRIPT, "--output_dir", self.out, "--generate", "--num_train",
-                                    "50000", "--num_test", "10", "--num_workers", "2"], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                SCRIPT,
+                "--output_dir",
+                self.out,
+                "--generate",
+                "--num_train",
+                "50000",
+                "--num_test",
+                "10",
+                "--num_workers",
+                "2",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         end = time.monotonic() + 20
         children = []

@@ -1,4 +1,5 @@
 """Sweeps: real launchers, killed and stopped and two at once; every cell is run once, to the end of an unbroken one."""
+
 import json
 import os
 import signal
@@ -27,15 +28,31 @@ class Cells:
     def test_every_cell_once_and_the_summary(self):
         output = self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
         self.assertEqual(self.starts(), {"a_seed0": 1, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
-        self.assertEqual(self.row(output, "b_seed1"), ["b_seed1", "finished", "1", "60", "87.50%", "50.00%", "1.50"])
+        self.assertEqual(
+            self.row(output, "b_seed1"),
+            ["b_seed1", "finished", "1", "60", "87.50%", "50.00%", "1.50"],
+        )
         state = self.state("a_seed1")
-        self.assertEqual((state["attempts"], state["exit_status"], state["failures"], state["config"]["training"]["seed"]), (1, 0, 0, 1))
+        self.assertEqual(
+            (
+                state["attempts"],
+                state["exit_status"],
+                state["failures"],
+                state["config"]["training"]["seed"],
+            ),
+            (1, 0, 0, 1),
+        )
         again = self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
         self.assertEqual(self.starts(), {"a_seed0": 1, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
         self.assertEqual(self.row(again, "a_seed0")[1], "finished")
         # one whose run is gone is none that is finished
         open_folder(self.out).delete("a_seed0/eval.json")
-        self.assertEqual(self.row(self.sweep(*self.configs(), "--local", "--seeds", "0", "1", "--status"), "a_seed0")[1], "waiting")
+        self.assertEqual(
+            self.row(
+                self.sweep(*self.configs(), "--local", "--seeds", "0", "1", "--status"), "a_seed0"
+            )[1],
+            "waiting",
+        )
         self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
         self.assertEqual(self.starts(), {"a_seed0": 2, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
 
@@ -45,7 +62,11 @@ class Cells:
         for output in [self.ends(launcher) for launcher in launchers]:
             self.assertEqual([self.row(output, name)[1] for name in "abcd"], ["finished"] * 4)
         self.assertEqual(self.starts(), {"a": 1, "b": 1, "c": 1, "d": 1})
-        self.assertEqual({self.state(name)["owner"]["pid"] for name in "abcd"} - {launcher.pid for launcher in launchers}, set())
+        self.assertEqual(
+            {self.state(name)["owner"]["pid"] for name in "abcd"}
+            - {launcher.pid for launcher in launchers},
+            set(),
+        )
 
     def test_a_launcher_of_another_host_that_is_killed(self):
         """By its lock alone, whatever the clocks say; and not before it is dead."""
@@ -54,7 +75,7 @@ class Cells:
         self.until(lambda: self.pids("a"), first)
         second = self.begin(*self.configs(), "--local")
         self.until(lambda: self.states("b") == ["finished"], second)
-        time.sleep(4)           # longer than a dead one is watched
+        time.sleep(4)  # longer than a dead one is watched
         self.assertEqual((self.starts(), self.states("a")), ({"a": 1, "b": 1}, ["running"]))
         status = self.sweep("--status", "--ledger", join(self.out, "sweep"))
         self.assertRegex(status, rf"(?m)^a +running +1 .*process {first.pid} on \S+$")
@@ -83,7 +104,9 @@ class GCSLedger(Cells, GCSTest, SweepTest):
         self.plan = {"a": ["wait"]}
         launcher = self.begin(*self.configs("a"), "--local", TRM_TEST_DEADLINE="2")
         self.until(lambda: self.pids("a"), launcher)
-        fault = self.proxy.fail("status", 503, times=99, method="POST", path="ifGenerationMatch")      # the launcher alone
+        fault = self.proxy.fail(
+            "status", 503, times=99, method="POST", path="ifGenerationMatch"
+        )  # the launcher alone
         self.wait_file.unlink()
         says = ""
         while "warning: " not in says or "state.json: no success within" not in says:
@@ -120,9 +143,15 @@ class Launcher(SweepTest):
         self.assertEqual(self.states(*"abcd"), ["failed", "failed", "finished", "finished"])
         self.assertEqual([self.state(name)["exit_status"] for name in "abcd"], [137, 2, 0, 0])
         self.assertEqual(self.row(output, "b")[:3], ["b", "failed", "1"])
-        self.assertEqual([self.state(name)["error"] for name in "abcd"], ["killed by signal 9", "the loss is not finite", None, None])
+        self.assertEqual(
+            [self.state(name)["error"] for name in "abcd"],
+            ["killed by signal 9", "the loss is not finite", None, None],
+        )
         # the others are not kept waiting by one that fails
-        self.assertEqual([line.split()[0] for line in self.starts_file.read_text().splitlines()], ["a", "b", "c", "d", "a", "c"])
+        self.assertEqual(
+            [line.split()[0] for line in self.starts_file.read_text().splitlines()],
+            ["a", "b", "c", "d", "a", "c"],
+        )
         self.sweep(*arguments, status=1)
         self.assertEqual(self.starts(), {"a": 2, "b": 1, "c": 2, "d": 1})
         self.sweep(*arguments, "--retry_failed", status=1)
@@ -140,7 +169,9 @@ class Launcher(SweepTest):
         self.until(lambda: self.pids("a"), launcher)
         os.kill(self.pids("a")[0], signal.SIGTERM)
         self.ends(launcher, 1)
-        self.assertEqual((self.states("a", "b"), self.starts()), (["waiting", "finished"], {"a": 1, "b": 1}))
+        self.assertEqual(
+            (self.states("a", "b"), self.starts()), (["waiting", "finished"], {"a": 1, "b": 1})
+        )
         self.sweep(*self.configs(), "--local")
         self.assertEqual(self.starts(), {"a": 2, "b": 1})
 
@@ -148,14 +179,28 @@ class Launcher(SweepTest):
         for number, name in ((signal.SIGTERM, "a"), (signal.SIGINT, "b")):
             with self.subTest(number):
                 self.plan = {f"{name}_seed0": ["wait"], f"{name}_seed1": ["wait"]}
-                arguments = (*self.configs(name), "--local", "--seeds", "0", "1", "2", "--jobs", "2")
+                arguments = (
+                    *self.configs(name),
+                    "--local",
+                    "--seeds",
+                    "0",
+                    "1",
+                    "2",
+                    "--jobs",
+                    "2",
+                )
                 launcher = self.begin(*arguments)
                 self.until(lambda: len(self.pids(name)) == 2, launcher)
                 launcher.send_signal(number)
                 self.ends(launcher, 128 + number)
-                self.assertEqual(self.states(*(f"{name}_seed{k}" for k in range(3))), ["waiting"] * 3)
+                self.assertEqual(
+                    self.states(*(f"{name}_seed{k}" for k in range(3))), ["waiting"] * 3
+                )
                 for cell in (f"{name}_seed{k}" for k in range(2)):
-                    self.assertEqual([self.state(cell)[key] for key in ("exit_status", "failures", "error")], [143, 0, None])
+                    self.assertEqual(
+                        [self.state(cell)[key] for key in ("exit_status", "failures", "error")],
+                        [143, 0, None],
+                    )
                     self.assertEqual(self.log(cell).split()[-1], "SIGTERM")
                 self.sweep(*arguments)
                 self.assertEqual([self.starts()[f"{name}_seed{k}"] for k in range(3)], [2, 2, 1])
@@ -168,7 +213,10 @@ class Launcher(SweepTest):
         self.until(lambda: self.pids("a") and self.lock_owner(run) in self.pids("a"), launcher)
         launcher.kill()
         launcher.wait()
-        self.assertRegex(self.sweep("--status", "--ledger", join(self.out, "sweep")), r"(?m)^a +running .*, no heartbeat$")
+        self.assertRegex(
+            self.sweep("--status", "--ledger", join(self.out, "sweep")),
+            r"(?m)^a +running .*, no heartbeat$",
+        )
         launcher = self.begin(*self.configs("a"), "--local")
         self.assertIn("another training holds", launcher.stdout.readline())
         self.assertEqual(self.starts(), {"a": 1})
@@ -193,7 +241,10 @@ class Launcher(SweepTest):
             del os.environ["OMP_NUM_THREADS"]
             self.sweep(*self.configs("ab"), "--local", "--jobs", "2")
             self.sweep(*self.configs("c"), "--local")
-        self.assertEqual([self.log(name) for name in "abc"], [f"threads {max(1, os.cpu_count() // 2)}\n"] * 2 + ["threads None\n"])
+        self.assertEqual(
+            [self.log(name) for name in "abc"],
+            [f"threads {max(1, os.cpu_count() // 2)}\n"] * 2 + ["threads None\n"],
+        )
 
     def test_a_state_that_another_has_replaced(self):
         ledgers = [Ledger(self.out) for _ in range(2)]
@@ -207,24 +258,34 @@ class Launcher(SweepTest):
         self.sweep(*self.configs("a"), "--local")
         output = self.sweep(*self.configs(), "--local", "training.lr_warmup_steps=10", "--dry_run")
         self.assertRegex(output, r"(?m)^a  finished  .*\n^b  waiting  ")
-        self.assertEqual((self.starts(), sorted(os.listdir(self.out + "/sweep"))), ({"a": 1}, ["a"]))
+        self.assertEqual(
+            (self.starts(), sorted(os.listdir(self.out + "/sweep"))), ({"a": 1}, ["a"])
+        )
 
     def test_mistakes_in_flags(self):
         """Each ends with one line that says the way out."""
         good = self.configs("a")
         keep_alive = "a flag of scripts/keep_alive.sh: give it after --, as --"
-        for words, says in [("--local --spot", f"--spot: {keep_alive} --spot, or with one slice, as --slices trm-a:spot"),
-                            ("--local --poll 3", f"--poll: {keep_alive} --poll; see"),
-                            ("--local --polls", "--polls: unknown argument"),
-                            ("--local --seeds 0,1", "--seeds: '0,1' is no whole number (several have spaces between them"),
-                            ("--local --jobs two", "--jobs: 'two' is no whole number"),
-                            ("--local --max_attempt 2", "--max_attempt: unknown argument"),
-                            ("--loc", "--loc: unknown argument"),
-                            ("--seeds --local", "--seeds: expected at least one argument"),
-                            ("--slices", "--slices: expected at least one argument"),
-                            ("--local --ledger", "--ledger: expected one argument"),
-                            ("--local --max_steps", "--max_steps: expected one argument"),
-                            ("--local --max_steps 0", "--max_steps 0: must be >= 1")]:
+        for words, says in [
+            (
+                "--local --spot",
+                f"--spot: {keep_alive} --spot, or with one slice, as --slices trm-a:spot",
+            ),
+            ("--local --poll 3", f"--poll: {keep_alive} --poll; see"),
+            ("--local --polls", "--polls: unknown argument"),
+            (
+                "--local --seeds 0,1",
+                "--seeds: '0,1' is no whole number (several have spaces between them",
+            ),
+            ("--local --jobs two", "--jobs: 'two' is no whole number"),
+            ("--local --max_attempt 2", "--max_attempt: unknown argument"),
+            ("--loc", "--loc: unknown argument"),
+            ("--seeds --local", "--seeds: expected at least one argument"),
+            ("--slices", "--slices: expected at least one argument"),
+            ("--local --ledger", "--ledger: expected one argument"),
+            ("--local --max_steps", "--max_steps: expected one argument"),
+            ("--local --max_steps 0", "--max_steps 0: must be >= 1"),
+        ]:
             with self.subTest(words):
                 output = self.sweep(*good, *words.split(), status=2)
                 self.assertRegex(output, r"\Aerror: .*\n\Z")
@@ -239,10 +300,15 @@ class Launcher(SweepTest):
         output = self.sweep(*good, "--status", "--local", status=2)
         self.assertRegex(output, rf"\Aerror: no cell of this sweep is in {here}: .*\n\Z")
         for words in (["training.lr=1"], ["--seeds", "1"], [f"logging.output_dir={self.out}"]):
-            self.assertIn(f"error: {words[0]}: of which configuration?", self.sweep("--status", *words, status=2))
+            self.assertIn(
+                f"error: {words[0]}: of which configuration?",
+                self.sweep("--status", *words, status=2),
+            )
         self.sweep(*good, "--local")
         self.assertEqual(self.row(self.sweep("--status", "--ledger", here), "a")[1], "finished")
-        self.assertEqual(self.row(self.sweep(*self.configs("ab"), "--status"), "b")[1:3], ["waiting", "0"])
+        self.assertEqual(
+            self.row(self.sweep(*self.configs("ab"), "--status"), "b")[1:3], ["waiting", "0"]
+        )
         self.assertIn("no cell of this sweep", self.sweep(*self.configs("b"), "--status", status=2))
 
     def test_a_ledger_of_before(self):
@@ -259,17 +325,39 @@ class Launcher(SweepTest):
         self.assertEqual([attempt["exit_status"] for attempt in self.state("a")["history"]], [0])
 
     def test_mistakes(self):
-        good, bad = self.configs("a"), [str(write_config(self.folder / f"bad{k}.yaml", f"data: {{dataset_path: x}}\ntraining: {{lr: {k}}}")) for k in (-1, -2)]
+        good, bad = (
+            self.configs("a"),
+            [
+                str(
+                    write_config(
+                        self.folder / f"bad{k}.yaml",
+                        f"data: {{dataset_path: x}}\ntraining: {{lr: {k}}}",
+                    )
+                )
+                for k in (-1, -2)
+            ],
+        )
         twin = str(write_config(self.folder / "other" / "a.yaml"))
-        for arguments, says in [((*good, *bad), ["bad-1.yaml: training.lr = -1", "bad-2.yaml: training.lr = -2"]),
-                                ((*good, str(self.folder / "none*.yaml")), ["none*.yaml: cannot read"]),
-                                ((*good, "training.lr=fast"), ["training.lr = 'fast'"]),
-                                ((*good, twin), ["two cells named a"]), ((*good, "--seeds", "1", "1"), ["two cells named a_seed1"]),
-                                ((), ["no configuration"]), ((*good, "--jobs", "0"), ["--jobs 0"]), ((*good, "--max_attempts", "0"), ["--max_attempts 0"]),
-                                ((*good, "--slices", "x"), ["--local", "--slices"]),
-                                ((*good, "training.seed=1", "--seeds", "1"), ["--seeds"]),
-                                ((*good, str(write_config(self.folder / "e.yaml"))), ["--ledger", "several logging.output_dir"]),
-                                ((*good, "--ledger", "gs://somewhere/sweep"), ["gs://somewhere/sweep", "runs/a is a folder of this one"])]:
+        for arguments, says in [
+            ((*good, *bad), ["bad-1.yaml: training.lr = -1", "bad-2.yaml: training.lr = -2"]),
+            ((*good, str(self.folder / "none*.yaml")), ["none*.yaml: cannot read"]),
+            ((*good, "training.lr=fast"), ["training.lr = 'fast'"]),
+            ((*good, twin), ["two cells named a"]),
+            ((*good, "--seeds", "1", "1"), ["two cells named a_seed1"]),
+            ((), ["no configuration"]),
+            ((*good, "--jobs", "0"), ["--jobs 0"]),
+            ((*good, "--max_attempts", "0"), ["--max_attempts 0"]),
+            ((*good, "--slices", "x"), ["--local", "--slices"]),
+            ((*good, "training.seed=1", "--seeds", "1"), ["--seeds"]),
+            (
+                (*good, str(write_config(self.folder / "e.yaml"))),
+                ["--ledger", "several logging.output_dir"],
+            ),
+            (
+                (*good, "--ledger", "gs://somewhere/sweep"),
+                ["gs://somewhere/sweep", "runs/a is a folder of this one"],
+            ),
+        ]:
             with self.subTest(arguments):
                 output = self.sweep("--local", *arguments, status=2)
                 errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -279,9 +367,13 @@ class Launcher(SweepTest):
         self.assertIn("either --local", self.sweep(*good, status=2))
         self.assertFalse((self.folder / "runs").exists())
         self.sweep(*good, "--local")
-        self.assertIn("training.lr 0.01 -> 0.02", self.sweep(*good, "--local", "training.lr=2e-2", status=2))
+        self.assertIn(
+            "training.lr 0.01 -> 0.02", self.sweep(*good, "--local", "training.lr=2e-2", status=2)
+        )
         moved = (f"logging.output_dir={self.folder}/elsewhere", "--ledger", join(self.out, "sweep"))
-        self.assertIn(f"runs/a -> {self.folder}/elsewhere/a", self.sweep(*good, "--local", *moved, status=2))
+        self.assertIn(
+            f"runs/a -> {self.folder}/elsewhere/a", self.sweep(*good, "--local", *moved, status=2)
+        )
         self.assertEqual(self.starts(), {"a": 1})
 
 
@@ -290,37 +382,61 @@ class RealTraining(CommandTest, SweepTest):
         SweepTest.setUp(self)
         self.arrivals, self.hold = self.folder / "arrivals", self.folder / "hold"
         self.arrivals.touch()
-        self.folder = type(self).folder     # the runs of a class lie in one
+        self.folder = type(self).folder  # the runs of a class lie in one
         self.out = str(self.folder / "runs")
 
     def test_killed_with_its_training_then_gone_on_with(self):
         """By SIGKILL; the same command then runs both cells to the end of unbroken ones."""
         self.train("--run_name", "unbroken", "training.seed=1", "training.epochs=3")
         self.hold.with_suffix(".17").touch()
-        slow = {"TRM_TEST_PAUSES": json.dumps({"train_step": str(self.hold)}), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        slow = {
+            "TRM_TEST_PAUSES": json.dumps({"train_step": str(self.hold)}),
+            "TRM_TEST_ARRIVALS": str(self.arrivals),
+        }
         arguments = (str(self.config), "--local", "--seeds", "1", "2", "training.epochs=3")
         launcher = self.begin(*arguments, training="slow", **slow)
         self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
         launcher.kill()
         launcher.wait()
         os.kill(int(self.arrivals.read_text().split()[-1]), signal.SIGKILL)
-        done = subprocess.run(["bash", "scripts/launch_sweep.sh", *arguments], cwd=ROOT, text=True, timeout=120, capture_output=True)
+        done = subprocess.run(
+            ["bash", "scripts/launch_sweep.sh", *arguments],
+            cwd=ROOT,
+            text=True,
+            timeout=120,
+            capture_output=True,
+        )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("goes on after step 14:", self.log("tiny_seed1"))
-        self.same_content(load_checkpoint(self.checkpoint("tiny_seed1", 30)), load_checkpoint(self.checkpoint("unbroken", 30)))
+        self.same_content(
+            load_checkpoint(self.checkpoint("tiny_seed1", 30)),
+            load_checkpoint(self.checkpoint("unbroken", 30)),
+        )
         self.assertEqual(self.records("tiny_seed1"), self.records("unbroken"))
         self.assertNotEqual(self.records("tiny_seed2"), self.records("unbroken"))
         for name, attempts in (("tiny_seed1", "2"), ("tiny_seed2", "1")):
-            exact = {r["weights"]: r["exact_accuracy"] for r in json.loads((self.folder / "runs" / name / "eval.json").read_text())["results"]}
-            self.assertEqual(self.row(done.stdout, name)[:6], [name, "finished", attempts, "30", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"])
+            exact = {
+                r["weights"]: r["exact_accuracy"]
+                for r in json.loads((self.folder / "runs" / name / "eval.json").read_text())[
+                    "results"
+                ]
+            }
+            self.assertEqual(
+                self.row(done.stdout, name)[:6],
+                [name, "finished", attempts, "30", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"],
+            )
 
     def test_max_steps(self):
         """A first look at every cell, from which the same command without it goes on."""
-        arguments = (str(self.config), "--local", "--seeds", "3", "training.epochs=2")     # 20 steps
+        arguments = (str(self.config), "--local", "--seeds", "3", "training.epochs=2")  # 20 steps
         for _ in range(2):
-            output = self.sweep(*arguments, "--max_steps", "8", training="slow", TRM_TEST_PAUSES="{}")
+            output = self.sweep(
+                *arguments, "--max_steps", "8", training="slow", TRM_TEST_PAUSES="{}"
+            )
             # the second time nothing is left to do
-            self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "waiting", "1", "8"])
+            self.assertEqual(
+                self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "waiting", "1", "8"]
+            )
         self.assertFalse((self.folder / "runs" / "tiny_seed3" / "eval.json").exists())
         output = self.sweep(*arguments, "--max_steps", "100", training="slow", TRM_TEST_PAUSES="{}")
         self.assertEqual(self.row(output, "tiny_seed3")[:4], ["tiny_seed3", "finished", "2", "20"])
@@ -328,18 +444,37 @@ class RealTraining(CommandTest, SweepTest):
 
     def test_stopped_while_it_trains(self):
         """The cell has a checkpoint of the step that it was at."""
-        slow = {"TRM_TEST_PAUSES": json.dumps({"train_step": 0.05}), "TRM_TEST_ARRIVALS": str(self.arrivals)}
+        slow = {
+            "TRM_TEST_PAUSES": json.dumps({"train_step": 0.05}),
+            "TRM_TEST_ARRIVALS": str(self.arrivals),
+        }
         launcher = self.begin(str(self.config), "--local", training="slow", **slow)
         self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
         launcher.terminate()
         self.ends(launcher, 143)
-        steps = [json.loads(path.read_text())["step"] for path in (self.folder / "runs" / "tiny" / "checkpoints").glob("*.json")]
+        steps = [
+            json.loads(path.read_text())["step"]
+            for path in (self.folder / "runs" / "tiny" / "checkpoints").glob("*.json")
+        ]
         self.assertGreaterEqual(max(steps), 17)
-        self.assertEqual((self.states("tiny"), self.state("tiny")["exit_status"]), (["waiting"], 143))
+        self.assertEqual(
+            (self.states("tiny"), self.state("tiny")["exit_status"]), (["waiting"], 143)
+        )
 
     def test_datasets_are_looked_at_before_anything_starts(self):
-        broken = write_config(self.folder / "broken.yaml", TINY.format(data=self.folder / "nowhere", out=self.folder / "none"))
-        command = [sys.executable, "scripts/sweep.py", str(self.config), str(broken), "--local", "--ledger", str(self.folder / "none")]
+        broken = write_config(
+            self.folder / "broken.yaml",
+            TINY.format(data=self.folder / "nowhere", out=self.folder / "none"),
+        )
+        command = [
+            sys.executable,
+            "scripts/sweep.py",
+            str(self.config),
+            str(broken),
+            "--local",
+            "--ledger",
+            str(self.folder / "none"),
+        ]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertRegex(done.stderr, r"\Aerror: \S+broken.yaml: .*there is no train split.*\n\Z")

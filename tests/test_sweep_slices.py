@@ -1,4 +1,5 @@
 """Sweeps on TPU slices: what a slice is, which cell runs where, and what becomes of a slice at the end."""
+
 import contextlib
 import io
 import json
@@ -32,11 +33,22 @@ class Slices(GCSTest, SweepTest):
         self.out, self.cloud = join(self.url, "runs"), self.folder / "cloud"
         self.cloud.mkdir()
         (self.cloud / "host_environment.json").write_text("{}")
-        executable(self.folder / "bin" / "gcloud", f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n')
-        executable(self.folder / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        environment = {"TPU_PROJECT": "my-project-1", "TPU_BUCKET": self.url, "TRM_TEST_CLOUD": str(self.cloud),
-                       "TRM_CACHE": str(self.folder / "cache"), "TRM_VENV": str(self.folder / "venv"),
-                       "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "HOME": str(self.folder)}
+        executable(
+            self.folder / "bin" / "gcloud",
+            f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n',
+        )
+        executable(
+            self.folder / "venv" / "bin" / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+        )
+        environment = {
+            "TPU_PROJECT": "my-project-1",
+            "TPU_BUCKET": self.url,
+            "TRM_TEST_CLOUD": str(self.cloud),
+            "TRM_CACHE": str(self.folder / "cache"),
+            "TRM_VENV": str(self.folder / "venv"),
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "HOME": str(self.folder),
+        }
         patch = mock.patch.dict(os.environ, environment)
         patch.start()
         self.addCleanup(patch.stop)
@@ -60,11 +72,19 @@ class Slices(GCSTest, SweepTest):
         configs = self.configs("abc")
         launcher = self.begin(*configs, "--slices", "s1", "s2")
         runs = [open_folder(join(self.out, name)) for name in "ab"]
-        self.until(lambda: all(self.pids(name) and self.lock_owner(run) in self.pids(name) for name, run in zip("ab", runs)), launcher)
+        self.until(
+            lambda: all(
+                self.pids(name) and self.lock_owner(run) in self.pids(name)
+                for name, run in zip("ab", runs)
+            ),
+            launcher,
+        )
         launcher.kill()
         launcher.wait()
         on = {name: self.state(name)["owner"]["slice"] for name in "ab"}
-        launcher = self.begin(*configs, "--slices", on["b"], on["a"])       # the first cell that is there is not the first slice's
+        launcher = self.begin(
+            *configs, "--slices", on["b"], on["a"]
+        )  # the first cell that is there is not the first slice's
         self.until(lambda: len(self.pids("a")) == len(self.pids("b")) == 2, launcher)
         self.wait_file.unlink()
         self.assertNotIn("another training", self.ends(launcher))
@@ -86,21 +106,29 @@ class Slices(GCSTest, SweepTest):
     def test_slices_of_several_kinds(self):
         """Each is asked for as its word says, and the ledger tells what ran where."""
         kinds = ("s1:queued", "s2:spot:v4-16:europe-west4-a")
-        output = self.sweep(*self.configs("abcd"), "--slices", *kinds, "tpu.zone=us-east1-d", "--", "--queued")
+        output = self.sweep(
+            *self.configs("abcd"), "--slices", *kinds, "tpu.zone=us-east1-d", "--", "--queued"
+        )
         ran = {name: self.history(name) for name in "abcd"}
-        self.assertEqual({one for (one,) in ran.values()},
-                         {("s1", "v4-8", "us-east1-d", False, 0), ("s2", "v4-16", "europe-west4-a", True, 0)})
+        self.assertEqual(
+            {one for (one,) in ran.values()},
+            {("s1", "v4-8", "us-east1-d", False, 0), ("s2", "v4-16", "europe-west4-a", True, 0)},
+        )
         lines = output.splitlines()
         self.assertIn("hours on slices of different types (v4-16, v4-8) do not compare", lines)
         for name, ((one, *_),) in ran.items():
             said = {"s1": "s1:v4-8:us-east1-d", "s2": "s2:v4-16:europe-west4-a:spot"}
             self.assertEqual(self.row(output, name)[-1], said[one])
             (words,) = self.commands(name)
-            own = {"s1": "tpu.name=s1 --queued",
-                   "s2": "tpu.name=s2 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a --spot --queued"}
+            own = {
+                "s1": "tpu.name=s1 --queued",
+                "s2": "tpu.name=s2 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a --spot --queued",
+            }
             self.assertTrue(words.endswith(f" tpu.zone=us-east1-d {own[one]}"), words)
-        for one in ("tpu.name=s1 tpu.project=my-project-1 tpu.accelerator_type=v4-8 tpu.zone=us-east1-d",
-                    "tpu.name=s2 tpu.project=my-project-1 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a"):
+        for one in (
+            "tpu.name=s1 tpu.project=my-project-1 tpu.accelerator_type=v4-8 tpu.zone=us-east1-d",
+            "tpu.name=s2 tpu.project=my-project-1 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a",
+        ):
             self.assertIn(f"  bash scripts/delete_tpu.sh {one}", lines)
 
     def test_a_cell_goes_on_on_another_kind(self):
@@ -114,9 +142,14 @@ class Slices(GCSTest, SweepTest):
         self.assertIn("runs on them go on:\n  bash scripts/delete_tpu.sh tpu.name=s1 ", output)
         self.assertEqual((self.states("a"), self.slices()), (["waiting"], ["s1"]))
         self.sweep(*self.configs("a"), "--slices", "s2:v4-16:spot")
-        self.assertEqual(self.history("a"),
-                         [("s1", "v4-8", "us-central2-b", False, 143), ("s2", "v4-16", "us-central2-b", True, 0)])
-        status = self.sweep("--status")         # of the bucket, which the environment names
+        self.assertEqual(
+            self.history("a"),
+            [
+                ("s1", "v4-8", "us-central2-b", False, 143),
+                ("s2", "v4-16", "us-central2-b", True, 0),
+            ],
+        )
+        status = self.sweep("--status")  # of the bucket, which the environment names
         self.assertIn(" s1:v4-8:us-central2-b, s2:v4-16:us-central2-b:spot", status)
 
     def test_a_slice_is_known_by_its_zone_too(self):
@@ -133,7 +166,9 @@ class Slices(GCSTest, SweepTest):
         self.assertEqual(self.starts(), {"a": 1})
         self.wait_file.unlink()
         self.ends(launcher)
-        self.assertEqual([zone for _, _, zone, *_ in self.history("a")], ["us-central2-b", "us-east1-d"])
+        self.assertEqual(
+            [zone for _, _, zone, *_ in self.history("a")], ["us-central2-b", "us-east1-d"]
+        )
 
     def test_a_slice_that_google_does_not_give(self):
         """Its cells are no failures: they go on on another slice, or another time."""
@@ -141,7 +176,7 @@ class Slices(GCSTest, SweepTest):
         output = self.sweep(*self.configs("ab"), "--slices", "s1", status=2)
         self.assertIn("error: s1: Google Cloud: p has no quota for v6e-16", output)
         self.assertEqual((self.starts(), self.states("a", "b")), ({"a": 1}, ["waiting", "waiting"]))
-        self.plan = {"a": ["", "no quota"], "b": ["no quota"]}      # whichever comes first is refused
+        self.plan = {"a": ["", "no quota"], "b": ["no quota"]}  # whichever comes first is refused
         output = self.sweep(*self.configs("a"), "--slices", "s1", "s2")
         self.assertIn("no cell is tried on it any more: Google Cloud: p has no quota", output)
         self.assertEqual((self.starts(), self.states("a")), ({"a": 3}, ["finished"]))
@@ -154,7 +189,7 @@ class Slices(GCSTest, SweepTest):
         self.until(lambda: len(self.slices()) == 2, launcher)
         (held,) = self.history("a")
         self.assertEqual(self.slices(), [held[0], "s3"])
-        time.sleep(1)           # many looks
+        time.sleep(1)  # many looks
         self.assertEqual(self.slices(), [held[0], "s3"])
         self.wait_file.unlink()
         output = self.ends(launcher, 1)
@@ -170,16 +205,25 @@ class Slices(GCSTest, SweepTest):
         self.until(lambda: self.pids("b"), other)
         run, chips = (self.cloud / "slices" / name for name in ("s3/0/trm/lock", "s4/0/dev/accel0"))
         with self.open_file(run, "flock 9"):
-            output = self.sweep(*self.configs("a"), "--slices", "s1", "s2", "s3", "--delete_when_done")
+            output = self.sweep(
+                *self.configs("a"), "--slices", "s1", "s2", "s3", "--delete_when_done"
+            )
         self.assertEqual(self.slices(), ["s1", "s3", "s4"])
         self.assertIn("s3: no cell is left for it: s3 is in use by the run theirs: it is", output)
-        self.assertEqual(re.findall(r"^  bash scripts/delete_tpu.sh tpu.name=(\S+) ", output, re.MULTILINE), ["s1", "s3"])
-        with self.open_file(chips, ":"):        # every host here sees it: they are one machine
+        self.assertEqual(
+            re.findall(r"^  bash scripts/delete_tpu.sh tpu.name=(\S+) ", output, re.MULTILINE),
+            ["s1", "s3"],
+        )
+        with self.open_file(chips, ":"):  # every host here sees it: they are one machine
             output = self.sweep(*self.configs("a"), "--slices", "s4", "--delete_when_done")
-        self.assertIn("s4: no cell is left for it: s4 is in use by a program that has the chips", output)
-        (self.cloud / "silent").write_text("1")         # no answer is not "nothing"
+        self.assertIn(
+            "s4: no cell is left for it: s4 is in use by a program that has the chips", output
+        )
+        (self.cloud / "silent").write_text("1")  # no answer is not "nothing"
         output = self.sweep(*self.configs("a"), "--slices", "s3", "--delete_when_done")
-        self.assertIn("the hosts of s3 do not say whether something runs there: it is not deleted", output)
+        self.assertIn(
+            "the hosts of s3 do not say whether something runs there: it is not deleted", output
+        )
         self.assertEqual(self.slices(), ["s1", "s3", "s4"])
         self.wait_file.unlink()
         self.ends(other)
@@ -191,14 +235,25 @@ class Slices(GCSTest, SweepTest):
         for word, told in (("s1", True), ("s2", False)):
             cell = mock.Mock(places={word: ("my-project-1", "v4-8", "us-central2-b")})
             cell.name = "a"
-            launcher = sweep.Sweep([cell], Ledger(str(self.folder)), sweep_slices.parse_slices([word]), 1, [], delete_when_done=True)
+            launcher = sweep.Sweep(
+                [cell],
+                Ledger(str(self.folder)),
+                sweep_slices.parse_slices([word]),
+                1,
+                [],
+                delete_when_done=True,
+            )
             launcher.done.add("a")
             if told:
                 launcher.stop.set()
-            with mock.patch.object(sweep, "delete_if_idle", return_value=(0, "")) as delete, \
-                    contextlib.redirect_stdout(io.StringIO()):
+            with (
+                mock.patch.object(sweep, "delete_if_idle", return_value=(0, "")) as delete,
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 launcher._next(launcher.slots[0])
-            self.assertEqual((delete.call_count, launcher.deleted), (0, set()) if told else (1, {"s2"}))
+            self.assertEqual(
+                (delete.call_count, launcher.deleted), (0, set()) if told else (1, {"s2"})
+            )
 
     @contextlib.contextmanager
     def open_file(self, path, then):
@@ -217,14 +272,20 @@ class Slices(GCSTest, SweepTest):
         """On this host and in the bucket; a table of nothing is none."""
         configs = self.configs("a")
         with self.subTest("nothing anywhere"):
-            output = self.sweep(*configs, "logging.output_dir=sweeps_of_this_test", "--status", status=2)
+            output = self.sweep(
+                *configs, "logging.output_dir=sweeps_of_this_test", "--status", status=2
+            )
             self.assertEqual(output.count("error: "), 1)
-            self.assertIn(f"is in sweeps_of_this_test/sweep or {self.url}/sweeps_of_this_test/sweep", output)
+            self.assertIn(
+                f"is in sweeps_of_this_test/sweep or {self.url}/sweeps_of_this_test/sweep", output
+            )
             self.assertNotIn("cell ", output.replace("no cell of", ""))
         self.sweep(*configs, "--slices", "s1")
         for words in (configs, [], [*configs, "--slices", "s1"]):
             output = self.sweep(*words, "--status")
-            self.assertEqual((output.split(":")[0], self.row(output, "a")[1]), ("gs", "finished"), output)
+            self.assertEqual(
+                (output.split(":")[0], self.row(output, "a")[1]), ("gs", "finished"), output
+            )
         self.sweep(*configs, "--local", "--status", status=2)
         with self.subTest("both"):
             here = f"logging.output_dir={self.folder}/runs"
@@ -232,7 +293,10 @@ class Slices(GCSTest, SweepTest):
             self.assertEqual(self.sweep(*configs, here, "--status").count("finished"), 1)
         with self.subTest("out of reach"):
             self.proxy.fail("status", 503, times=999)
-            self.assertIn("no success within", self.sweep(*configs, "--status", status=1, TRM_TEST_DEADLINE="1"))
+            self.assertIn(
+                "no success within",
+                self.sweep(*configs, "--status", status=1, TRM_TEST_DEADLINE="1"),
+            )
 
     def test_dry_run_without_the_bucket(self):
         """Out of reach, or not made yet: the commands are the same."""
@@ -241,38 +305,69 @@ class Slices(GCSTest, SweepTest):
         self.assertEqual(known[-1], "on s2: tpu.name=s2 --spot in place of tpu.name=s1")
         self.assertEqual(self.starts(), {})
         self.proxy.fail("status", 503, times=999)
-        unknown = self.sweep(*configs, "--slices", "s1", "s2:spot", "--dry_run", TRM_TEST_DEADLINE="1").splitlines()
+        unknown = self.sweep(
+            *configs, "--slices", "s1", "s2:spot", "--dry_run", TRM_TEST_DEADLINE="1"
+        ).splitlines()
         self.assertRegex(unknown[0], "^how the cells stand is not known: .*no success within 1 s")
-        self.assertEqual(unknown[1:], [line.replace("  waiting  ", "  unknown  ") for line in known])
+        self.assertEqual(
+            unknown[1:], [line.replace("  waiting  ", "  unknown  ") for line in known]
+        )
         self.proxy.faults.clear()
         for words, status in ((["--dry_run"], 0), ([], 2)):
-            output = self.sweep(*configs, "--slices", "s1", *words, status=status, TPU_BUCKET="gs://not-made-yet/trm")
+            output = self.sweep(
+                *configs,
+                "--slices",
+                "s1",
+                *words,
+                status=status,
+                TPU_BUCKET="gs://not-made-yet/trm",
+            )
             self.assertIn("there is no bucket", output)
 
     def test_mistakes(self):
         good = self.configs("a")
-        for words, says in [(["s1", "logging.output_dir=/shared"], "logging.output_dir = '/shared'"),
-                            (["s1", "tpu.name=s3"], "by --slices alone"), (["s1", "--jobs", "2"], "--jobs 2: only with --local"),
-                            (["s1", "--max_steps", "2"], "--max_steps 2: only with --local"),
-                            (["s1:v4"], "--slices s1:v4: 'v4' is no type, no zone and neither spot nor queued: a slice is NAME, or"),
-                            (["s1:v4-8:spot:v4-8"], "'v4-8' is the second type"), (["v4-8:S1"], "'S1' is no type"), ([":spot"], "'' is no name"),
-                            (["s1:spot", "s2", "s1:us-east1-d"], "s1 is given twice"),
-                            (["s1", "--", "--delete_when_done"], "give it before --")]:
+        for words, says in [
+            (["s1", "logging.output_dir=/shared"], "logging.output_dir = '/shared'"),
+            (["s1", "tpu.name=s3"], "by --slices alone"),
+            (["s1", "--jobs", "2"], "--jobs 2: only with --local"),
+            (["s1", "--max_steps", "2"], "--max_steps 2: only with --local"),
+            (
+                ["s1:v4"],
+                "--slices s1:v4: 'v4' is no type, no zone and neither spot nor queued: a slice is NAME, or",
+            ),
+            (["s1:v4-8:spot:v4-8"], "'v4-8' is the second type"),
+            (["v4-8:S1"], "'S1' is no type"),
+            ([":spot"], "'' is no name"),
+            (["s1:spot", "s2", "s1:us-east1-d"], "s1 is given twice"),
+            (["s1", "--", "--delete_when_done"], "give it before --"),
+        ]:
             with self.subTest(words):
                 output = self.sweep(*good, "--slices", *words, status=2)
                 self.assertEqual(output.count("error: "), 1)
                 self.assertIn(says, output)
         self.assertIn("only with --slices", self.sweep(*good, "--local", "--", "--spot", status=2))
-        self.assertIn("only with --slices", self.sweep(*good, "--local", "--delete_when_done", status=2))
+        self.assertIn(
+            "only with --slices", self.sweep(*good, "--local", "--delete_when_done", status=2)
+        )
 
     def test_a_configuration_that_a_slice_cannot_run(self):
         """Its global batch, 8, divides by the chips of a v4-16: all that do not fit are named at once."""
         a, b, c = self.configs("abc")
-        for old, new in (("global_batch_size: 8", "global_batch_size: 4"), ("device: tpu", "device: auto")):
+        for old, new in (
+            ("global_batch_size: 8", "global_batch_size: 4"),
+            ("device: tpu", "device: auto"),
+        ):
             Path(c).write_text(Path(c).read_text().replace(old, new))
         output = self.sweep(a, b, c, "--slices", "s1", "s2:v4-16", "s3:v4-32", "s4:v4-32", status=2)
-        found = re.findall(r"^error: \S*/(\w).yaml on ([\w, ]+): .*must be divisible by workers .* = (\d+) x 1 = .*$", output, re.MULTILINE)
-        self.assertEqual(found, [("a", "s3, s4", "16"), ("b", "s3, s4", "16"), ("c", "s2", "8"), ("c", "s3, s4", "16")])
+        found = re.findall(
+            r"^error: \S*/(\w).yaml on ([\w, ]+): .*must be divisible by workers .* = (\d+) x 1 = .*$",
+            output,
+            re.MULTILINE,
+        )
+        self.assertEqual(
+            found,
+            [("a", "s3, s4", "16"), ("b", "s3, s4", "16"), ("c", "s2", "8"), ("c", "s3, s4", "16")],
+        )
         self.assertEqual(output.count("error: "), 4)
         # the configuration's own type does not matter where every slice says one
         self.sweep(c, "tpu.accelerator_type=v4-64", "--slices", "s1:v4-8")
@@ -281,31 +376,60 @@ class Slices(GCSTest, SweepTest):
         a, b = self.configs("ab")
         Path(b).write_text(Path(b).read_text().replace("tpu: {}", "tpu: {accelerator_type: v4-16}"))
         output = self.sweep(a, b, "--slices", "s1", "s2:v4-8", status=2)
-        self.assertRegex(output, r"\Aerror: --slices s1: it is v4-8 in us-central2-b of my-project-1 by \S+a.yaml and v4-16 in .*\n\Z")
+        self.assertRegex(
+            output,
+            r"\Aerror: --slices s1: it is v4-8 in us-central2-b of my-project-1 by \S+a.yaml and v4-16 in .*\n\Z",
+        )
         self.sweep(a, b, "--slices", "s2:v4-8")
 
 
 class OnASlice(SliceTest):
     def test_preempted_in_the_middle(self):
         self.hold(17)
-        sweep = self.begin("launch_sweep", "configs/tiny.yaml", "--slices", NAME, "--seeds", "1", "--delete_when_done",
-                           "--", "--poll", "0.5", "--log_dir", str(self.folder / "log"))
+        sweep = self.begin(
+            "launch_sweep",
+            "configs/tiny.yaml",
+            "--slices",
+            NAME,
+            "--seeds",
+            "1",
+            "--delete_when_done",
+            "--",
+            "--poll",
+            "0.5",
+            "--log_dir",
+            str(self.folder / "log"),
+        )
         self.arrived(17)
-        self.wait_for(lambda: "checkpoint_step_14.json" in self.gcloud.listed(f"{self.url}/runs/tiny_seed1/checkpoints"))
+        self.wait_for(
+            lambda: (
+                "checkpoint_step_14.json"
+                in self.gcloud.listed(f"{self.url}/runs/tiny_seed1/checkpoints")
+            )
+        )
         self.preempt()
         self.release(17)
         output, _ = sweep.communicate(timeout=120)
         self.assertEqual(sweep.returncode, 0, output)
         state = json.loads(self.in_bucket("runs/sweep/tiny_seed1/state.json"))
-        self.assertEqual((state["state"], state["attempts"], state["owner"]["slice"]), ("finished", 1, NAME))
+        self.assertEqual(
+            (state["state"], state["attempts"], state["owner"]["slice"]), ("finished", 1, NAME)
+        )
         self.assertEqual([start["step"] for start in self.starts("tiny_seed1")], [0, 14])
-        self.assertRegex(output, f"(?m)^tiny_seed1  finished         1     60 .* {NAME}:v4-8:us-central2-b$")
+        self.assertRegex(
+            output, f"(?m)^tiny_seed1  finished         1     60 .* {NAME}:v4-8:us-central2-b$"
+        )
         self.assertIn(f"{NAME}: no cell is left for it: it is deleted", output)
-        self.assertEqual((self.changes()[-1], os.listdir(self.cloud / "slices")), ("tpu-vm delete", []))
+        self.assertEqual(
+            (self.changes()[-1], os.listdir(self.cloud / "slices")), ("tpu-vm delete", [])
+        )
 
     def test_what_could_not_start_is_said_before(self):
-        for words, says in ((["tpu.bucket=nowhere"], "tpu.bucket = 'nowhere'"),
-                            (["device=cpu"], "configs/tiny.yaml on my-tpu: device = 'cpu'"), ([], "uncommitted changes")):
+        for words, says in (
+            (["tpu.bucket=nowhere"], "tpu.bucket = 'nowhere'"),
+            (["device=cpu"], "configs/tiny.yaml on my-tpu: device = 'cpu'"),
+            ([], "uncommitted changes"),
+        ):
             if not words:
                 (self.kit / "mine.py").touch()
                 self.addCleanup((self.kit / "mine.py").unlink)

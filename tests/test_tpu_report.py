@@ -1,5 +1,6 @@
 """analysis/tpu_report.py: reading costs from HLO text, mistakes in the command, limits of its child processes, the traced
 program, and, where the TPU compiler is installed, real compiles."""
+
 import importlib.metadata
 import json
 import re
@@ -12,12 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from config import load_config
 from tests.helpers import ROOT, FolderTest, XLATest, write_config
-from utils import UserError, load_config
+from utils import UserError
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import tpu_hlo
 import tpu_report
+
 import tpu_types
 
 V4, V6E = tpu_types.GENERATIONS["v4"], tpu_types.GENERATIONS["v6e"]
@@ -66,8 +69,19 @@ class CostTest(unittest.TestCase):
     def test_a_loop_that_counts_up_to_a_constant(self):
         """As the TPU compiler writes torch_xla's scan: a counter of 64 bits in two halves, the condition in logic, no number of passes."""
         self.assertEqual(read_cost(COUNTED).cycles, 6 * 40)
-        self.assertEqual(read_cost(COUNTED.replace("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} constant(2)")).cycles, 4 * 40)
-        for change in (("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} parameter(1)"), ("constant(6)", "parameter(1)"), ("direction=LT", "direction=GT")):
+        self.assertEqual(
+            read_cost(
+                COUNTED.replace(
+                    "%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} constant(2)"
+                )
+            ).cycles,
+            4 * 40,
+        )
+        for change in (
+            ("%zero = u32[]{:T(128)} constant(0)", "%zero = u32[]{:T(128)} parameter(1)"),
+            ("constant(6)", "parameter(1)"),
+            ("direction=LT", "direction=GT"),
+        ):
             cost = read_cost(COUNTED.replace(*change))
             self.assertEqual((cost.cycles, cost.loops_of_unknown_length), (40, 1), change)
 
@@ -77,7 +91,9 @@ class CostTest(unittest.TestCase):
 
     def test_precision_of_products(self):
         """What "highest" asks for counts only with an operand in float32; inside fusions, and in a loop as often as it runs."""
-        self.assertEqual(tpu_hlo.product_precisions(PRODUCTS), {"bfloat16": 1 + 1, "float32": 3 + 1})
+        self.assertEqual(
+            tpu_hlo.product_precisions(PRODUCTS), {"bfloat16": 1 + 1, "float32": 3 + 1}
+        )
 
     def test_called_computations_and_every_branch_count(self):
         self.assertEqual(read_cost(CALLS).cycles, 11 + 13 + 17 + 19)
@@ -87,15 +103,26 @@ class CostTest(unittest.TestCase):
         self.assertEqual(cost.cycles, 0)
         kernel, unstated = cost.custom_calls["tpu_custom_call"], cost.custom_calls["Other"]
         # the kernel states its cost: 2.75e9 FLOPs take 10 us at the peak, its bytes less; the other has its bytes only
-        self.assertEqual(kernel, {"count": 1, "bytes": 3 * 4 * 1024 * 256, "flops": 2750000000, "bound_seconds": 1e-5, "seconds": 1e-5})
+        self.assertEqual(
+            kernel,
+            {
+                "count": 1,
+                "bytes": 3 * 4 * 1024 * 256,
+                "flops": 2750000000,
+                "bound_seconds": 1e-5,
+                "seconds": 1e-5,
+            },
+        )
         self.assertEqual((unstated["bytes"], unstated["flops"]), (2 * 4 * 1024 * 256, 0))
         self.assertAlmostEqual(unstated["seconds"], 2 * 4 * 1024 * 256 / 1.2e12)
         self.assertNotIn("ConcatBitcast", cost.custom_calls)
-        self.assertEqual(cost.unestimated["count"], 1)                  # the concatenation
+        self.assertEqual(cost.unestimated["count"], 1)  # the concatenation
         self.assertEqual(cost.unestimated["bytes"], 4 * 4 * 1024 * 256)
         self.assertEqual(cost.collectives["all-reduce"], {"count": 1, "bytes": 4 * 1024 * 256})
         self.assertEqual(cost.prefetch_bytes, 4 * 1024 * 256 + 4 * 128 * 256)
-        self.assertAlmostEqual(cost.seconds, kernel["seconds"] + unstated["seconds"] + cost.unestimated["seconds"])
+        self.assertAlmostEqual(
+            cost.seconds, kernel["seconds"] + unstated["seconds"] + cost.unestimated["seconds"]
+        )
         self.assertAlmostEqual(tpu_hlo.all_reduce_seconds(300e9, 4, V4), 1.5)
         self.assertAlmostEqual(tpu_hlo.all_reduce_seconds(400e9, 4, V6E), 1.5)
         faster = read_cost(REST, chip=V6E).custom_calls
@@ -105,20 +132,43 @@ class CostTest(unittest.TestCase):
     def test_a_kernel_takes_its_schedule_and_its_bytes_one_after_the_other(self):
         kernel = next(i for _, _, i in tpu_hlo.executed(*tpu_hlo.parse(REST)) if '"body"' in i.rest)
         size = 3 * 4 * 1024 * 256
-        for cycles, seconds in ((21_000, 20e-6 + size / 1.2e12), (1, 10e-6)):       # never less than its bound
-            call = read_cost(REST, {tpu_hlo.kernel_key(kernel): cycles}).custom_calls["tpu_custom_call"]
+        for cycles, seconds in (
+            (21_000, 20e-6 + size / 1.2e12),
+            (1, 10e-6),
+        ):  # never less than its bound
+            call = read_cost(REST, {tpu_hlo.kernel_key(kernel): cycles}).custom_calls[
+                "tpu_custom_call"
+            ]
             self.assertAlmostEqual(call["seconds"], seconds)
             self.assertEqual(call["bound_seconds"], 1e-5)
-        other = next(i for _, _, i in tpu_hlo.executed(*tpu_hlo.parse(REST.replace('"body":"x"', '"body":"y"'))) if '"body"' in i.rest)
+        other = next(
+            i
+            for _, _, i in tpu_hlo.executed(
+                *tpu_hlo.parse(REST.replace('"body":"x"', '"body":"y"'))
+            )
+            if '"body"' in i.rest
+        )
         self.assertNotEqual(tpu_hlo.kernel_key(other), tpu_hlo.kernel_key(kernel))
 
     def test_cycles_by_line_of_code(self):
         cost = read_cost(LOOP)
-        self.assertEqual(tpu_hlo.cycles_by_source(cost, "/kit"),
-                         [(210, 7, "trm_model.py:62", "aten__mm", "f32[8]"), (100, 1, "", "aten__mul", "f32[8]"), (35, 7, "", "fusion", "pred[]")])
+        self.assertEqual(
+            tpu_hlo.cycles_by_source(cost, "/kit"),
+            [
+                (210, 7, "trm_model.py:62", "aten__mm", "f32[8]"),
+                (100, 1, "", "aten__mul", "f32[8]"),
+                (35, 7, "", "fusion", "pred[]"),
+            ],
+        )
 
     def test_bytes_of_shapes(self):
-        for shape, size in (("f32[3,4]{1,0:T(8,128)S(3)}", 48), ("(bf16[5], pred[7], u32[])", 10 + 7 + 4), ("s4[3]", 2), ("f8e4m3fn[9]", 9), ("token[]", 0)):
+        for shape, size in (
+            ("f32[3,4]{1,0:T(8,128)S(3)}", 48),
+            ("(bf16[5], pred[7], u32[])", 10 + 7 + 4),
+            ("s4[3]", 2),
+            ("f8e4m3fn[9]", 9),
+            ("token[]", 0),
+        ):
             self.assertEqual(tpu_hlo.array_bytes(shape), size, shape)
 
     def test_other_text_is_refused(self):
@@ -129,19 +179,29 @@ class CostTest(unittest.TestCase):
 class ReportTest(FolderTest):
     def report(self, *args):
         """(status, output) of the command in a process of its own."""
-        done = subprocess.run([sys.executable, "analysis/tpu_report.py", *map(str, args)], cwd=ROOT, text=True, timeout=1200,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [sys.executable, "analysis/tpu_report.py", *map(str, args)],
+            cwd=ROOT,
+            text=True,
+            timeout=1200,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         return done.returncode, done.stdout
 
 
 class CommandLineTest(ReportTest):
     def test_mistakes_end_with_status_2(self):
         path = write_config(self.folder / "a.yaml", SMALL)
-        for args, says in ((("--accelerator", "v4-64"), "--config"), (("--config", path, "--accelerator", "v5e-8"), "v5e slices are called v5litepod-N"),
-                           (("--config", path, "--accelerator", "v4-9"), "take v4-8 or v4-16"),
-                           (("--config", path, "--minutes", "0"), "must be > 0"), (("--config", path, "--json", self.folder), "(is a folder)"),
-                           (("--config", path, "--json", "/proc/a.json"), "no file can be written there"),
-                           (("--config", path, "--keep", path), "no file can be written there")):
+        for args, says in (
+            (("--accelerator", "v4-64"), "--config"),
+            (("--config", path, "--accelerator", "v5e-8"), "v5e slices are called v5litepod-N"),
+            (("--config", path, "--accelerator", "v4-9"), "take v4-8 or v4-16"),
+            (("--config", path, "--minutes", "0"), "must be > 0"),
+            (("--config", path, "--json", self.folder), "(is a folder)"),
+            (("--config", path, "--json", "/proc/a.json"), "no file can be written there"),
+            (("--config", path, "--keep", path), "no file can be written there"),
+        ):
             status, output = self.report(*args)
             self.assertEqual((status, "Traceback" in output), (2, False), output)
             self.assertIn(says, output)
@@ -149,8 +209,15 @@ class CommandLineTest(ReportTest):
     @unittest.skipIf(NOT_INSTALLED, f"needs the TPU compiler: {NOT_INSTALLED}")
     def test_mistakes_in_a_configuration_end_with_status_2(self):
         path = write_config(self.folder / "a.yaml", SMALL)
-        for args, says in (((path, "--accelerator", "v4-128"), "divisible"), ((path, "model.hidden=3"), "hidden"), ((self.folder / "b.yaml",), "cannot read"),
-                           ((path, "data.expected_puzzles=null", "--accelerator", "v4-8"), "data.expected_puzzles")):
+        for args, says in (
+            ((path, "--accelerator", "v4-128"), "divisible"),
+            ((path, "model.hidden=3"), "hidden"),
+            ((self.folder / "b.yaml",), "cannot read"),
+            (
+                (path, "data.expected_puzzles=null", "--accelerator", "v4-8"),
+                "data.expected_puzzles",
+            ),
+        ):
             status, output = self.report("--config", *args)
             self.assertEqual((status, "Traceback" in output), (2, False), output)
             self.assertIn(says, output)
@@ -160,9 +227,15 @@ class CommandLineTest(ReportTest):
             if name == "libtpu":
                 raise importlib.metadata.PackageNotFoundError
             return {"jax": "0.10.2", "jaxlib": "0.7.1"}.get(name, "2.9.0")
+
         with mock.patch("importlib.metadata.version", version):
-            message = self.user_error(tpu_report.check_dependencies, "jax==0.7.1 (is 0.10.2)", "libtpu", "(not installed)",
-                                      "pip install -r requirements.txt -r requirements-tpu.txt")
+            message = self.user_error(
+                tpu_report.check_dependencies,
+                "jax==0.7.1 (is 0.10.2)",
+                "libtpu",
+                "(not installed)",
+                "pip install -r requirements.txt -r requirements-tpu.txt",
+            )
         self.assertNotIn("jaxlib", message)
 
     @unittest.skipUnless(NOT_INSTALLED, "the TPU compiler is installed here")
@@ -178,27 +251,52 @@ class ChildTest(FolderTest):
     def run_child(self, code, **limits):
         script = self.folder / "tpu_compile.py"
         script.write_text(code)
-        return tpu_report.run_child([str(script)], self.folder, SimpleNamespace(**{"memory_gib": 1, "minutes": 1, **limits}))
+        return tpu_report.run_child(
+            [str(script)], self.folder, SimpleNamespace(**{"memory_gib": 1, "minutes": 1, **limits})
+        )
 
     def test_limits(self):
-        self.assertIn("more than 0.2 GiB of this machine's memory", self.run_child("import time; a = bytearray(2**29); time.sleep(60)", memory_gib=0.2))
-        self.assertIn("more than 0.01 minutes", self.run_child("import time; time.sleep(60)", minutes=0.01))
+        self.assertIn(
+            "more than 0.2 GiB of this machine's memory",
+            self.run_child("import time; a = bytearray(2**29); time.sleep(60)", memory_gib=0.2),
+        )
+        self.assertIn(
+            "more than 0.01 minutes", self.run_child("import time; time.sleep(60)", minutes=0.01)
+        )
 
     def test_the_shell_s_own_flags_for_the_compiler_do_not_count(self):
-        flags = dict.fromkeys(("PJRT_DEVICE", "XLA_FLAGS", "TPU_PROCESS_BOUNDS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS"), "x")
+        flags = dict.fromkeys(
+            ("PJRT_DEVICE", "XLA_FLAGS", "TPU_PROCESS_BOUNDS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS"),
+            "x",
+        )
         with mock.patch.dict("os.environ", flags):
-            self.assertIsNone(self.run_child(f"import os; assert not set({list(flags)}) & set(os.environ)"))
+            self.assertIsNone(
+                self.run_child(f"import os; assert not set({list(flags)}) & set(os.environ)")
+            )
 
     def test_death(self):
-        self.assertIn("ended by signal 11: last words", self.run_child("import os; print('last words', flush=True); os.kill(os.getpid(), 11)"))
+        self.assertIn(
+            "ended by signal 11: last words",
+            self.run_child("import os; print('last words', flush=True); os.kill(os.getpid(), 11)"),
+        )
         self.assertIn("ended with status 1: ", self.run_child("raise KeyError('here')"))
         self.assertIsNone(self.run_child("print('fine')"))
 
     def test_no_child_outlives_the_report(self):
-        (self.folder / "tpu_compile.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-        parent = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, 'analysis'); import tpu_report, types, pathlib\n"
-                                   "tpu_report.run_child([sys.argv[1] + '/tpu_compile.py'], pathlib.Path(sys.argv[1]), "
-                                   "types.SimpleNamespace(memory_gib=1, minutes=1))", str(self.folder)], cwd=ROOT)
+        (self.folder / "tpu_compile.py").write_text(
+            "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+        )
+        parent = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys; sys.path.insert(0, 'analysis'); import tpu_report, types, pathlib\n"
+                "tpu_report.run_child([sys.argv[1] + '/tpu_compile.py'], pathlib.Path(sys.argv[1]), "
+                "types.SimpleNamespace(memory_gib=1, minutes=1))",
+                str(self.folder),
+            ],
+            cwd=ROOT,
+        )
         self.addCleanup(parent.kill)
         log = self.folder / "compiling.log"
         self.wait(lambda: log.exists() and log.read_text().endswith("\n"))
@@ -213,41 +311,84 @@ class ChildTest(FolderTest):
             time.sleep(0.05)
 
     def test_a_mistake_of_the_user_stays_one(self):
-        self.user_error(lambda: self.run_child("import sys; print('error: mend this', file=sys.stderr); sys.exit(2)"), "mend this")
+        self.user_error(
+            lambda: self.run_child(
+                "import sys; print('error: mend this', file=sys.stderr); sys.exit(2)"
+            ),
+            "mend this",
+        )
 
     def test_compiler_errors_in_plain_words(self):
-        for text in ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 54.30G of 30.75G hbm. Exceeded by",
-                     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.30G) exceeds available HBM (30.75G)."):
-            self.assertEqual(tpu_report.compiler_error(text, "wait", V4), "does not fit: needs 54.30 GiB of HBM, a program may use 30.75 GiB of a chip's 32: wait")
+        for text in (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 54.30G of 30.75G hbm. Exceeded by",
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.30G) exceeds available HBM (30.75G).",
+        ):
+            self.assertEqual(
+                tpu_report.compiler_error(text, "wait", V4),
+                "does not fit: needs 54.30 GiB of HBM, a program may use 30.75 GiB of a chip's 32: wait",
+            )
         one = "RESOURCE_EXHAUSTED: Allocation (size=44023414784) would exceed memory (size=34359738368) :: #allocation7 [shape = 'f32[262144,82,512]', space=hbm]"
-        self.assertEqual(tpu_report.compiler_error(one, "wait", V4), "does not fit: one tensor alone needs 41.00 GiB of HBM, a chip has 32: wait")
-        self.assertIn("the compiler refuses it: UNIMPLEMENTED: no such thing", tpu_report.compiler_error("UNIMPLEMENTED: no\nsuch thing", "wait", V4))
+        self.assertEqual(
+            tpu_report.compiler_error(one, "wait", V4),
+            "does not fit: one tensor alone needs 41.00 GiB of HBM, a chip has 32: wait",
+        )
+        self.assertIn(
+            "the compiler refuses it: UNIMPLEMENTED: no such thing",
+            tpu_report.compiler_error("UNIMPLEMENTED: no\nsuch thing", "wait", V4),
+        )
 
     def test_ways_out_of_too_little_memory(self):
         path = write_config(self.folder / "a.yaml", SMALL)
-        for step, on, says in (("train", "false", "set model.activation_checkpointing=true, or take a larger slice"), ("train", "true", "take a larger slice"),
-                               ("evaluation", "false", "take a smaller evaluation.batch_size")):
-            self.assertEqual(tpu_report.way_out(step, load_config(path, [f"model.activation_checkpointing={on}"])), says)
+        for step, on, says in (
+            ("train", "false", "set model.activation_checkpointing=true, or take a larger slice"),
+            ("train", "true", "take a larger slice"),
+            ("evaluation", "false", "take a smaller evaluation.batch_size"),
+        ):
+            self.assertEqual(
+                tpu_report.way_out(
+                    step, load_config(path, [f"model.activation_checkpointing={on}"])
+                ),
+                says,
+            )
 
 
 class RunFiguresTest(unittest.TestCase):
     def test_steps_and_hours(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        config = load_config(write_config(Path(folder.name) / "a.yaml", SMALL), ["tpu.accelerator_type=v4-8", "evaluation.max_examples=100"])
-        report = {"num_puzzles": 100, "chips": 4, "estimated_ms_per_step": 30.0, "all_reduce_ms_at_least": 6.0, "host_ms_per_step": 20.0,
-                  "evaluation_ms_per_step": 10.0, "evaluation_host_ms_per_step": 20.0, "split_sizes": {"test": 1000}}
+        config = load_config(
+            write_config(Path(folder.name) / "a.yaml", SMALL),
+            ["tpu.accelerator_type=v4-8", "evaluation.max_examples=100"],
+        )
+        report = {
+            "num_puzzles": 100,
+            "chips": 4,
+            "estimated_ms_per_step": 30.0,
+            "all_reduce_ms_at_least": 6.0,
+            "host_ms_per_step": 20.0,
+            "evaluation_ms_per_step": 10.0,
+            "evaluation_host_ms_per_step": 20.0,
+            "split_sizes": {"test": 1000},
+        }
         figures = tpu_report.run_figures(report, config)
         # 64 epochs of 100 puzzles by 32; looks at 100 puzzles after every 50 steps: 25 a chip, one batch of 4 steps; at the
         # end 250 a chip, 8 batches, twice; 20 ms a step there, since the host is slower than the device
-        self.assertEqual((figures["total_steps"], figures["evaluations"], figures["bound_by"]), (200, 4, "device"))
+        self.assertEqual(
+            (figures["total_steps"], figures["evaluations"], figures["bound_by"]),
+            (200, 4, "device"),
+        )
         self.assertAlmostEqual(figures["training_hours"] * 3600, 200 * 0.036)
         self.assertAlmostEqual(figures["evaluation_hours"] * 3600, (4 * 4 + 2 * 8 * 4) * 0.020)
         self.assertAlmostEqual(figures["chip_hours"], 4 * figures["estimated_hours"])
         # of the whole test split the last look is the first half of the final evaluation, of another split it is not
         for overrides, looks in (((), 3), (("evaluation.split=val",), 4)):
-            whole = load_config(Path(folder.name) / "a.yaml", ["tpu.accelerator_type=v4-8", "evaluation.max_examples=null", *overrides])
-            figures = tpu_report.run_figures({**report, "split_sizes": {"test": 1000, "val": 1000}}, whole)
+            whole = load_config(
+                Path(folder.name) / "a.yaml",
+                ["tpu.accelerator_type=v4-8", "evaluation.max_examples=null", *overrides],
+            )
+            figures = tpu_report.run_figures(
+                {**report, "split_sizes": {"test": 1000, "val": 1000}}, whole
+            )
             self.assertAlmostEqual(figures["evaluation_hours"] * 3600, (looks + 2) * 8 * 4 * 0.020)
         slow = tpu_report.run_figures({**report, "host_ms_per_step": 50.0}, config)
         self.assertEqual(slow["bound_by"], "host")
@@ -260,27 +401,44 @@ class TraceTest(XLATest):
         take over."""
         import torch_xla
         import tpu_trace
+
         import train_tpu
         import trm_model
         from device import Device
 
         def pending(run):
             tensors = run.tensors()
-            tensors = [t for t, is_pending in zip(tensors, torch_xla._XLAC._check_tensor_need_materialization(tensors)) if is_pending]
+            tensors = [
+                t
+                for t, is_pending in zip(
+                    tensors, torch_xla._XLAC._check_tensor_need_materialization(tensors)
+                )
+                if is_pending
+            ]
             return torch_xla._XLAC._get_xla_tensors_hlo(tensors)
+
         with tempfile.TemporaryDirectory() as folder:
-            config = load_config(write_config(Path(folder) / "a.yaml", SMALL), ["tpu.accelerator_type=v4-16", "training.pallas_kernels=false"])
+            config = load_config(
+                write_config(Path(folder) / "a.yaml", SMALL),
+                ["tpu.accelerator_type=v4-16", "training.pallas_kernels=false"],
+            )
         dataset, _ = tpu_trace.training_puzzles(config)
         device = Device("xla_cpu")
         device.rank, device.world_size = 0, 8
         run = train_tpu.Run(config, device, dataset)
-        train_tpu.train_step(run, device.put(train_tpu.host_batch(run, run.loader.batch(0))), trm_model.act_step)
+        train_tpu.train_step(
+            run, device.put(train_tpu.host_batch(run, run.loader.batch(0))), trm_model.act_step
+        )
         trained = pending(run)
         device.end_step()
         traced_device = tpu_trace.TracedDevice(tpu_types.slice_type("v4-16"))
         traced = tpu_trace.traced_run(config, traced_device, dataset)
         traced_device.follow(traced)
-        train_tpu.train_step(traced, traced_device.put(train_tpu.host_batch(traced, run.loader.batch(0))), trm_model.act_step)
+        train_tpu.train_step(
+            traced,
+            traced_device.put(train_tpu.host_batch(traced, run.loader.batch(0))),
+            trm_model.act_step,
+        )
         self.assertEqual(pending(traced), trained)
         self.assertEqual(len(re.findall(r" all-reduce\(", trained)), 1)
         traced_device.end_step()
@@ -299,80 +457,200 @@ class TraceTest(XLATest):
 class CompileTest(ReportTest):
     def test_a_small_configuration_alone_and_after_one_that_is_too_large(self):
         small = write_config(self.folder / "small.yaml", SMALL)
-        large = write_config(self.folder / "large.yaml", SMALL.replace("global_batch_size: 32", "global_batch_size: 262144"))
-        status, output = self.report("--config", large, small, "--accelerator", "v4-8", "--json", self.folder / "both.json")
+        large = write_config(
+            self.folder / "large.yaml",
+            SMALL.replace("global_batch_size: 32", "global_batch_size: 262144"),
+        )
+        status, output = self.report(
+            "--config", large, small, "--accelerator", "v4-8", "--json", self.folder / "both.json"
+        )
         self.assertEqual(status, 1, output)
         self.assertNotIn("Traceback", output)
         both = json.loads((self.folder / "both.json").read_text())
         self.assertEqual([report["compiles"] for report in both["reports"]], [False, True])
-        self.assertRegex(output, r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM.*: set model.activation_checkpointing=true")
-        self.assertTrue(output.endswith("evaluations as of Sudoku-Extreme's test split, where the dataset is not on this machine: small\n"), output)
-        self.assertEqual((both["judged"], both["estimated_hours"]), (1, both["reports"][1]["estimated_hours"]))
+        self.assertRegex(
+            output,
+            r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM.*: set model.activation_checkpointing=true",
+        )
+        self.assertTrue(
+            output.endswith(
+                "evaluations as of Sudoku-Extreme's test split, where the dataset is not on this machine: small\n"
+            ),
+            output,
+        )
+        self.assertEqual(
+            (both["judged"], both["estimated_hours"]), (1, both["reports"][1]["estimated_hours"])
+        )
 
-        status, output = self.report("--config", small, "--accelerator", "v4-8", "--json", self.folder / "small.json")
+        status, output = self.report(
+            "--config", small, "--accelerator", "v4-8", "--json", self.folder / "small.json"
+        )
         self.assertEqual(status, 0, output)
-        self.assertIn("100 to train on (assumed: 9x9, data.expected_puzzles), 422,786 to test on (assumed: Sudoku-Extreme's)", output)
+        self.assertIn(
+            "100 to train on (assumed: 9x9, data.expected_puzzles), 422,786 to test on (assumed: Sudoku-Extreme's)",
+            output,
+        )
         reports = [json.loads((self.folder / "small.json").read_text()), both["reports"][1]]
-        for key in ("estimated_ms_per_step", "estimated_mfu", "hbm_bytes", "flops_per_chip_step", "all_reduce_bytes", "where"):
+        for key in (
+            "estimated_ms_per_step",
+            "estimated_mfu",
+            "hbm_bytes",
+            "flops_per_chip_step",
+            "all_reduce_bytes",
+            "where",
+        ):
             self.assertEqual(reports[0][key], reports[1][key], key)
         report = reports[0]
-        self.assertEqual((report["accelerator"], report["compiles"], report["error"], report["programs"], report["total_steps"]), ("v4-8", True, None, 2, 200))
+        self.assertEqual(
+            (
+                report["accelerator"],
+                report["compiles"],
+                report["error"],
+                report["programs"],
+                report["total_steps"],
+            ),
+            ("v4-8", True, None, 2, 200),
+        )
         self.assertEqual(report["all_reduce_count"], 1)
         # gradients, metrics and the puzzle embedding's row with its count, float32
-        self.assertAlmostEqual(report["all_reduce_bytes"], 4 * (report["parameters"] + 7 + 128 + 1), delta=2)      # and torch_xla's own token, bfloat16
-        self.assertGreater(report["hbm_bytes"]["aliased"], 4 * 4 * report["parameters"])   # weights, two moments, the average
+        self.assertAlmostEqual(
+            report["all_reduce_bytes"], 4 * (report["parameters"] + 7 + 128 + 1), delta=2
+        )  # and torch_xla's own token, bfloat16
+        self.assertGreater(
+            report["hbm_bytes"]["aliased"], 4 * 4 * report["parameters"]
+        )  # weights, two moments, the average
         # the token mixing's gradient, in a kernel, computes its forward once more
-        self.assertTrue(1.02 < report["flops_per_chip_step"] / report["model_flops_per_chip_step"] < 1.15)
+        self.assertTrue(
+            1.02 < report["flops_per_chip_step"] / report["model_flops_per_chip_step"] < 1.15
+        )
         kernels = report["custom_calls"]["train"]["tpu_custom_call"]
-        self.assertEqual(kernels["count"], 8 + 2)       # two SwiGLUs, two calls in each of two cycles; and the backward of the token mixing
-        self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"] < 1e-3 * report["estimated_ms_per_step"])
+        self.assertEqual(
+            kernels["count"], 8 + 2
+        )  # two SwiGLUs, two calls in each of two cycles; and the backward of the token mixing
+        self.assertTrue(
+            0
+            < kernels["bound_seconds"]
+            < kernels["seconds"]
+            < 1e-3 * report["estimated_ms_per_step"]
+        )
         self.assertTrue(0 < report["estimated_mfu"] < 1)
         # besides the kernels' own: the output head, in evaluation nothing but that; and what has a gradient, in training
-        self.assertEqual({products["float32"] for products in report["matrix_products"].values()}, {0})
-        self.assertGreater(report["matrix_products"]["train"]["bfloat16"], report["matrix_products"]["evaluation"]["bfloat16"])
+        self.assertEqual(
+            {products["float32"] for products in report["matrix_products"].values()}, {0}
+        )
+        self.assertGreater(
+            report["matrix_products"]["train"]["bfloat16"],
+            report["matrix_products"]["evaluation"]["bfloat16"],
+        )
         self.assertGreater(report["matrix_products"]["evaluation"]["bfloat16"], 0)
         self.assertGreater(report["host_ms_per_step"], 0)
         self.assertGreater(report["estimated_hours"], 0)
-        self.assertTrue(any(re.fullmatch(r"trm_model\.py:\d+", source) for _, _, source, _, _ in report["where"]), report["where"])
+        self.assertTrue(
+            any(
+                re.fullmatch(r"trm_model\.py:\d+", source) for _, _, source, _, _ in report["where"]
+            ),
+            report["where"],
+        )
 
     def test_other_kinds_of_tpu(self):
         """One core a chip; of attention the channel mixing alone is a kernel."""
         path = write_config(self.folder / "small.yaml", SMALL)
         for accelerator, chips, peak, memory, overrides, as_kernels in (
-                ("v6e-16", 16, 918e12, "32 GiB", ["model.mlp_t=false", "model.pos_encodings=rope"], "channel mixing"),
-                ("v5litepod-8", 8, 197e12, "16 GiB", [], "token mixing, channel mixing")):
+            (
+                "v6e-16",
+                16,
+                918e12,
+                "32 GiB",
+                ["model.mlp_t=false", "model.pos_encodings=rope"],
+                "channel mixing",
+            ),
+            ("v5litepod-8", 8, 197e12, "16 GiB", [], "token mixing, channel mixing"),
+        ):
             with self.subTest(accelerator):
-                status, output = self.report("--config", path, "--accelerator", accelerator, "--json", self.folder / "out.json", *overrides)
+                status, output = self.report(
+                    "--config",
+                    path,
+                    "--accelerator",
+                    accelerator,
+                    "--json",
+                    self.folder / "out.json",
+                    *overrides,
+                )
                 self.assertEqual(status, 0, output)
                 report = json.loads((self.folder / "out.json").read_text())
-                self.assertEqual((report["accelerator"], report["chips"], report["per_chip_batch"], report["all_reduce_count"]), (accelerator, chips, 32 // chips, 1))
-                self.assertAlmostEqual(report["estimated_mfu"], report["model_flops_per_chip_step"] / (1e-3 * report["estimated_ms_per_step"] * peak))
+                self.assertEqual(
+                    (
+                        report["accelerator"],
+                        report["chips"],
+                        report["per_chip_batch"],
+                        report["all_reduce_count"],
+                    ),
+                    (accelerator, chips, 32 // chips, 1),
+                )
+                self.assertAlmostEqual(
+                    report["estimated_mfu"],
+                    report["model_flops_per_chip_step"]
+                    / (1e-3 * report["estimated_ms_per_step"] * peak),
+                )
                 kernels = report["custom_calls"]["train"]["tpu_custom_call"]
                 self.assertEqual(kernels["count"], {"v6e-16": 4, "v5litepod-8": 10}[accelerator])
                 self.assertTrue(0 < kernels["bound_seconds"] < kernels["seconds"])
                 self.assertRegex(output, rf"HBM needed +[\d.]+ of {memory} a chip")
                 self.assertRegex(output, rf"kernels +{as_kernels}\n")
-        without = tpu_report.full_text({**report, "in_kernel": {"token mixing": False, "channel mixing": False}})
-        self.assertRegex(without, r"kernels +none\n +in XLA's form +token mixing, channel mixing: .*128 MiB of VMEM")
+        without = tpu_report.full_text(
+            {**report, "in_kernel": {"token mixing": False, "channel mixing": False}}
+        )
+        self.assertRegex(
+            without,
+            r"kernels +none\n +in XLA's form +token mixing, channel mixing: .*128 MiB of VMEM",
+        )
 
     def test_a_float32_configuration_is_multiplied_in_float32(self):
         path = write_config(self.folder / "exact.yaml", SMALL.replace("H_cycles: 2", "H_cycles: 1"))
-        status, output = self.report("--config", path, "--accelerator", "v4-8", "--json", self.folder / "out.json", "model.forward_dtype=float32")
+        status, output = self.report(
+            "--config",
+            path,
+            "--accelerator",
+            "v4-8",
+            "--json",
+            self.folder / "out.json",
+            "model.forward_dtype=float32",
+        )
         self.assertEqual(status, 0, output)
         report = json.loads((self.folder / "out.json").read_text())
-        self.assertNotIn("tpu_custom_call", {target for calls in report["custom_calls"].values() for target in calls})      # no kernels
+        self.assertNotIn(
+            "tpu_custom_call",
+            {target for calls in report["custom_calls"].values() for target in calls},
+        )  # no kernels
         for name, products in report["matrix_products"].items():
             self.assertGreater(products["float32"], 10)
-            self.assertRegex(output, rf"matrix products +{name}: 0 in bfloat16, {products['float32']} in float32 \(highest precision\)\n")
+            self.assertRegex(
+                output,
+                rf"matrix products +{name}: 0 in bfloat16, {products['float32']} in float32 \(highest precision\)\n",
+            )
 
     def test_activation_checkpointing_takes_less_memory(self):
         """All temporaries of the training step together are less than what a backward without it keeps of the channel mixing alone."""
-        text = SMALL.replace("global_batch_size: 32", "global_batch_size: 1024").replace("H_cycles: 2, L_cycles: 1", "H_cycles: 1, L_cycles: 6")
+        text = SMALL.replace("global_batch_size: 32", "global_batch_size: 1024").replace(
+            "H_cycles: 2, L_cycles: 1", "H_cycles: 1, L_cycles: 6"
+        )
         path = write_config(self.folder / "wide.yaml", text)
-        status, output = self.report("--config", path, "--accelerator", "v4-8", "--json", self.folder / "out.json", "model.activation_checkpointing=true")
+        status, output = self.report(
+            "--config",
+            path,
+            "--accelerator",
+            "v4-8",
+            "--json",
+            self.folder / "out.json",
+            "model.activation_checkpointing=true",
+        )
         self.assertEqual(status, 0, output)
-        temporaries = json.loads((self.folder / "out.json").read_text())["hbm_bytes_by_program"]["train"]["temporaries"]
-        self.assertLess(temporaries, 7 * 2 * 256 * 82 * 512 * 2)        # calls of the block, gate and up, slots, positions, width, bytes
+        temporaries = json.loads((self.folder / "out.json").read_text())["hbm_bytes_by_program"][
+            "train"
+        ]["temporaries"]
+        self.assertLess(
+            temporaries, 7 * 2 * 256 * 82 * 512 * 2
+        )  # calls of the block, gate and up, slots, positions, width, bytes
 
 
 LOOP = """\

@@ -1,4 +1,5 @@
 """The command on torch_xla's CPU device: how often it compiles and executes, and that it is the same training."""
+
 import copy
 import importlib.util
 import os
@@ -15,10 +16,10 @@ import torch
 import train_tpu
 import trm_model
 from checkpoint_manager import load_checkpoint
+from config import load_config
 from device import Device
 from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
 from tests.test_model import admitted, no_minimum, small_model
-from utils import load_config
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import tpu_hlo
@@ -31,8 +32,17 @@ class XLATrainingTest(CommandTest):
     def check_counts(self, run_name, *overrides):
         """20 steps with a record each, evaluations after 10 and 20, checkpoints after 7, 10, 14 and 20, a learning rate that
         changes at every step; then the rest of the 30 in a process of its own."""
-        flags = ("--run_name", run_name, "device=xla_cpu", "training.epochs=3", "logging.interval_steps=1", "evaluation.interval_epochs=1",
-                 "training.lr_warmup_steps=5", "training.lr_min_ratio=0.1", *overrides)
+        flags = (
+            "--run_name",
+            run_name,
+            "device=xla_cpu",
+            "training.epochs=3",
+            "logging.interval_steps=1",
+            "evaluation.interval_epochs=1",
+            "training.lr_warmup_steps=5",
+            "training.lr_min_ratio=0.1",
+            *overrides,
+        )
         self.train(*flags, "--max_steps", "20")
         self.train(*flags)
         records = self.records(run_name, timing=True)
@@ -42,14 +52,20 @@ class XLATrainingTest(CommandTest):
         # an evaluation of 20 puzzles: two batches of 16, three supervision steps each
         evaluation = 2 * 3
         for step, record in training.items():
-            evaluations, since = (0, step) if step <= 10 else (1, step) if step <= 20 else (0, step - 20)
+            evaluations, since = (
+                (0, step) if step <= 10 else (1, step) if step <= 20 else (0, step - 20)
+            )
             with self.subTest(step=step):
-                self.assertEqual(record["xla_compiles"], 1 + evaluations)      # the training step; the evaluation step once it has run
+                self.assertEqual(
+                    record["xla_compiles"], 1 + evaluations
+                )  # the training step; the evaluation step once it has run
                 # the runtime counts an execution a moment after its results are there: the last may be missing, none may be too many
                 expected = since + evaluations * evaluation
                 self.assertIn(record["xla_executions"], (expected - 1, expected))
-        self.assertEqual([(r["step"], r["weights"], r["count"]) for r in records if r["split"] == "test"],
-                         [(10, "ema", 20), (20, "ema", 20), (30, "ema", 20), (30, "ema", 50), (30, "raw", 50)])
+        self.assertEqual(
+            [(r["step"], r["weights"], r["count"]) for r in records if r["split"] == "test"],
+            [(10, "ema", 20), (20, "ema", 20), (30, "ema", 20), (30, "ema", 50), (30, "raw", 50)],
+        )
 
     def test_one_compile_and_one_execution_a_step_with_the_token_mlp(self):
         self.check_counts("mlp")
@@ -58,23 +74,42 @@ class XLATrainingTest(CommandTest):
         self.check_counts("attention", *ATTENTION)
 
     def test_one_compile_with_every_option(self):
-        self.check_counts("options", "training.grad_accumulation_steps=2", "training.grad_clip_norm=0.5", "training.optimizer=adamw",
-                          "model.pos_encodings=learned", "model.halt_exploration_prob=0.5", "model.activation_checkpointing=true")
+        self.check_counts(
+            "options",
+            "training.grad_accumulation_steps=2",
+            "training.grad_clip_norm=0.5",
+            "training.optimizer=adamw",
+            "model.pos_encodings=learned",
+            "model.halt_exploration_prob=0.5",
+            "model.activation_checkpointing=true",
+        )
 
     def test_same_training_as_on_the_cpu(self):
         """In float32, from one checkpoint of each device on to the same step on the other."""
-        flags = ("model.forward_dtype=float32", "logging.interval_steps=1", "checkpoint.keep_last_n=9")
+        flags = (
+            "model.forward_dtype=float32",
+            "logging.interval_steps=1",
+            "checkpoint.keep_last_n=9",
+        )
         for first, second in (("cpu", "xla_cpu"), ("xla_cpu", "cpu")):
             name = f"{first}_then_{second}"
             self.train("--run_name", name, "--max_steps", "8", f"device={first}", *flags)
-            self.assertIn("goes on after step 8", self.train("--run_name", name, "--max_steps", "20", f"device={second}", *flags))
+            self.assertIn(
+                "goes on after step 8",
+                self.train("--run_name", name, "--max_steps", "20", f"device={second}", *flags),
+            )
         ours, theirs = self.records("cpu_then_xla_cpu"), self.records("xla_cpu_then_cpu")
         self.assertEqual([r["step"] for r in ours if r["split"] == "train"], list(range(1, 21)))
         for one, other in zip(ours, theirs, strict=True):
             if one["split"] == "train":
-                self.assertAlmostEqual(one["loss"], other["loss"], delta=0.01 * one["loss"], msg=str(one["step"]))
+                self.assertAlmostEqual(
+                    one["loss"], other["loss"], delta=0.01 * one["loss"], msg=str(one["step"])
+                )
         start = load_checkpoint(self.checkpoint("cpu_then_xla_cpu", 7))["model"]
-        ends = [load_checkpoint(self.checkpoint(name, 20))["model"] for name in ("cpu_then_xla_cpu", "xla_cpu_then_cpu")]
+        ends = [
+            load_checkpoint(self.checkpoint(name, 20))["model"]
+            for name in ("cpu_then_xla_cpu", "xla_cpu_then_cpu")
+        ]
         changes = [torch.cat([(end[key] - start[key]).flatten() for key in start]) for end in ends]
         self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99)
 
@@ -84,32 +119,65 @@ class XLATrainingTest(CommandTest):
         for name, script in (("four", "tests/xla_replicas.py"), ("one", "-c")):
             files[name] = self.folder / f"{name}.pt"
             command = [script] if script != "-c" else ["-c", ONE_WORKER]
-            done = subprocess.run([sys.executable, *command, str(self.config), str(files[name]), "model.forward_dtype=float32"], cwd=ROOT, text=True,
-                                  env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    *command,
+                    str(self.config),
+                    str(files[name]),
+                    "model.forward_dtype=float32",
+                ],
+                cwd=ROOT,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=300,
+            )
             self.assertEqual(done.returncode, 0, done.stdout)
         four, one = (torch.load(files[name]) for name in ("four", "one"))
         self.assertEqual((four["devices"], four["sharding"]), (4, "{devices=[4,1,1]0,1,2,3}"))
         for step, (ours, theirs) in enumerate(zip(four["steps"], one["steps"], strict=True)):
             self.assertTrue(torch.equal(ours["halted"], theirs["halted"]))
             for name in ("totals", "z_H"):
-                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5 if step == 0 else 0.02, atol=1e-5 if step == 0 else 0.02, msg=f"{name}, step {step + 1}")
+                torch.testing.assert_close(
+                    ours[name],
+                    theirs[name],
+                    rtol=1e-5 if step == 0 else 0.02,
+                    atol=1e-5 if step == 0 else 0.02,
+                    msg=f"{name}, step {step + 1}",
+                )
         for name in ("weights", "ema"):
             start = torch.cat([w.flatten() for w in one["start"]])
-            changes = [torch.cat([w.flatten() for w in run["steps"][-1][name]]) - start for run in (four, one)]
+            changes = [
+                torch.cat([w.flatten() for w in run["steps"][-1][name]]) - start
+                for run in (four, one)
+            ]
             self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99, name)
-
 
     def test_every_product_of_a_float32_run_is_of_float32(self):
         """Of all that training, its evaluations and --eval_only compile; Products has what each kind of model traces."""
         dump = self.folder / "dump"
-        flags = ("--run_name", "float32", "device=xla_cpu", "training.epochs=0.2", "evaluation.interval_epochs=0.2")
-        with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump} --xla_dump_hlo_as_text"):
+        flags = (
+            "--run_name",
+            "float32",
+            "device=xla_cpu",
+            "training.epochs=0.2",
+            "evaluation.interval_epochs=0.2",
+        )
+        with mock.patch.dict(
+            os.environ,
+            XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump} --xla_dump_hlo_as_text",
+        ):
             self.train(*flags)
             trained = list(dump.glob("*before_optimizations.txt"))
             self.train(*flags, "--eval_only", "evaluation.batch_size=10")
         texts = {path: path.read_text() for path in dump.glob("*before_optimizations.txt")}
         with_products = [path for path, text in texts.items() if products(text)]
-        self.assertEqual((len(with_products), len([path for path in with_products if path not in trained])), (3, 1))
+        self.assertEqual(
+            (len(with_products), len([path for path in with_products if path not in trained])),
+            (3, 1),
+        )
         for text in texts.values():
             for instruction, _ in products(text):
                 self.assertIn("operand_precision={highest,highest}", instruction.rest)
@@ -117,8 +185,12 @@ class XLATrainingTest(CommandTest):
 
 def products(text):
     """[(Instruction, its computation)] of the matrix products, and of what may hide some, in a program as it was traced."""
-    return [(instruction, computation) for computation in tpu_hlo.parse(text)[0].values() for instruction in computation.values()
-            if instruction.opcode in ("dot", "convolution", "custom-call")]
+    return [
+        (instruction, computation)
+        for computation in tpu_hlo.parse(text)[0].values()
+        for instruction in computation.values()
+        if instruction.opcode in ("dot", "convolution", "custom-call")
+    ]
 
 
 class Products(XLATest):
@@ -127,6 +199,7 @@ class Products(XLATest):
     def traced(self, *overrides):
         """The products of a training step and of an evaluation step."""
         import torch_xla
+
         config = load_config(self.path, list(overrides))
         device = Device("xla_cpu", config.model.forward_dtype)
         run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
@@ -134,16 +207,30 @@ class Products(XLATest):
         torch_xla.sync()
         found = []
         train_tpu.train_step(run, batch, trm_model.act_step)
-        found += products(torch_xla._XLAC._get_xla_tensors_hlo([*run.model.parameters(), run.model.puzzle_emb.weights, run.totals, *run.carry]))
+        found += products(
+            torch_xla._XLAC._get_xla_tensors_hlo(
+                [*run.model.parameters(), run.model.puzzle_emb.weights, run.totals, *run.carry]
+            )
+        )
         with torch.no_grad():
-            carry, scores = trm_model.evaluation_step(run.model, device.put(run.model.empty_carry(8)), batch)
+            carry, scores = trm_model.evaluation_step(
+                run.model, device.put(run.model.empty_carry(8)), batch
+            )
         found += products(torch_xla._XLAC._get_xla_tensors_hlo([*carry, scores]))
         torch_xla._XLAC._clear_pending_irs(str(device.torch))
         self.assertGreater(len(found), 30)
         return found
 
     def test_of_a_float32_run(self):
-        for overrides in ((), ATTENTION, ("model.activation_checkpointing=true", "training.grad_accumulation_steps=2", "training.pallas_kernels=true")):
+        for overrides in (
+            (),
+            ATTENTION,
+            (
+                "model.activation_checkpointing=true",
+                "training.grad_accumulation_steps=2",
+                "training.pallas_kernels=true",
+            ),
+        ):
             for instruction, _ in self.traced(*overrides):
                 self.assertIn("operand_precision={highest,highest}", instruction.rest)
 
@@ -154,12 +241,19 @@ class Products(XLATest):
             for instruction, computation in self.traced("model.forward_dtype=bfloat16", *overrides):
                 self.assertNotIn("operand_precision", instruction.rest)
                 for operand in instruction.operands if not overrides else ():
-                    self.assertRegex(self.made_from(operand, computation), r"^(bf16|pred)\[", instruction)
+                    self.assertRegex(
+                        self.made_from(operand, computation), r"^(bf16|pred)\[", instruction
+                    )
 
     def made_from(self, name, computation):
         """The shape of what an operand is another layout or dtype of."""
         instruction = computation[name]
-        while instruction.opcode in ("convert", "transpose", "reshape", "broadcast") and not instruction.shape.startswith("bf16"):
+        while instruction.opcode in (
+            "convert",
+            "transpose",
+            "reshape",
+            "broadcast",
+        ) and not instruction.shape.startswith("bf16"):
             instruction = computation[instruction.operands[0]]
         return instruction.shape
 
@@ -167,7 +261,10 @@ class Products(XLATest):
         self.folder = tempfile.TemporaryDirectory()
         self.addCleanup(self.folder.cleanup)
         write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
-        self.path = write_config(Path(self.folder.name) / "run.yaml", f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL)
+        self.path = write_config(
+            Path(self.folder.name) / "run.yaml",
+            f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL,
+        )
 
 
 # the steps of tests/xla_replicas.py on the plain CPU
@@ -175,7 +272,7 @@ ONE_WORKER = """
 import sys
 import torch, train_tpu, trm_model, utils
 from device import Device
-config = utils.load_config(sys.argv[1], sys.argv[3:])
+config = load_config(sys.argv[1], sys.argv[3:])
 run = train_tpu.Run(config, Device("cpu"), train_tpu.load_dataset(config, "train"))
 start, batches, seen = [p.detach().clone() for p in run.model.parameters()], iter(run.loader), []
 for _ in range(4):
@@ -193,7 +290,10 @@ class ReplayTest(XLATest):
         self.folder = tempfile.TemporaryDirectory()
         self.addCleanup(self.folder.cleanup)
         write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
-        self.path = write_config(Path(self.folder.name) / "run.yaml", f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL)
+        self.path = write_config(
+            Path(self.folder.name) / "run.yaml",
+            f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL,
+        )
 
     def steps(self, replayed, *overrides):
         """Everything that a run holds after each of six steps, with a new interval in the middle; and how often a step was traced."""
@@ -204,7 +304,11 @@ class ReplayTest(XLATest):
         def function(batch):
             traced.append(batch)
             train_tpu.train_step(run, batch, trm_model.act_step)
-        step, batches = device.traced_once(function, run.tensors) if replayed else function, iter(run.loader)
+
+        step, batches = (
+            device.traced_once(function, run.tensors) if replayed else function,
+            iter(run.loader),
+        )
         for _ in range(6):
             step(device.put(train_tpu.host_batch(run, next(batches))))
             device.end_step()
@@ -216,10 +320,21 @@ class ReplayTest(XLATest):
         return seen, len(traced)
 
     def test_a_replayed_step_is_the_traced_one(self):
-        for overrides in ((), ("training.grad_accumulation_steps=2", "training.optimizer=adamw", "training.grad_clip_norm=0.5", "model.activation_checkpointing=true"),
-                          ("model.forward_dtype=bfloat16", *ATTENTION)):
+        for overrides in (
+            (),
+            (
+                "training.grad_accumulation_steps=2",
+                "training.optimizer=adamw",
+                "training.grad_clip_norm=0.5",
+                "model.activation_checkpointing=true",
+            ),
+            ("model.forward_dtype=bfloat16", *ATTENTION),
+        ):
             with self.subTest(overrides):
-                (traced, six), (replayed, one) = self.steps(False, *overrides), self.steps(True, *overrides)
+                (traced, six), (replayed, one) = (
+                    self.steps(False, *overrides),
+                    self.steps(True, *overrides),
+                )
                 self.assertEqual((six, one), (6, 1))
                 for step, (ours, theirs) in enumerate(zip(replayed, traced, strict=True)):
                     for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -236,23 +351,36 @@ class ReplayTest(XLATest):
         step(device.put(train_tpu.host_batch(run, next(batches))))
         batches.close()
         for tensor in old:
-            with self.assertRaisesRegex(RuntimeError, "HasValue"):      # it has no memory any more
+            with self.assertRaisesRegex(RuntimeError, "HasValue"):  # it has no memory any more
                 tensor.cpu()
 
     def test_activation_checkpointing_gives_the_same_gradients(self):
         """With a barrier before each block is computed anew, or the compiler would take what it has; what comes of that on a TPU:
         docs/tpu_step.md."""
         import torch_xla
+
         for changes in (dict(), dict(mlp_t=False, pos_encodings="rope")):
             barriers, results = [], []
             for on in (False, True):
                 model = small_model(activation_checkpointing=on, **changes)
                 carry = admitted(model)
-                rows, carry = model.puzzle_rows(carry).to(self.device).requires_grad_(), trm_model.Carry(*(t.to(self.device) for t in carry))
+                rows, carry = (
+                    model.puzzle_rows(carry).to(self.device).requires_grad_(),
+                    trm_model.Carry(*(t.to(self.device) for t in carry)),
+                )
                 model.to(self.device)
                 loss, _, after = trm_model.act_step(model, carry, rows, no_minimum(carry))
-                results.append([loss, after.z_H, after.z_L, *torch.autograd.grad(loss, [*model.parameters(), rows])])
-                barriers.append(torch_xla._XLAC._get_xla_tensors_hlo(results[-1]).count(" opt-barrier("))
+                results.append(
+                    [
+                        loss,
+                        after.z_H,
+                        after.z_L,
+                        *torch.autograd.grad(loss, [*model.parameters(), rows]),
+                    ]
+                )
+                barriers.append(
+                    torch_xla._XLAC._get_xla_tensors_hlo(results[-1]).count(" opt-barrier(")
+                )
                 torch_xla.sync()
             self.assertEqual(barriers, [0, 2 * (2 + 1)])
             for ours, plain in zip(results[1], results[0], strict=True):
@@ -264,26 +392,38 @@ class ReplayTest(XLATest):
         x, grad = torch.randn(3, 40, 24).bfloat16(), torch.randn(3, 40, 24)
         for axis, dim in ((1, 40), (2, 24)):
             swiglu, errors = trm_model.SwiGLU(dim, 4.0, torch.Generator().manual_seed(1)), {}
-            for name, device, dtype in (("exact", "cpu", torch.float64), ("plain", "cpu", torch.bfloat16), ("xla", self.device, torch.bfloat16)):
+            for name, device, dtype in (
+                ("exact", "cpu", torch.float64),
+                ("plain", "cpu", torch.bfloat16),
+                ("xla", self.device, torch.bfloat16),
+            ):
                 module = copy.deepcopy(swiglu).to(device)
                 if name == "exact":
                     module.double()
                 given = x.clone().to(device, dtype).requires_grad_()
                 result = module.mixed(given, module.weights(), axis).transpose(axis, -1)
                 result.backward(grad.to(result))
-                errors[name] = [t.detach().cpu().double() for t in (result, given.grad, *(p.grad for p in module.parameters()))]
+                errors[name] = [
+                    t.detach().cpu().double()
+                    for t in (result, given.grad, *(p.grad for p in module.parameters()))
+                ]
             for exact, plain, xla in zip(*errors.values(), strict=True):
                 self.assertEqual(exact.shape, xla.shape)
-                self.assertLess((xla - exact).abs().max().item(), 1.5 * (plain - exact).abs().max().item(), axis)
+                self.assertLess(
+                    (xla - exact).abs().max().item(), 1.5 * (plain - exact).abs().max().item(), axis
+                )
 
 
 class StepOfAReplica(XLATest):
     def test_one_all_reduce_and_the_same_program_on_every_rank(self):
         """Of eight replicas, traced in one process: gradients, puzzle rows and metrics are summed by one all-reduce, and what a
         replica's rank decides (its slots, whether it keeps the average) is no part of the program."""
-        os.environ["XLA_ALWAYS_ALLREDUCE"] = "1"        # in a process alone it would be left out
+        os.environ["XLA_ALWAYS_ALLREDUCE"] = "1"  # in a process alone it would be left out
         write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
-        path = write_config(Path(self.folder.name) / "run.yaml", f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL)
+        path = write_config(
+            Path(self.folder.name) / "run.yaml",
+            f"data: {{dataset_path: {self.folder.name}/data}}\n" + SMALL,
+        )
         for strategy in ("every_worker", "rank0"):
             programs = {}
             for rank in (0, 5):
@@ -292,16 +432,23 @@ class StepOfAReplica(XLATest):
                 device.rank, device.world_size = rank, 8
                 run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
                 batch = device.put(train_tpu.host_batch(run, next(iter(run.loader))))
-                device.end_step = lambda: programs.setdefault(rank, self.program(run))      # what would be compiled
+                device.end_step = lambda: programs.setdefault(
+                    rank, self.program(run)
+                )  # what would be compiled
                 train_tpu.train_step(run, batch, trm_model.act_step)
                 device.end_step()
-                Device.end_step(device)         # run it, or the next all-reduce would be chained to this one
+                Device.end_step(
+                    device
+                )  # run it, or the next all-reduce would be chained to this one
             self.assertEqual(len(re.findall(r" all-reduce\(", programs[0])), 1)
             self.assertEqual(programs[0], programs[5])
 
     def program(self, run):
         import torch_xla
-        return torch_xla._XLAC._get_xla_tensors_hlo([*run.model.parameters(), run.totals, run.carry.z_H])
+
+        return torch_xla._XLAC._get_xla_tensors_hlo(
+            [*run.model.parameters(), run.totals, run.carry.z_H]
+        )
 
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()

@@ -4,6 +4,7 @@ The slots are spread over the devices and the weights are on each; the partition
 threads of one process, each with a program of its own, as on a TPU, dead-lock in the CPU runtime more often than not.)
 Writes what the run had after every step to FILE.
 """
+
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ import torch_xla.runtime
 
 import train_tpu
 import trm_model
-import utils
+from config import load_config
 from device import Device, tree_map
 
 STEPS = 4
@@ -28,23 +29,47 @@ def main():
     mesh = spmd.Mesh(np.arange(4), (4,), ("slots",))
 
     def spread(tree):
-        return tree_map(lambda t: spmd.mark_sharding(t, mesh, ("slots", *[None] * (t.dim() - 1))).global_tensor, tree)
-    config = utils.load_config(sys.argv[1], sys.argv[3:])
+        return tree_map(
+            lambda t: spmd.mark_sharding(t, mesh, ("slots", *[None] * (t.dim() - 1))).global_tensor,
+            tree,
+        )
+
+    config = load_config(sys.argv[1], sys.argv[3:])
     run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
     run.carry = spread(run.carry)
     batches, seen = iter(run.loader), []
     for _ in range(STEPS):
         batch = device.put(train_tpu.host_batch(run, next(batches)))
-        batch = {**spread({name: t for name, t in batch.items() if name != "scalars"}), "scalars": batch["scalars"]}
+        batch = {
+            **spread({name: t for name, t in batch.items() if name != "scalars"}),
+            "scalars": batch["scalars"],
+        }
         train_tpu.train_step(run, batch, trm_model.act_step)
         run.carry = spread(run.carry)
         device.end_step()
         run.step += 1
-        seen.append(device.fetch({"totals": run.totals, "weights": list(run.model.parameters()), "ema": list(run.ema.module.parameters()),
-                                  "puzzle": run.model.puzzle_emb.weights, "halted": run.carry.halted, "z_H": run.carry.z_H}))
-    time.sleep(0.5)         # executions are counted a moment after their results are there
-    torch.save({"steps": seen, "counters": device.counters(), "devices": torch_xla.runtime.global_runtime_device_count(),
-                "sharding": torch_xla._XLAC._get_xla_sharding_spec(run.carry.z_H)}, sys.argv[2])
+        seen.append(
+            device.fetch(
+                {
+                    "totals": run.totals,
+                    "weights": list(run.model.parameters()),
+                    "ema": list(run.ema.module.parameters()),
+                    "puzzle": run.model.puzzle_emb.weights,
+                    "halted": run.carry.halted,
+                    "z_H": run.carry.z_H,
+                }
+            )
+        )
+    time.sleep(0.5)  # executions are counted a moment after their results are there
+    torch.save(
+        {
+            "steps": seen,
+            "counters": device.counters(),
+            "devices": torch_xla.runtime.global_runtime_device_count(),
+            "sharding": torch_xla._XLAC._get_xla_sharding_spec(run.carry.z_H),
+        },
+        sys.argv[2],
+    )
 
 
 if __name__ == "__main__":

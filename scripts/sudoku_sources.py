@@ -2,6 +2,7 @@
 
 Both run over processes, and their result does not depend on how many there are.
 """
+
 import collections
 import csv
 import itertools
@@ -25,9 +26,9 @@ MAX_REJECTED = 20_000  # generated puzzles in a row of which none was wanted, be
 
 
 class Split(NamedTuple):
-    puzzles: np.ndarray     # uint8 [N, S] of 0..size
-    solutions: np.ndarray   # uint8 [N, S] of 1..size
-    ratings: np.ndarray     # int32 [N]
+    puzzles: np.ndarray  # uint8 [N, S] of 0..size
+    solutions: np.ndarray  # uint8 [N, S] of 1..size
+    ratings: np.ndarray  # int32 [N]
 
     def take(self, index):
         return Split(*(array[index] for array in self))
@@ -57,13 +58,17 @@ def ordered_map(function, items, num_workers):
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), start_worker)
     try:
         while True:
-            pending.extend(pool.submit(function, item)
-                           for item in itertools.islice(items, 3 * num_workers - len(pending)))
+            pending.extend(
+                pool.submit(function, item)
+                for item in itertools.islice(items, 3 * num_workers - len(pending))
+            )
             if not pending:
                 return
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process died, most often for want of memory: use fewer --num_workers")
+        raise UserError(
+            "a worker process died, most often for want of memory: use fewer --num_workers"
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -100,9 +105,11 @@ def generate_splits(args):
     for puzzle, solution, rating in itertools.chain.from_iterable(results):
         if rejected == MAX_REJECTED:
             raise UserError(
-                "generated " + ", ".join(f"{len(rows[n])} of {quotas[n]} {n}" for n in quotas)
+                "generated "
+                + ", ".join(f"{len(rows[n])} of {quotas[n]} {n}" for n in quotas)
                 + f" puzzles, then {MAX_REJECTED:,} in a row that were duplicates, below --min_guesses, or of a "
-                "solution grid of another split: lower the numbers of puzzles or --min_guesses, or widen --clues")
+                "solution grid of another split: lower the numbers of puzzles or --min_guesses, or widen --clues"
+            )
         rejected += 1
         key, grid = puzzle.tobytes(), solution.tobytes()
         if rating < (args.min_guesses or 0) or key in seen:
@@ -118,8 +125,14 @@ def generate_splits(args):
                 break
     results.close()
     progress.close()
-    return {name: Split(np.stack([r[0] for r in split]), np.stack([r[1] for r in split]),
-                        np.array([r[2] for r in split], np.int32)) for name, split in rows.items()}
+    return {
+        name: Split(
+            np.stack([r[0] for r in split]),
+            np.stack([r[1] for r in split]),
+            np.array([r[2] for r in split], np.int32),
+        )
+        for name, split in rows.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,8 +169,10 @@ def read_csv(path, size, bad):
             header = next(reader, [])
             missing = [name for name in ("question", "answer", "rating") if name not in header]
             if missing:
-                raise UserError(f"{path}: no column {', '.join(missing)} in the header {header}; "
-                                "the columns are source,question,answer,rating")
+                raise UserError(
+                    f"{path}: no column {', '.join(missing)} in the header {header}; "
+                    "the columns are source,question,answer,rating"
+                )
             columns = [header.index(name) for name in ("question", "answer", "rating")]
             numbered = ((reader.line_num, fields) for fields in reader)
             progress = tqdm(desc=f"read {Path(path).name}", unit="row", disable=None)
@@ -194,14 +209,17 @@ def read_csv(path, size, bad):
 def check_rows(rows, size, bad):
     """Arrays (puzzles, solutions, ratings, lines) of the rows that pass every check but uniqueness."""
     digit_of = np.full(256, 255, np.uint8)
-    digit_of[list(b"0123456789"[:size + 1])] = range(size + 1)
+    digit_of[list(b"0123456789"[: size + 1])] = range(size + 1)
     digit_of[ord(".")] = 0
     lines, questions, answers, ratings = zip(*rows)
     lines, ratings = np.array(lines, np.int64), np.array(ratings, np.int32)
     # "replace" keeps one byte per character, so the rows stay aligned.
     puzzles, solutions = (
-        digit_of[np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8)].reshape(len(rows), -1)
-        for texts in (questions, answers))
+        digit_of[np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8)].reshape(
+            len(rows), -1
+        )
+        for texts in (questions, answers)
+    )
     good = np.ones(len(rows), bool)
 
     def refuse(which, reason):
@@ -210,9 +228,14 @@ def check_rows(rows, size, bad):
         good[which] = False
 
     refuse((puzzles > size).any(1), f"question has a character other than '.' and 0..{size}")
-    refuse(((solutions < 1) | (solutions > size)).any(1), f"answer has a character other than 1..{size}")
+    refuse(
+        ((solutions < 1) | (solutions > size)).any(1),
+        f"answer has a character other than 1..{size}",
+    )
     good_puzzles = np.where(good[:, None], puzzles, 0)
-    refuse(sudoku.has_conflict(good_puzzles), "the givens hold a digit twice in a row, column or box")
+    refuse(
+        sudoku.has_conflict(good_puzzles), "the givens hold a digit twice in a row, column or box"
+    )
     refuse(~sudoku.is_solved(solutions), "the answer holds a digit twice in a row, column or box")
     refuse(((puzzles > 0) & (puzzles != solutions)).any(1), "the answer does not keep the givens")
     return puzzles[good], solutions[good], ratings[good], lines[good]
@@ -227,13 +250,15 @@ def take_unique(split, lines, order, count, bad, args, name):
     if args.no_check_unique:
         return order[:count]
     chosen, position = [], 0
-    with tqdm(total=min(count, len(order)), desc=f"solve {name}", unit="puzzle", disable=None) as progress:
+    with tqdm(
+        total=min(count, len(order)), desc=f"solve {name}", unit="puzzle", disable=None
+    ) as progress:
         while len(chosen) < count and position < len(order):
-            batch = order[position:position + count - len(chosen)]
+            batch = order[position : position + count - len(chosen)]
             position += len(batch)
             # A short batch is not worth starting processes for.
             workers = args.num_workers if len(batch) > 500 else 1
-            chunks = (split.puzzles[batch[i:i + 100]] for i in range(0, len(batch), 100))
+            chunks = (split.puzzles[batch[i : i + 100]] for i in range(0, len(batch), 100))
             unique = []
             for verdicts in ordered_map(unique_chunk, chunks, workers):
                 unique.extend(verdicts)
@@ -270,9 +295,13 @@ def csv_splits(args, paths):
         # Nothing of a validation puzzle stays in train, not even another puzzle with its solution.
         order = order[~shares[order]]
         if shares.sum() > len(val):
-            print(f"left out of train: {shares.sum() - len(val)} puzzles with a validation puzzle's solution")
+            print(
+                f"left out of train: {shares.sum() - len(val)} puzzles with a validation puzzle's solution"
+            )
         if len(val) < args.val_size:
-            raise UserError(f"--val_size {args.val_size}: train has only {len(val)} usable puzzles; lower it")
+            raise UserError(
+                f"--val_size {args.val_size}: train has only {len(val)} usable puzzles; lower it"
+            )
         splits["val"] = train.take(np.sort(val))
     wanted = args.subsample_size or len(order)
     if args.subsample_size is None:
@@ -280,7 +309,9 @@ def csv_splits(args, paths):
     chosen = take_unique(train, lines, order, wanted, bad["train"], args, "train")
     bad["train"].report()
     if args.subsample_size and len(chosen) < wanted:
-        raise UserError(f"--subsample_size {wanted}: only {len(chosen)} usable train puzzles are left; lower it")
+        raise UserError(
+            f"--subsample_size {wanted}: only {len(chosen)} usable train puzzles are left; lower it"
+        )
     splits["train"] = train.take(np.sort(chosen))
 
     test, lines = read["test"]
@@ -289,5 +320,7 @@ def csv_splits(args, paths):
     splits["test"] = test.take(kept)
     for name, split in splits.items():
         if not len(split.ratings):
-            raise UserError(f"no puzzle is left for {name}; lower --min_difficulty or --val_size, or check {paths}")
+            raise UserError(
+                f"no puzzle is left for {name}; lower --min_difficulty or --val_size, or check {paths}"
+            )
     return splits

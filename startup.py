@@ -1,0 +1,34 @@
+"""What every command imports first: it ends with one message where a package is missing, and quietly on Ctrl-C.
+
+A command that begins with `import torch` ends in a traceback where the environment is not active, and in another one where
+Ctrl-C comes during the seconds that this import takes.
+"""
+
+import importlib.util
+import sys
+
+PACKAGES = ("numpy", "yaml")
+
+
+def require(*packages):
+    """End with status 2 and the way out unless these packages (names to import) are installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"error: {', '.join(missing)} not installed for {sys.executable}: activate the environment by "
+            "`. .venv/bin/activate`; where there is none yet, `bash scripts/quickstart.sh` makes it",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def _quiet_on_interrupt(kind, error, trace):
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.stderr.flush()
+        return
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet_on_interrupt
+require(*PACKAGES)
