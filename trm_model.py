@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint_manager import fetch_file, load_checkpoint
-from storage import cache_folder
 from utils import STREAM_EXPLORATION, UserError, random_stream
 
 RMS_NORM_EPS = 1e-5
@@ -514,35 +512,6 @@ def load_named_state(model, state, source):
         {name: given[name] for name in own if given[name].shape == own[name].shape}, strict=False
     )
     return notes
-
-
-def weights_in(content, source):
-    """{"ema": averaged weights where there are some, "raw": weights}, state dicts, of what a checkpoint file of this kit or of the
-    original holds. Raises UserError where it holds none."""
-    ours = isinstance(content, dict) and isinstance(content.get("model"), dict)
-    states = {"ema": content.get("ema"), "raw": content["model"]} if ours else {"raw": content}
-    for state in states.values():
-        if state is not None and not (
-            isinstance(state, dict)
-            and state
-            and all(hasattr(value, "shape") for value in state.values())
-        ):
-            raise UserError(f"{source}: holds no state dict")
-    return {name: state for name, state in states.items() if state is not None}
-
-
-def load_initial_weights(model, path, rank):
-    """Load weights from a file (local or gs://) of the original or of this kit; on rank 0 it says what had no place.
-    Raises UserError where there is none, or it does not fit."""
-    state = weights_in(load_checkpoint(fetch_file(path, cache_folder())), f"--init_from {path}")[
-        "raw"
-    ]
-    notes = load_named_state(model, state, f"--init_from {path}")
-    if rank == 0:
-        print(
-            f"initial weights: {path}" + "".join(f"\n  left out: {note}" for note in notes),
-            flush=True,
-        )
 
 
 def num_parameters(model):

@@ -32,23 +32,24 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_tpu
 import trm_model
 import workers
+from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager
 from config import load_config, planned_workers
 from data_loader_tpu import create_dataloader_tpu
 from device import Device, resolve_device
 from evaluation import evaluate
-from run_folder import start_record, working_folder
-from storage import BackgroundSaver, open_folder
+from provenance import start_record
+from run_folder import working_folder
+from storage import open_folder
+from train_state import TrainState, load_datasets, settle_forward_dtype
 from utils import UserError, check_output_file, replace_file, run_cli
 
 SECONDS = 0.5  # one measurement takes about so long, or one call of what takes longer
@@ -99,7 +100,7 @@ def parse_args():
 def main():
     args = parse_args()
     config = load_config(args.config, args.overrides)
-    datasets = train_tpu.load_datasets(config)
+    datasets = load_datasets(config)
     home = working_folder(config.logging.output_dir)
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -116,9 +117,10 @@ def main():
             config.training, global_batch_size=batch_size, num_workers=None
         ),
     )
-    run = train_tpu.Run(share, Device(config.device, config.model.forward_dtype), datasets["train"])
+    device = Device(config.device)
+    run = TrainState(settle_forward_dtype(share, device), device, datasets["train"])
     peak, peak_source = run.device.peak_flops(run.model.forward_dtype)
-    record = start_record(run, datasets, SimpleNamespace(config=args.config, init_from=None))
+    record = start_record(run, datasets, args.config, None)
     print(
         f"{args.config} on {record['device']} ({record['device_model']}): batch {batch_size}"
         + (f", one of {sharing} workers' share" if sharing > 1 else "")
@@ -162,7 +164,7 @@ def main():
 # Measuring
 # ---------------------------------------------------------------------------------------------------------
 def measure(run, datasets, peak, repeats, home):
-    """{figure: its values, one a repeat}; keys and units as UNITS. run: train_tpu.Run; peak: FLOP/s; home: a local folder."""
+    """{figure: its values, one a repeat}; keys and units as UNITS. run: TrainState; peak: FLOP/s; home: a local folder."""
     config, device = run.config, run.device
     loader = create_dataloader_tpu(datasets["train"], config)  # the run's own has a thread at work
     batch_size, evaluation_batch = config.training.global_batch_size, config.evaluation.batch_size
@@ -172,12 +174,9 @@ def measure(run, datasets, peak, repeats, home):
         tempfile.TemporaryDirectory(prefix=".benchmark_", dir=home) as folder,
     ):
         products = None if device.is_xla else step_products(run, next(batches))
-        forward, eval_forward = (
-            device.compiled(f, config.training.compile)
-            for f in (trm_model.act_step, trm_model.evaluation_step)
-        )
-        step = train_tpu.replayed_step(run, forward)
-        checkpoints = CheckpointManager(open_folder(folder), 1, folder, BackgroundSaver())
+        eval_forward = device.compiled(trm_model.evaluation_step, config.training.compile)
+        step = run.run_step
+        checkpoints = CheckpointManager(open_folder(folder), 1, folder, BackgroundWriter())
 
         def evaluation_rate(num_batches):
             return evaluate(
@@ -228,7 +227,7 @@ def train_steps(run, step, batches, count):
     for _ in range(count):
         batch = next(batches)
         begun = time.thread_time()
-        step(run.device.put(train_tpu.host_batch(run, batch)))
+        step(run.device.put(run.host_batch(batch)))
         if run.ema:
             run.ema.update_after_step(run.model)
         host += time.thread_time() - begun
@@ -250,7 +249,7 @@ def save_checkpoint(run, checkpoints):
     """(seconds, bytes) of a checkpoint of the present state."""
     start = time.perf_counter()
     checkpoints.save(run.step, run.state_dict())
-    checkpoints.saver.finish()
+    checkpoints.writer.finish()
     return time.perf_counter() - start, checkpoints.markers()[-1]["bytes"]
 
 
@@ -304,9 +303,7 @@ def step_products(run, batch):
     """Do one training step, uncompiled; a Counter of its matrix products (ProductRecorder)."""
     products = Counter()
     with ProductRecorder(products):
-        train_tpu.train_step(
-            run, run.device.put(train_tpu.host_batch(run, batch)), trm_model.act_step
-        )
+        run.train_step(run.device.put(run.host_batch(batch)))
     run.step += 1
     return products
 

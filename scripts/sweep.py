@@ -89,7 +89,7 @@ def make_cells(patterns, seeds, overrides, slices):
 
 def check_datasets(cells):
     """Raises UserError, one line for every configuration whose dataset is missing, damaged or not the one it is planned for."""
-    from train_tpu import load_datasets  # PyTorch takes seconds to import
+    from train_state import load_datasets  # PyTorch takes seconds to import
 
     wrong = []
     for path, cell in {cell.path: cell for cell in cells}.items():

@@ -91,7 +91,7 @@ def configs_on(path, changes, slices):
             if (
                 loaded.device == "auto"
             ):  # which on a slice is tpu: the batch has to divide by its chips
-                load_config(path, [*words, "device=tpu"], settle=False)
+                load_config(path, [*words, "device=tpu"])
             settings = tpu_settings.slice_settings(loaded, words, ["project"])
         except UserError as error:
             wrong.setdefault(str(error).removeprefix(f"{path}: "), []).append(one.name)

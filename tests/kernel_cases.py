@@ -13,8 +13,9 @@ from unittest import mock
 import torch
 
 import tpu_types
-import train_tpu
+import train_state
 import trm_model
+from collectives import Workers
 from device import Device
 from tests.helpers import ROOT, XLATest
 from tests.test_model import admitted, no_minimum, small_model
@@ -231,7 +232,7 @@ class Training(unittest.TestCase):
                 self.assertEqual(self.check_same(**changes), calls)
 
     def used(self, call, device=None, training=True):
-        """What train_tpu.use_kernels makes of a TPU on which `call` is what a kernel does: (each SwiGLU in a kernel?, what it says)."""
+        """What train_state.use_kernels makes of a TPU on which `call` is what a kernel does: (each SwiGLU in a kernel?, what it says)."""
         import pallas_kernels
 
         device = device or Device("cpu")
@@ -248,7 +249,7 @@ class Training(unittest.TestCase):
             mock.patch.object(pallas_kernels, "call", call),
             contextlib.redirect_stderr(io.StringIO()) as said,
         ):
-            train_tpu.use_kernels(model, config, device, training)
+            train_state.use_kernels(model, config, device, training)
         used = {module.in_kernel == V4 for module in model.modules() if isinstance(module, SwiGLU)}
         self.assertEqual(len(used), 1)
         return used.pop(), said.getvalue()
@@ -304,24 +305,22 @@ class Training(unittest.TestCase):
                 )
 
     def test_all_workers_do_without_them_where_one_has_none(self):
-        class Other(Device):
-            def start_vote(self, votes):
-                self.cast = int(votes)
-                votes += self.others
+        class Other(Workers):
+            def any(self, flag):
+                self.cast = int(flag)
+                return flag or bool(self.others)
 
-            def wait_for_vote(self, work):
-                pass
-
-        device = Other("cpu")
-        device.world_size = 2
-        for device.others, used, says in (
+        device = Device("cpu")
+        device.workers = Other(0, 1)
+        device.workers.world_size = 2
+        for device.workers.others, used, says in (
             (0, True, "^$"),
             (1, False, "^warning: .* do not work on another worker"),
         ):
             self.assertEqual(self.used(interpreted, device)[0], used)
             self.assertRegex(self.used(interpreted, device)[1], says)
-            self.assertEqual(device.cast, 0)
-        device.others = 0
+            self.assertEqual(device.workers.cast, 0)
+        device.workers.others = 0
         import pallas_kernels  # before it cannot be
 
         with mock.patch.dict(sys.modules, {"jax": None}):
@@ -334,9 +333,9 @@ class Training(unittest.TestCase):
                     ),
                     evaluation=SimpleNamespace(batch_size=4),
                 )
-                train_tpu.use_kernels(small_model(), config, device)
+                train_state.use_kernels(small_model(), config, device)
         self.assertRegex(said.getvalue(), r"^warning: .*jax.*\(training.pallas_kernels=false")
-        self.assertEqual(device.cast, 1)  # and tells the others
+        self.assertEqual(device.workers.cast, 1)  # and tells the others
 
 
 @unittest.skipUnless(HAS_JAX, "jax is not installed here")

@@ -410,8 +410,8 @@ class Settings(unittest.TestCase):
         path = ROOT / "configs" / "mini" / "mini_e1_1.yaml"
         for dtype in ("float32", "bfloat16"):
             run = load_config(path, [f"model.forward_dtype={dtype}"])
-            self.assertEqual(results.other_settings(run, load_config(path, settle=False)), [])
-            study = load_config(ROOT / "configs" / "e1_1.yaml", settle=False)
+            self.assertEqual(results.other_settings(run, load_config(path)), [])
+            study = load_config(ROOT / "configs" / "e1_1.yaml")
             self.assertEqual(
                 f"model.forward_dtype {dtype}" in results.other_settings(run, study),
                 dtype == "float32",

@@ -11,13 +11,14 @@ from unittest import mock
 
 import torch
 
-import train_tpu
 import trm_model
+from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager
 from config import load_config
 from device import Device
-from storage import BackgroundSaver, open_folder
+from storage import open_folder
 from tests.helpers import ROOT, TINY, FolderTest, XLATest, random_pairs, write_config, write_split
+from train_state import TrainState, load_datasets
 from utils import run_cli
 
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -40,10 +41,10 @@ class BenchmarkTest(FolderTest):
         self.json = self.folder / "figures.json"
 
     def run_in_process(self, *overrides):
-        """(train_tpu.Run, datasets) of the tiny configuration on the CPU."""
+        """(TrainState, datasets) of the tiny configuration on the CPU."""
         config = load_config(self.path, overrides)
-        datasets = train_tpu.load_datasets(config)
-        return train_tpu.Run(config, Device("cpu"), datasets["train"]), datasets
+        datasets = load_datasets(config)
+        return TrainState(config, Device("cpu"), datasets["train"]), datasets
 
     def main(self, *args):
         """(status, stdout, stderr) of the command, in this process."""
@@ -199,7 +200,7 @@ class OnTheCPU(BenchmarkTest):
     def test_a_checkpoint_is_whole_when_the_clock_stops(self):
         run, _ = self.run_in_process()
         checkpoints = CheckpointManager(
-            open_folder(str(self.folder / "c")), 1, self.folder / "c", BackgroundSaver()
+            open_folder(str(self.folder / "c")), 1, self.folder / "c", BackgroundWriter()
         )
         for step in (0, 7):
             run.step = step
@@ -245,7 +246,9 @@ class OnTheCPU(BenchmarkTest):
 
 class OnXLA(XLATest, BenchmarkTest):
     def test_the_command(self):
-        with mock.patch.object(train_tpu, "train_step", wraps=train_tpu.train_step) as traced:
+        with mock.patch.object(
+            TrainState, "train_step", autospec=True, side_effect=TrainState.train_step
+        ) as traced:
             status, out, err = self.main(
                 "--config", self.path, "--repeats", 2, "device=xla_cpu", "--json", self.json
             )

@@ -497,13 +497,13 @@ class Steps(FolderTest):
         )
 
     def spoilt(self, spoil):
-        """spoil(model) in place of train_tpu.use_kernels, where there shall be kernels."""
+        """spoil(model) in place of train_state.use_kernels, where there shall be kernels."""
 
         def instead(model, config, device):
             if config.training.pallas_kernels:
                 spoil(model)
 
-        return mock.patch("train_tpu.use_kernels", instead)
+        return mock.patch("train_state.use_kernels", instead)
 
     def test_kernels_that_compute_something_else(self):
         def wrong(model):

@@ -8,7 +8,6 @@ import unittest
 import numpy as np
 import torch
 
-import train_tpu
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, bias_correction, lr_at
 from config import ModelConfig, load_config
@@ -16,6 +15,7 @@ from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
+from train_state import TrainState
 
 torch.set_num_threads(
     1
@@ -243,7 +243,7 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
 
     def run_of(self, *overrides):
         config = load_config(self.path, overrides)
-        return train_tpu.Run(config, Device("cpu"), self.dataset)
+        return TrainState(config, Device("cpu"), self.dataset)
 
     def steps(self, run, count, watch=None):
         """`count` training steps as the loop takes them. watch(run): called where the optimizer's step would begin."""
@@ -256,9 +256,7 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
 
         run.optimizer.step = step
         for _ in range(count):
-            train_tpu.train_step(
-                run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step
-            )
+            run.train_step(run.device.put(run.host_batch(next(batches))))
             run.step += 1
         batches.close()
         return run
@@ -373,9 +371,7 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
             run.model.lm_head.weight[0, 0] = math.nan
         batches = iter(run.loader)
         for _ in range(2):
-            train_tpu.train_step(
-                run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step
-            )
+            run.train_step(run.device.put(run.host_batch(next(batches))))
             run.step += 1
         batches.close()
         self.assertEqual(run.totals[-1].item(), 3)

@@ -13,13 +13,13 @@ from unittest import mock
 
 import torch
 
-import train_tpu
 import trm_model
 from checkpoint_manager import load_checkpoint
 from config import load_config
 from device import Device
 from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
 from tests.test_model import admitted, no_minimum, small_model
+from train_state import TrainState, load_dataset
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import tpu_hlo
@@ -201,12 +201,13 @@ class Products(XLATest):
         import torch_xla
 
         config = load_config(self.path, list(overrides))
-        device = Device("xla_cpu", config.model.forward_dtype)
-        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-        batch = device.put(train_tpu.host_batch(run, run.loader.batch(0)))
+        device = Device("xla_cpu")
+        device.set_matmul_precision(config.model.forward_dtype)
+        run = TrainState(config, device, load_dataset(config, "train"))
+        batch = device.put(run.host_batch(run.loader.batch(0)))
         torch_xla.sync()
         found = []
-        train_tpu.train_step(run, batch, trm_model.act_step)
+        run.train_step(batch)
         found += products(
             torch_xla._XLAC._get_xla_tensors_hlo(
                 [*run.model.parameters(), run.model.puzzle_emb.weights, run.totals, *run.carry]
@@ -270,13 +271,15 @@ class Products(XLATest):
 # the steps of tests/xla_replicas.py on the plain CPU
 ONE_WORKER = """
 import sys
-import torch, train_tpu, trm_model, utils
+import torch
+from config import load_config
 from device import Device
+from train_state import TrainState, load_dataset
 config = load_config(sys.argv[1], sys.argv[3:])
-run = train_tpu.Run(config, Device("cpu"), train_tpu.load_dataset(config, "train"))
+run = TrainState(config, Device("cpu"), load_dataset(config, "train"))
 start, batches, seen = [p.detach().clone() for p in run.model.parameters()], iter(run.loader), []
 for _ in range(4):
-    train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step)
+    run.train_step(run.device.put(run.host_batch(next(batches))))
     run.step += 1
     seen.append({"totals": run.totals, "weights": [p.detach().clone() for p in run.model.parameters()],
                  "ema": [p.clone() for p in run.ema.module.parameters()], "halted": run.carry.halted, "z_H": run.carry.z_H})
@@ -299,18 +302,18 @@ class ReplayTest(XLATest):
         """Everything that a run holds after each of six steps, with a new interval in the middle; and how often a step was traced."""
         config = load_config(self.path, ["training.lr_warmup_steps=4", *overrides])
         device, seen, traced = Device("xla_cpu"), [], []
-        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+        run = TrainState(config, device, load_dataset(config, "train"))
 
         def function(batch):
             traced.append(batch)
-            train_tpu.train_step(run, batch, trm_model.act_step)
+            run.train_step(batch)
 
         step, batches = (
             device.traced_once(function, run.tensors) if replayed else function,
             iter(run.loader),
         )
         for _ in range(6):
-            step(device.put(train_tpu.host_batch(run, next(batches))))
+            step(device.put(run.host_batch(next(batches))))
             device.end_step()
             run.step += 1
             seen.append(device.fetch(run.tensors()))
@@ -344,11 +347,11 @@ class ReplayTest(XLATest):
     def test_a_changed_tensors_memory_goes_to_its_successor(self):
         config = load_config(self.path, [])
         device = Device("xla_cpu")
-        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-        step, batches = train_tpu.replayed_step(run, trm_model.act_step), iter(run.loader)
-        step(device.put(train_tpu.host_batch(run, next(batches))))
+        run = TrainState(config, device, load_dataset(config, "train"))
+        step, batches = run.run_step, iter(run.loader)
+        step(device.put(run.host_batch(next(batches))))
         old = [tensor.detach() for tensor in run.model.parameters()]
-        step(device.put(train_tpu.host_batch(run, next(batches))))
+        step(device.put(run.host_batch(next(batches))))
         batches.close()
         for tensor in old:
             with self.assertRaisesRegex(RuntimeError, "HasValue"):  # it has no memory any more
@@ -429,13 +432,13 @@ class StepOfAReplica(XLATest):
             for rank in (0, 5):
                 config = load_config(path, [f"training.ema_strategy={strategy}"])
                 device = Device("xla_cpu")
-                device.rank, device.world_size = rank, 8
-                run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-                batch = device.put(train_tpu.host_batch(run, next(iter(run.loader))))
+                device.workers.rank, device.workers.world_size = rank, 8
+                run = TrainState(config, device, load_dataset(config, "train"))
+                batch = device.put(run.host_batch(next(iter(run.loader))))
                 device.end_step = lambda: programs.setdefault(
                     rank, self.program(run)
                 )  # what would be compiled
-                train_tpu.train_step(run, batch, trm_model.act_step)
+                run.train_step(batch)
                 device.end_step()
                 Device.end_step(
                     device
