@@ -309,7 +309,8 @@ def _all_permutations(n):
     return table
 
 
-def _line_permutations(blocks, width):
+@cache
+def line_permutations(blocks, width):
     """Every order of `blocks` bands of `width` lines that keeps bands together, [blocks! * (width!)^blocks, n]."""
     inner = _all_permutations(width)
     return np.array(
@@ -336,8 +337,8 @@ class SudokuAugmenter:
     def __init__(self, size, first_digit=1):
         box_height, box_width = box_shape(size)
         self.size, self.square = size, box_height == box_width
-        self.rows = _line_permutations(size // box_height, box_height)
-        self.columns = _line_permutations(size // box_width, box_width)
+        self.rows = line_permutations(size // box_height, box_height)
+        self.columns = line_permutations(size // box_width, box_width)
         digits = _all_permutations(size).astype(np.uint8) + np.uint8(first_digit)
         kept = np.tile(np.arange(first_digit, dtype=np.uint8), (len(digits), 1))
         self.digits = np.concatenate([kept, digits], axis=1)  # [size!, codes]
