@@ -1,4 +1,4 @@
-"""docs/architecture.md: its drawing has every file of the top level, and every import follows it."""
+"""docs/architecture.md: its drawing has every file of the top level, and imports follow it."""
 
 import ast
 import re
