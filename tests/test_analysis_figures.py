@@ -499,7 +499,10 @@ class Few(AnalysisCommandTest):
             self.mistake(says, module, *flags)
         self.assertFalse((self.folder / "x").exists())
         for script in ("plot_results", "compare_experiments", "report"):
-            hidden = f"import sys; sys.modules['pandas'] = None; sys.argv = ['x', '--help']; import runpy; runpy.run_path('analysis/{script}.py', run_name='__main__')"
+            hidden = (
+                "import runpy, sys; sys.modules['pandas'] = None; sys.path.insert(0, 'analysis'); "
+                f"runpy.run_path('analysis/{script}.py', run_name='__main__')"
+            )
             done = subprocess.run(
                 [sys.executable, "-c", hidden], cwd=ROOT, text=True, capture_output=True
             )
