@@ -217,11 +217,10 @@ def train_steps(config, device, dataset, kernels):
         warning="".join(lines),
         kernels=sum(bool(getattr(module, "in_kernel", None)) for module in run.model.modules()),
     )
-    step = run.run_step
     batch_size, counted = config.training.global_batch_size, device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
-            seconds, _ = benchmark.train_steps(run, step, batches, 1)
+            seconds, _ = benchmark.train_steps(run, batches, 1)
             sums = dict(
                 zip(
                     (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"),
