@@ -361,8 +361,9 @@ def act_step(
     metrics = torch.stack(
         [value.sum().float() for value in sums] + [lm_loss.detach().float(), q_halt_loss.detach()]
     )
-    carry = carry._replace(z_H=z_H.detach(), z_L=z_L.detach(), steps=steps, halted=halted)
-    return lm_loss + 0.5 * q_halt_loss, metrics, carry
+    examples = carry.inputs, carry.labels, carry.puzzle_identifiers
+    next_carry = Carry(z_H.detach(), z_L.detach(), steps, halted, *examples)
+    return lm_loss + 0.5 * q_halt_loss, metrics, next_carry
 
 
 def halting_loss(q_halt: torch.Tensor, exact: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -403,7 +404,8 @@ def evaluation_step(
     result = torch.stack([value.float() for value in values])
     steps = carry.steps + 1
     halted = steps >= model.config.halt_max_steps
-    return carry._replace(z_H=z_H, z_L=z_L, steps=steps, halted=halted), result
+    examples = carry.inputs, carry.labels, carry.puzzle_identifiers
+    return Carry(z_H, z_L, steps, halted, *examples), result
 
 
 # --------------------------------------------------------------------------------------------------
