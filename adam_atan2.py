@@ -34,8 +34,9 @@ class AdamATan2(torch.optim.Optimizer):
         super().__init__(params, settings)
         make_state(self)
 
+    # The base class has an optional closure as the argument; no caller here needs one.
     @torch.no_grad()
-    def step(self, lr: float | torch.Tensor) -> None:
+    def step(self, lr: float | torch.Tensor) -> None:  # type: ignore[override]
         """Update every parameter from its gradient (float32).
 
         lr: a number, or a scalar tensor on the parameters' device.
@@ -73,7 +74,8 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, 0.0, betas, weight_decay=weight_decay, capturable=not on_cpu)
         make_state(self)
 
-    def step(self, lr: float | torch.Tensor) -> None:
+    # The base class has an optional closure as the argument; no caller here needs one.
+    def step(self, lr: float | torch.Tensor) -> None:  # type: ignore[override]
         """Update every parameter from its gradient; lr as in `AdamATan2.step`."""
         (group,) = self.param_groups
         group["lr"] = lr

@@ -165,7 +165,7 @@ def rope_table(length: int, head_dim: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of the last axis of x [..., L, head_dim] in float32, then back to x's dtype."""
+    """Rotate the halves of the last axis of x [..., L, head_dim], in float32; keeps x's dtype."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -30,6 +30,7 @@ def choose_mixing(
     if not device.workers.any(reason is not None):
         import pallas_mixing
 
+        assert device.generation, "a TPU has one"
         pallas_mixing.use(model, device.generation)
     elif device.workers.rank == 0:
         print(

@@ -327,7 +327,8 @@ def exported(
     kernel = jax.jit(functools.partial(function, chip=chip))
     given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
     traced = jax.export.export(kernel, platforms=["tpu"])(*given)
-    text = re.search(r'@tpu_custom_call\(.*backend_config = "(.*?)"', traced.mlir_module())[1]
-    payload = re.sub(r"\\([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), text)
+    found = re.search(r'@tpu_custom_call\(.*backend_config = "(.*?)"', traced.mlir_module())
+    assert found, "no custom call in what jax has exported"
+    payload = re.sub(r"\\([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), found[1])
     results = [(tuple(result.shape), str(result.dtype)) for result in traced.out_avals]
     return json.dumps(json.loads(payload)), results

@@ -70,13 +70,15 @@ def find_error(
     examples (None: no training), forward alone of these and of `evaluation_batch` examples. All of
     it is one program. Errors of the compiler are not caught here.
     """
+    chip = device.generation
+    assert chip, "only a TPU runs kernels"
     layer = copy.deepcopy(model.L_level.layers[0]).to(device.torch)
     cases = [(evaluation_batch, False)]
     if training_batch:
         cases = [(training_batch, True), (training_batch, False), *cases]
     generator, distances = torch.Generator().manual_seed(0), {}
     for axis, swiglu in layer.swiglus():
-        if not can_be_kernel(model, axis, swiglu, device.generation):
+        if not can_be_kernel(model, axis, swiglu, chip):
             continue
         for batch, backward in dict.fromkeys(cases):
             shape = (batch, model.length, model.config.hidden_size)
@@ -85,7 +87,7 @@ def find_error(
                 for _ in range(1 + backward)
             )
             case = f"mixing along axis {axis}{', backward' * backward}, {batch} examples"
-            distances[case] = _distances(swiglu, axis, x, grad, device.generation)
+            distances[case] = _distances(swiglu, axis, x, grad, chip)
     device.end_step()
     for case, values in device.fetch(distances).items():
         # "not <": also for a value that is not a number

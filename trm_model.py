@@ -7,7 +7,7 @@ digits). Activations have the forward dtype (bfloat16 or float32); weights are f
 layers.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,9 +111,9 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig, length: int, generator: torch.Generator):
         super().__init__()
-        self.layers = nn.ModuleList(
-            Block(config, length, generator) for _ in range(config.L_layers)
-        )
+        blocks = [Block(config, length, generator) for _ in range(config.L_layers)]
+        # a ModuleList is typed as a list of any modules
+        self.layers: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.activation_checkpointing = config.activation_checkpointing
         self.recompute = recompute
 
@@ -145,6 +145,8 @@ class PuzzleEmbedding(nn.Module):
     It is a buffer with an optimizer of its own. The gradient is asked for with respect to the rows
     that a step reads (`puzzle_rows`), so that no scatter into the table is part of the step.
     """
+
+    weights: torch.Tensor
 
     def __init__(self, rows: int, dim: int):
         super().__init__()
@@ -430,7 +432,9 @@ def load_named_state(
         name.removeprefix("_orig_mod.").removeprefix(CHECKPOINT_PREFIX): tensor
         for name, tensor in state.items()
     }
-    own, notes, wrong = model.state_dict(), [], []
+    own = model.state_dict()
+    notes: list[str] = []
+    wrong: list[str] = []
     for name, tensor in own.items():
         if name not in given:
             wrong.append(f"{name} is missing")

@@ -45,8 +45,10 @@ def contract(a: torch.Tensor, a_axes: Axes, b: torch.Tensor, b_axes: Axes) -> to
     # XLA's CPU device cannot multiply bfloat16 into float32, hence the conversion. A TPU multiplies
     # in bfloat16 all the same.
     a, b = a.float(), b.float()
-    dimensions = (tuple(axes), ([], []))
-    return torch_xla._XLAC._xla_dot_general(a, b, dimensions, preferred_element_type=torch.float32)
+    no_batch_axes: tuple[list[int], list[int]] = ([], [])
+    return torch_xla._XLAC._xla_dot_general(
+        a, b, (tuple(axes), no_batch_axes), preferred_element_type=torch.float32
+    )
 
 
 class SwiGLUFunction(torch.autograd.Function):

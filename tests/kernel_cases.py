@@ -25,7 +25,7 @@ import trm_model
 import xla_mixing
 from collectives import Workers
 from device import Device
-from layers import SwiGLU, mix, swiglu
+from layers import SwiGLU, swiglu
 from tests.helpers import XLATest
 from tests.test_model import admitted, no_minimum, small_model
 
@@ -128,9 +128,7 @@ class Kernels(unittest.TestCase):
             (97, 96, 256, 2, False, False),
         ):
             with self.subTest(length=length, dim=dim, axis=axis):
-                fits = [
-                    pallas_kernels.fits(length, dim, width, axis, chip) for chip in (V4, V6E)
-                ]
+                fits = [pallas_kernels.fits(length, dim, width, axis, chip) for chip in (V4, V6E)]
                 self.assertEqual(fits, [on_v4, on_v6e])
 
 
@@ -206,9 +204,7 @@ class Training(unittest.TestCase):
         training_config = SimpleNamespace(
             pallas_kernels=True, global_batch_size=8, grad_accumulation_steps=2
         )
-        config = SimpleNamespace(
-            training=training_config, evaluation=SimpleNamespace(batch_size=6)
-        )
+        config = SimpleNamespace(training=training_config, evaluation=SimpleNamespace(batch_size=6))
         with (
             mock.patch.object(pallas_kernels, "fits", lambda *_: True),
             mock.patch.object(pallas_mixing, "call", call),
@@ -326,15 +322,6 @@ class Traced(XLATest):
         self.assertIn("backward, 4 examples: 1 (relative) off", error)
         counters = device.counters()
         self.assertEqual((counters["xla_compiles"], counters["xla_executions"]), (1, 1))
-
-
-class Guard(XLATest):
-    def test_a_model_on_xla_must_not_compute_in_pytorchs_form(self):
-        x = random_input(0).to(self.device)
-        module = SwiGLU(DIM, 4, torch.Generator().manual_seed(0)).to(self.device)
-        self.assertIs(module.mix, mix)
-        with self.assertRaisesRegex(RuntimeError, r"needs xla_mixing\.use\(model\)"):
-            module(x, module.weights(), 2)
 
 
 if __name__ == "__main__":
