@@ -20,9 +20,10 @@ from data_loader_tpu import SudokuDatasetTPU, evaluation_batches
 from device import Device
 from initial_weights import weights_in
 from metrics_logger import MetricsLogger, SilentLogger, console_line
+from mixing import choose_mixing
 from run_folder import EVAL_FILE, RunFolder, open_checkpoints, run_url, writing_to
 from storage import join, open_folder
-from train_state import TrainState, create_model, load_dataset, settle_forward_dtype, use_kernels
+from train_state import TrainState, create_model, load_dataset, settle_forward_dtype
 from utils import UserError
 
 RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)  # lower edges of the rating buckets
@@ -209,7 +210,7 @@ def evaluate_only(rank: int, config: Config, args: Namespace) -> None:
     results = []
     for name, weights in states.items():
         model = create_model(config, dataset)
-        use_kernels(model, config, device, training=False)
+        choose_mixing(model, config, device, training=False)
         with workers.together():
             trm_model.load_named_state(model, weights, source)
         metrics = evaluate(

@@ -1,21 +1,22 @@
 """What a run will do, in words: before it starts, and as its first lines."""
 
 import trm_model
-from config import Config, Schedule, config_yaml, planned_workers
+from config import Config, Schedule, config_yaml, planned_workers, with_forward_dtype
 from train_state import TrainState, create_model, load_dataset
 from utils import UserError
 
 
 def plan_text(config: Config) -> str:
     """The configuration as YAML, and what follows from it as comments."""
+    sized = with_forward_dtype(config, "float32")  # "auto" waits for a device; sizes are the same
     try:
         dataset = load_dataset(config, "train")
         num_puzzles, known = dataset.num_puzzles, str(dataset.path)
-        model = create_model(config, dataset)
+        model = create_model(sized, dataset)
     except UserError as error:
         num_puzzles = config.data.expected_puzzles
         known = f"not read, 9x9 grids and data.expected_puzzles assumed: {error}"
-        model = trm_model.TinyRecursiveModel(config.model, 81, 11)
+        model = trm_model.TinyRecursiveModel(sized.model, 81, 11)
     batch, workers = config.training.global_batch_size, planned_workers(config)
     cells = f"{model.prefix_len} prefix positions and {model.seq_len} cells"
     lines = {

@@ -5,7 +5,6 @@ here.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 
 import trm_model
-from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, lr_at, new_state
+from adam_atan2 import AdamATan2, AdamW, PuzzleEmbeddingSGD, lr_at
 from config import Config, differences, total_steps, with_forward_dtype
 from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
 from dataset_cache import local_dataset
 from device import Device
 from ema_distributed import EMADistributed
+from mixing import choose_mixing
 from trm_model import METRIC_KEYS, Carry
 from utils import UserError
 
@@ -68,53 +68,18 @@ def create_model(config: Config, dataset: SudokuDatasetTPU) -> trm_model.TinyRec
     )
 
 
-def use_kernels(
-    model: trm_model.TinyRecursiveModel, config: Config, device: Device, training: bool = True
-) -> None:
-    """On a TPU: let the model, still on the CPU, run through pallas_kernels.py.
-
-    If the kernels do not work on every worker, none uses them, and rank 0 says why.
-    """
-    if device.name != "tpu" or not config.training.pallas_kernels:
-        return
-    slots = config.training.global_batch_size // device.workers.world_size
-    batch = slots // config.training.grad_accumulation_steps if training else None
-    # No run ends here, since none needs the kernels: not without jax, nor by what jax, its export
-    # or the compiler raise.
-    try:
-        import pallas_kernels
-
-        reason = pallas_kernels.fault(model, device, batch, config.evaluation.batch_size)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if not device.workers.any(reason is not None):
-        pallas_kernels.use(model, device.generation)
-    elif device.workers.rank == 0:
-        print(
-            "warning: the TPU kernels are not used, and a step takes longer: "
-            f"{reason or 'they do not work on another worker'} "
-            "(training.pallas_kernels=false: no kernels, no warning)",
-            file=sys.stderr,
-        )
-
-
 def create_optimizer(
     config: Config, model: trm_model.TinyRecursiveModel
-) -> tuple[torch.optim.Optimizer, PuzzleEmbeddingSGD | None]:
+) -> tuple[AdamATan2 | AdamW, PuzzleEmbeddingSGD | None]:
     """The optimizers of the network and of the puzzle embedding, if there is one.
 
     model: on its device. The state has its final shape from the start. The learning rate is an
     argument of each step.
     """
     training = config.training
-    shared = {"betas": (training.beta1, training.beta2), "weight_decay": training.weight_decay}
-    if training.optimizer == "adam_atan2":
-        optimizer: torch.optim.Optimizer = AdamATan2(model.parameters(), 0.0, **shared)
-    else:
-        on_cpu = model.H_init.device.type == "cpu"
-        optimizer = torch.optim.AdamW(model.parameters(), 0.0, capturable=not on_cpu, **shared)
-        for p in model.parameters():
-            optimizer.state[p] = new_state(p)
+    kind = AdamATan2 if training.optimizer == "adam_atan2" else AdamW
+    betas = training.beta1, training.beta2
+    optimizer = kind(model.parameters(), betas, training.weight_decay)
     if not model.prefix_len:
         return optimizer, None
     weights = model.puzzle_emb.weights
@@ -170,7 +135,7 @@ class TrainState:
         workers = device.workers
         torch.manual_seed(config.training.seed)
         self.model = create_model(config, dataset)
-        use_kernels(self.model, config, device)
+        choose_mixing(self.model, config, device)
         if checkpoint:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
         elif weights:
@@ -318,9 +283,7 @@ class TrainState:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         if training.grad_clip_norm:
             torch.nn.utils.clip_grads_with_norm_(params, training.grad_clip_norm, grad_norm)
-        self.optimizer.param_groups[0]["lr"] = scalars.lr
-        self.optimizer.step()
-        self.optimizer.param_groups[0]["lr"] = 0.0  # this step's own, and no part of a checkpoint
+        self.optimizer.step(scalars.lr)
         self.optimizer.zero_grad(set_to_none=True)
         if self.puzzle_optimizer:
             self.puzzle_optimizer.step(*summed[len(params) :], scalars.puzzle_emb_lr)

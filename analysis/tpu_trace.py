@@ -32,6 +32,7 @@ import tpu_types
 import trm_model
 from config import load_config
 from device import Device, tree_map
+from mixing import num_kernels
 from train_state import TrainState, load_dataset, settle_forward_dtype
 from utils import UserError, run_cli
 from xla_program import changed_places, places
@@ -117,10 +118,10 @@ def traced_run(config, device, dataset):
         run = TrainState(config, device, dataset)
     device.torch = xla
     if config.training.pallas_kernels:
-        import pallas_kernels
+        import pallas_mixing
 
         for model in (run.model, run.ema.module) if run.ema else (run.model,):
-            pallas_kernels.use(model, device.generation)
+            pallas_mixing.use(model, device.generation)
     for tensor in run.tensors():
         become_placeholder(tensor)
     return run
@@ -128,13 +129,9 @@ def traced_run(config, device, dataset):
 
 def in_kernel(model):
     """{"token mixing", "channel mixing": whether it is a kernel}; of self-attention only the latter."""
-    layer = model.L_level.layers[0]
-    swiglus = (
-        [("token mixing", layer.mlp_t), ("channel mixing", layer.mlp)]
-        if layer.mixes_by_mlp
-        else [("channel mixing", layer.mlp)]
-    )
-    return {what: swiglu.in_kernel is not None for what, swiglu in swiglus}
+    names = {1: "token mixing", 2: "channel mixing"}
+    swiglus = model.L_level.layers[0].swiglus()
+    return {names[axis]: num_kernels(swiglu) == 1 for axis, swiglu in swiglus}
 
 
 def become_placeholder(tensor):

@@ -196,6 +196,7 @@ def train_steps(config, device, dataset, kernels):
     import benchmark
 
     import trm_model
+    from mixing import num_kernels
 
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, pallas_kernels=kernels)
@@ -215,13 +216,12 @@ def train_steps(config, device, dataset, kernels):
         compiles=[],
         executions=[],
         warning="".join(lines),
-        kernels=sum(bool(getattr(module, "in_kernel", None)) for module in run.model.modules()),
+        kernels=num_kernels(run.model),
     )
-    step = run.run_step
     batch_size, counted = config.training.global_batch_size, device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
-            seconds, _ = benchmark.train_steps(run, step, batches, 1)
+            seconds, _ = benchmark.train_steps(run, batches, 1)
             sums = dict(
                 zip(
                     (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"),

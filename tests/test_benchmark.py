@@ -143,7 +143,10 @@ class OnTheCPU(BenchmarkTest):
             ),
         ):
             run, _ = self.run_in_process(*overrides)
+            run.forward = compiled = mock.Mock()  # compiled products would not be seen
             products = benchmark.step_products(run, run.loader.batch(0))
+            compiled.assert_not_called()
+            self.assertIs(run.forward, compiled)
             flops = sum(
                 2 * count * torch.Size(a.shape).numel() * b.shape[-1]
                 for (a, b), count in products.items()
@@ -239,7 +242,9 @@ class OnTheCPU(BenchmarkTest):
 
     def test_without_a_tpu(self):
         with mock.patch.dict("os.environ"):
-            status, out, err = self.main("--config", self.path, "device=tpu")
+            status, out, err = self.main(
+                "--config", self.path, "device=tpu", "training.global_batch_size=32"
+            )
         self.assertEqual((status, err.count("\n"), out), (2, 1, ""), err)
         self.assertIn("error: device = 'tpu': ", err)
 

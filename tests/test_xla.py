@@ -13,12 +13,13 @@ from unittest import mock
 
 import torch
 
+import layers
 import trm_model
 from checkpoint_manager import load_checkpoint
 from config import load_config
 from device import Device
 from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
-from tests.test_model import admitted, no_minimum, small_model
+from tests.test_model import admitted, no_minimum, on_device, small_model
 from train_state import TrainState, load_dataset
 
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -371,7 +372,7 @@ class ReplayTest(XLATest):
                     model.puzzle_rows(carry).to(self.device).requires_grad_(),
                     trm_model.Carry(*(t.to(self.device) for t in carry)),
                 )
-                model.to(self.device)
+                on_device(model, self.device)
                 loss, _, after = trm_model.act_step(model, carry, rows, no_minimum(carry))
                 results.append(
                     [
@@ -391,10 +392,12 @@ class ReplayTest(XLATest):
 
     def test_swiglu_in_bfloat16(self):
         """Value and gradients of both axes: as near to those in float64 as the plain computation on the CPU is."""
+        import xla_mixing
+
         torch.manual_seed(0)
         x, grad = torch.randn(3, 40, 24).bfloat16(), torch.randn(3, 40, 24)
         for axis, dim in ((1, 40), (2, 24)):
-            swiglu, errors = trm_model.SwiGLU(dim, 4.0, torch.Generator().manual_seed(1)), {}
+            swiglu, errors = layers.SwiGLU(dim, 4.0, torch.Generator().manual_seed(1)), {}
             for name, device, dtype in (
                 ("exact", "cpu", torch.float64),
                 ("plain", "cpu", torch.bfloat16),
@@ -404,7 +407,9 @@ class ReplayTest(XLATest):
                 if name == "exact":
                     module.double()
                 given = x.clone().to(device, dtype).requires_grad_()
-                result = module.mixed(given, module.weights(), axis).transpose(axis, -1)
+                if name == "xla":
+                    module.mix = xla_mixing.mix
+                result = module(given, module.weights(), axis)
                 result.backward(grad.to(result))
                 errors[name] = [
                     t.detach().cpu().double()
