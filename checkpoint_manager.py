@@ -5,7 +5,6 @@ checkpoints/checkpoint_step_{step}.pt     torch.save of plain tensors, numbers a
 evaluation metrics
 """
 
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from background_writer import BackgroundWriter
-from storage import StorageError, digest, is_remote, join, open_folder
+from storage import StorageError, digest, file_digest, is_remote, join, open_folder
 from utils import UserError
 
 BEST_BY = "exact_accuracy"
@@ -33,7 +32,7 @@ class _Save:
         self.marker = {
             "step": step,
             "bytes": staged.stat().st_size,
-            "sha256": _sha256(staged),
+            "sha256": file_digest(staged),
             "metrics": None,
         }
         self.payload_is_there = False
@@ -215,7 +214,7 @@ class CheckpointManager:
             reason = "its content is not what was written (checksum)"
             try:
                 path = local_copy(self.folder, payload_name(marker["step"]), self.staging)
-                if _sha256(path) == marker["sha256"]:
+                if file_digest(path) == marker["sha256"]:
                     return path
             except FileNotFoundError:
                 reason = "it was deleted a moment ago"
@@ -338,11 +337,3 @@ def load_checkpoint(source, name=None):
             f"{what}: not a readable checkpoint ({type(error).__name__}: {reason}): "
             "it may be cut off, or hold more than tensors; take another one"
         ) from None
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -482,3 +482,12 @@ def cache_folder():
 def digest(data):
     """Hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks: it may be larger than the memory."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()

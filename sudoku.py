@@ -51,6 +51,28 @@ def parse(text):
     return np.array([0 if char == "." else int(char) for char in text], np.uint8)
 
 
+def split_puzzles(text):
+    """[(line number from 1, puzzle string)] of a text that holds puzzles.
+
+    A puzzle is one line, or a grid of as many lines as it has columns. Spaces, empty lines, a
+    byte-order mark and what follows # do not count. Nothing is checked: see `parse`.
+    """
+    lines = [
+        (number, "".join(line.partition("#")[0].split()))
+        for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1)
+    ]
+    lines = [(number, line) for number, line in lines if line]
+    found, position = [], 0
+    while position < len(lines):
+        number, first = lines[position]
+        rows = [line for _, line in lines[position : position + len(first)]]
+        is_grid = len(first) in BOX_SHAPES and {len(row) for row in rows} == {len(first)}
+        taken = len(first) if is_grid and len(rows) == len(first) else 1
+        found.append((number, "".join(rows[:taken])))
+        position += taken
+    return found
+
+
 def format_grid(grid):
     """Grid [S] of 0..size to a puzzle string with '.' for an empty cell."""
     return "".join("." if digit == 0 else str(int(digit)) for digit in grid)

@@ -1,9 +1,11 @@
 """Errors, seeded random streams, and small files. Nothing here imports torch."""
 
 import errno
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +95,16 @@ def replace_file(path, text):
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def end_with_parent() -> None:
+    """In a process that multiprocessing has started: end it (status 1, nothing is cleaned up) when
+    its parent has ended, in whatever way."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the main process has no parent to end with"
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()

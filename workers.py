@@ -15,7 +15,7 @@ import preemption
 import tpu_types
 from config import Config, batch_fault, planned_workers
 from device import Device, resolve_device
-from utils import UserError, run_cli
+from utils import UserError, end_with_parent, run_cli
 
 END_TOGETHER_SECONDS = 60  # for the other workers to end by themselves once one has
 
@@ -205,7 +205,7 @@ def _child(environment, function, local_rank, *args):
     # before the TPU's runtime starts: it would put its own handler in the default one's place
     preemption.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
-    die_with_parent()
+    end_with_parent()
     os.environ.update(environment)
     os.environ["LOCAL_RANK"] = str(local_rank)
     if local_rank == 0:
@@ -236,10 +236,3 @@ def _global_rank(local_rank):
             f"device: the {os.environ['PJRT_DEVICE']} runtime does not start ({str(error).strip().splitlines()[0]})"
         ) from None
     return runtime.global_ordinal()  # ordinals are not in the order of hosts or chips
-
-
-def die_with_parent():
-    """End this process (status 1, nothing cleaned up) when the one that started it is gone, however
-    it went."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -42,8 +42,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import startup  # isort: skip
+import startup
 
+startup.require("tqdm")
 import argparse
 import os
 import time
@@ -57,8 +58,6 @@ from sudoku_sources import Split, csv_splits, generate_splits, list_splits, rows
 import sudoku
 from storage import file_digest
 from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli
-
-startup.require("tqdm")
 
 HUB_REPO = "sapientinc/sudoku-extreme"
 HUB_PAGE = f"https://huggingface.co/datasets/{HUB_REPO}/tree/main"
@@ -120,27 +119,26 @@ def report(splits: dict[str, Split]) -> dict[str, int]:
     duplicates = len(train.puzzles) - len(set(rows_as_bytes(train.puzzles)))
     print(f"duplicate puzzles within train: {duplicates}")
     train_grids = set(rows_as_bytes(train.solutions))
-    overlap = {"train_duplicates": duplicates}
+    identical, copied, solved = {}, {}, {}
     for name, split in splits.items():
         if name == "train":
             continue
         copies = find_copies(train.puzzles, train.solutions, split.puzzles, split.solutions)
         grids = sum(grid in train_grids for grid in rows_as_bytes(split.solutions))
-        overlap |= {
-            f"{name}_puzzles_in_train": copies.identical,
-            f"{name}_copies_in_train": copies.symmetric,
-            f"{name}_solutions_in_train": grids,
-        }
+        identical[f"{name}_puzzles_in_train"] = copies.identical
+        copied[f"{name}_copies_in_train"] = copies.symmetric
+        solved[f"{name}_solutions_in_train"] = grids
         print(
             f"{name} puzzles also in train: {copies.identical}; symmetric copies of a train "
             f"puzzle: {copies.symmetric}; {name} puzzles whose solution is a train solution: "
             f"{grids}"
         )
         print_examples(name, copies)
-    return overlap
+    return {"train_duplicates": duplicates} | identical | solved | copied
 
 
 def print_examples(name: str, copies: Copies) -> None:
+    """Print some puzzles of the split `name` beside the train puzzles that they are copies of."""
     for held_out, train in copies.examples:
         print(f"  {name} {sudoku.format_grid(held_out)} is train {sudoku.format_grid(train)}")
 
@@ -178,6 +176,7 @@ def with_augmentations(split: Split, size: int, num_aug: int, seed: int) -> Spli
 # Command line
 # --------------------------------------------------------------------------------------------------
 def parse_args() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -205,12 +204,12 @@ def parse_args() -> argparse.Namespace:
     add("--test_csv", metavar="FILE")
     text = "one puzzle a line; solutions and ratings are computed, and the puzzles split at random"
     add("--puzzles", metavar="FILE", help=text)
-    text = "leave bad rows out, instead of refusing the file"
-    add("--skip_bad", **switch, help=text)
     text = "of --train_csv or Sudoku-Extreme: keep N random train puzzles (default: all)"
     add("--subsample_size", **integer, help=text)
     text = "of CSV files: keep the rows of rating N or more, in both splits"
     add("--min_difficulty", **integer, help=text)
+    text = "leave bad rows out, instead of refusing the file"
+    add("--skip_bad", **switch, help=text)
     text = "of CSV files: do not check that each puzzle has only one solution"
     add("--no_check_unique", **switch, help=text)
 
@@ -259,6 +258,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def check_source(args: argparse.Namespace) -> None:
     """UserError where flags of two sources of puzzles are mixed, or half of one is missing."""
+    wrong: tuple[str, ...]
     if args.generate:
         source, wrong = "--generate", (*CSV_ONLY, "puzzles", *FILES_ONLY)
     elif args.puzzles:
@@ -267,7 +267,8 @@ def check_source(args: argparse.Namespace) -> None:
         source, wrong = "", (*COUNTS, *GENERATE_ONLY)
     flags = ", ".join(f"--{name}" for name in wrong if getattr(args, name) is not None)
     if flags:
-        raise UserError(f"{flags} cannot go with {source}" if source else f"{flags} needs --generate")
+        fault = f"cannot go with {source}" if source else "needs --generate"
+        raise UserError(f"{flags} {fault}")
     if (args.train_csv is None) != (args.test_csv is None):
         raise UserError(
             "--train_csv and --test_csv go together: the test split is never cut from train"
@@ -323,6 +324,7 @@ def read_or_generate(args: argparse.Namespace, files: dict[str, str]) -> dict[st
 
 
 def main() -> None:
+    """Build the dataset, unless it is there already."""
     args = parse_args()
     start = time.time()
     out = Path(args.output_dir).resolve()

@@ -1,7 +1,8 @@
 """Writing a dataset's folder: whole or not at all, and nothing is deleted that was not built here.
 
-    out/train/all__inputs.npy, all__labels.npy, ...   arrays of a split; dataset.json: their metadata
-    out/build_info.json                               arguments, counts, sha256 of every array
+out/train/all__inputs.npy, all__labels.npy, ...   the arrays of a split
+out/train/dataset.json                            what they hold
+out/build_info.json                               arguments, counts, sha256 of every array
 """
 
 import fcntl
@@ -56,7 +57,7 @@ def write_dataset(
 def _write_split(folder: Path, split: Split, size: int, group_size: int) -> None:
     folder.mkdir()
     rows = len(split.ratings)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "inputs": split.puzzles + np.uint8(1),  # 0 is padding, 1 an empty cell
         "labels": split.solutions + np.uint8(1),
         "puzzle_identifiers": np.zeros(rows, np.int32),

@@ -5,9 +5,10 @@ stacks and the lines within them permuted, and the grid transposed where its box
 9x9 puzzle has up to 1.2e12 such copies, and the trainer's augmentation draws from them: a held-out
 puzzle that is one of them has been trained on.
 
-The search has three stages, from cheap to exact: identical puzzles, by a set; an invariant
-(`invariants`), about 20 microseconds a puzzle, which all copies share; and for the few puzzles whose
-invariant a training puzzle has too, a canonical form (`canonical_form`), a few milliseconds each.
+The search has three stages, from cheap to exact: identical puzzles, by a dictionary; an invariant
+(`invariants`), about 20 microseconds a puzzle, which all copies share; and a canonical form
+(`canonical_form`), a few milliseconds each, for the few puzzles whose invariant a training puzzle
+has, too.
 """
 
 from typing import NamedTuple
