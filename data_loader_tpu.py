@@ -57,7 +57,8 @@ class SudokuDatasetTPU:
             raise UserError(
                 f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has} in {self.path.resolve()}: "
                 "build it by the `# dataset:` command at the top of the configuration file "
-                "(python scripts/build_sudoku_dataset.py --help), or name another folder"
+                "(python scripts/build_sudoku_dataset.py --help), or name another folder; a relative "
+                "path counts from the current folder"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"dataset.json: {type(error).__name__}: {error}") from None
