@@ -26,7 +26,7 @@ from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from evaluation import PER_PUZZLE_KEYS, evaluate, unpack_solved
 from provenance import code_version
-from tests.helpers import ROOT, CommandTest, FolderTest, random_pairs, write_split
+from tests.helpers import ROOT, CommandTest, FolderTest, random_pairs, run_command, write_split
 from utils import STREAM_EVAL_SUBSET, random_stream
 
 # the real command, whose weights become NaN before the given step
@@ -228,20 +228,16 @@ class Training(CommandTest):
         ):
             self.assertIn(text, output)
         self.assertFalse((self.folder / "runs" / "tiny").exists())
-        study = subprocess.run(
-            [sys.executable, "train_tpu.py", "--config", "configs/e1_1.yaml", "--print_config"],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            check=True,
-        )
+        arguments = ["--config", "configs/e1_1.yaml", "--print_config"]
+        output, status = run_command(arguments, os.environ.copy())
+        self.assertEqual(status, 0, output)
         for text in (
             "# workers: 32",
             "# per-worker batch: 24",
             "# parameters: 5028866",
             "# total steps: 65104",
         ):
-            self.assertIn(text, study.stdout)
+            self.assertIn(text, output)
 
     def test_a_bar_on_a_terminal(self):
         parent, child = pty.openpty()
@@ -400,14 +396,10 @@ class Mistakes(CommandTest):
         )
 
     def test_missing_configuration(self):
-        done = subprocess.run(
-            [sys.executable, "train_tpu.py", "--config", "configs/e1_11.yaml"],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-        )
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("did you mean configs/e1_1.yaml?", done.stderr)
+        for name in ("configs/e1_11.yaml", "e1_1"):
+            output, status = run_command(["--config", name], os.environ.copy())
+            self.assertEqual(status, 2, output)
+            self.assertIn("did you mean configs/e1_1.yaml?", output)
 
     def test_datasets(self):
         self.user_mistake(
