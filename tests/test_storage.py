@@ -107,7 +107,7 @@ class FolderContract:
             for call in (
                 lambda: folder.read(name),
                 lambda: folder.write(name, b""),
-                lambda: folder.create(name, b""),
+                lambda: folder.replace_if(name, b"", None),
                 lambda: folder.delete(name),
                 lambda: folder.put(__file__, name),
                 lambda: folder.get(name, self.folder / "file"),
@@ -116,9 +116,9 @@ class FolderContract:
 
     def test_versions(self):
         folder = self.open()
-        first = folder.create("lock", b"one")
+        first = folder.replace_if("lock", b"one", None)
         self.assertTrue(first)
-        self.assertIsNone(folder.create("lock", b"two"))
+        self.assertIsNone(folder.replace_if("lock", b"two", None))
         self.assertEqual(folder.read_version("lock"), (b"one", first))
         second = folder.replace_if("lock", b"two", first)
         self.assertEqual(folder.read_version("lock"), (b"two", second))
@@ -142,7 +142,7 @@ class FolderContract:
 
         with ThreadPoolExecutor(len(folders)) as threads:
             for call in (
-                lambda folder, data: folder.create("lock", data),
+                lambda folder, data: folder.replace_if("lock", data, None),
                 lambda folder, data: folder.replace_if("lock", data, token),
             ):
                 winners = [
@@ -261,7 +261,7 @@ class Faults(GCSTest):
             "get": lambda: self.remote.get("a", self.folder / "got"),
             "write": lambda: self.remote.write("b", b"1"),
             "put": lambda: self.remote.put(self.file(), "c"),
-            "create": lambda: self.assertTrue(self.remote.create("d", b"1")),
+            "create": lambda: self.assertTrue(self.remote.replace_if("d", b"1", None)),
             "replace_if": lambda: self.assertTrue(self.remote.replace_if("a", b"1", token)),
             "delete": lambda: self.remote.delete("b"),
         }
@@ -362,7 +362,7 @@ class Faults(GCSTest):
 
     def test_a_lost_answer_does_not_make_a_loser(self):
         fault = self.proxy.fail("cut_answer", 0, method="POST")
-        token = self.remote.create("lock", b"mine")
+        token = self.remote.replace_if("lock", b"mine", None)
         self.assertEqual((fault.times, self.remote.read_version("lock")), (0, (b"mine", token)))
         fault = self.proxy.fail("cut_answer", 0, method="POST")
         token = self.remote.replace_if("lock", b"mine", token)
