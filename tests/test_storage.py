@@ -20,7 +20,7 @@ from unittest import mock
 import storage
 from background_writer import BackgroundWriter
 from dataset_cache import local_dataset
-from storage import StorageError, join, open_folder
+from storage import GCSFolder, StorageError, join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, FolderTest
 
@@ -709,7 +709,7 @@ class Datasets(GCSTest):
 
     def test_a_failing_download_is_never_used(self):
         self.proxy.fail("corrupt", times=999, path="all__labels.npy.*alt=media")
-        with mock.patch("dataset_cache.open_folder", functools.partial(open_folder, deadline=0.3)):
+        with mock.patch("dataset_cache.GCSFolder", functools.partial(GCSFolder, deadline=0.3)):
             self.assertRaisesRegex(
                 StorageError, "all__labels.npy.*not what is stored", lambda: printed(self.dataset)
             )
