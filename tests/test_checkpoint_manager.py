@@ -360,7 +360,7 @@ class SavingAndFinding(CheckpointTest):
             self.manager.folder.delete(gone)
         with mock.patch.object(reader, "markers", lambda: markers):
             self.assertIn(
-                "checkpoint_step_2.pt is passed over: it was deleted",
+                "checkpoint_step_2.pt is ignored: it was deleted",
                 self.warned(lambda: self.assertIsNone(reader.load_latest()))[1],
             )
 
@@ -458,25 +458,26 @@ class Damage(CheckpointTest):
         for text in ("", "{", "[]", "5", "null", "\xff", *wrong, *without):
             with self.subTest(text):
                 self.change(self.marker, text.encode("latin-1"))
-                self.passed_over(f"warning: {self.where(self.marker)} is passed over: ")
+                self.passed_over(f"warning: {self.where(self.marker)} is ignored: ")
 
     def test_payload_missing(self):
         self.manager.folder.delete(self.payload)
         self.passed_over(
-            f"warning: {self.where(self.marker)} is passed over: ", f"there is no {self.payload}"
+            f"warning: {self.where(self.marker)} is ignored: ", f"there is no {self.payload}"
         )
 
     def test_size_mismatch(self):
         size = len(self.content)
         self.change(self.payload, self.content[:-1])
         self.passed_over(
-            f"warning: {self.where(self.payload)} is passed over: it has {size - 1} bytes, its marker says {size}"
+            f"warning: {self.where(self.marker)} is ignored: ",
+            f"{self.payload} has {size - 1} bytes, the marker says {size}",
         )
         self.assertIn(self.manager.url(1), self.warned(self.manager.newest_text)[0])
 
     def test_checksum_mismatch(self):
         self.change(self.payload, self.flipped(len(self.content) // 2))
-        self.passed_over(f"warning: {self.where(self.payload)} is passed over: ", "checksum")
+        self.passed_over(f"warning: {self.where(self.payload)} is ignored: ", "checksum")
 
     def test_a_damaged_best_gives_the_next_best(self):
         for step, accuracy in ((1, 0.5), (2, 0.9)):

@@ -59,7 +59,7 @@ if point == "step":
 elif point == "half a payload":
     checkpoint_manager.torch.save = half_a_file
 elif point == "between payload and marker":
-    before(checkpoint_manager.CheckpointManager, "_mark")
+    before(checkpoint_manager.CheckpointManager, "mark")
 elif point == "in evaluation":
     before(evaluation, "evaluate")
 elif point == "half a record":
@@ -219,7 +219,7 @@ class ResumeTest(CommandTest):
             newest = self.checkpoint(name, 35)
             newest.write_bytes(damage(newest.read_bytes()))
             output = self.train("--run_name", name)
-            self.assertRegex(output, rf"warning: .*{newest.name} is passed over")
+            self.assertRegex(output, rf"warning: .*{newest.name} is ignored")
             self.assertIn("goes on after step 28", output)
             self.same_as_unbroken(name)
 
