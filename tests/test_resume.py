@@ -1,4 +1,5 @@
-"""Runs that are killed and started again: nothing is lost but time, and the training is the same bit by bit."""
+"""Runs that are killed and started again: nothing is lost but time, and the training is the same
+bit by bit."""
 
 import importlib.metadata
 import json
@@ -229,7 +230,8 @@ class ResumeTest(CommandTest):
         )
         self.assertTrue(self.checkpoint("short", 23).with_suffix(".json").exists())
         self.train("--run_name", "short")
-        # a record is due at the last step, so step 23 has one of its own and the interval after it is shorter
+        # a record is due at the last step, so step 23 has one of its own and the interval after it
+        # is shorter
         self.same_content(load_checkpoint(self.checkpoint("short", 60)), self.last)
         self.assertEqual(
             [r["step"] for r in self.records("short") if r["split"] == "train"],
