@@ -44,6 +44,17 @@ class Reading(ConfigTest):
             ("auto", 768, 16),
         )
 
+    def test_the_base_repeats_every_knob_with_its_default(self):
+        """The three that differ belong to the study: where it runs, and its dataset."""
+        defaults = dataclasses.asdict(self.load())
+        base = yaml.safe_load((ROOT / "configs/base_sudoku_tpu.yaml").read_text())
+        self.assertEqual((base.pop("device"), base["data"].pop("expected_puzzles")), ("tpu", 1000))
+        base["data"]["dataset_path"] = "nowhere"
+        del defaults["device"], defaults["data"]["expected_puzzles"]
+        base["training"]["lr"] = float(base["training"]["lr"])  # YAML 1.1 reads 1e-4 as text
+        base["training"]["puzzle_emb_lr"] = float(base["training"]["puzzle_emb_lr"])
+        self.assertEqual(base, defaults)
+
     def test_numbers(self):
         config = self.load(
             "training: {lr: 1e-4, puzzle_emb_lr: 2E-3, epochs: 5e4, weight_decay: .5e+1,\n"
