@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ class TrainLoader:
         identifiers = data.puzzle_identifiers[examples].astype(np.int32)
         return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
             ahead = deque(
                 thread.submit(self.batch, self.step + k) for k in range(self.prefetch_batches)

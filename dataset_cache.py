@@ -14,11 +14,10 @@ from storage import (
     cache_folder,
     checked_name,
     digest,
-    file_digest,
     is_remote,
     sync_folder,
 )
-from utils import UserError
+from utils import UserError, sha256_of
 
 DATASET_FILE = re.compile(
     r"identifiers\.json|build_info\.json|[^/]+/(?:dataset\.json|all__[^/]+\.npy)"
@@ -106,7 +105,7 @@ def _check_build(url: str, dataset: Path) -> None:
         ) from None
     for name, expected in digests:
         path = dataset / checked_name(name, f"{url}/build_info.json")
-        if not path.is_file() or file_digest(path) != expected:
+        if not path.is_file() or sha256_of(path) != expected:
             fault = "not the file (sha256)" if path.is_file() else "missing, a file"
             raise UserError(
                 f"{url}/{name} is {fault} that build_info.json names: upload the dataset again, "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import Folder, digest, join
-from utils import RunFailure, UserError
+from utils import RunFailure, UserError, warn
 
 NAME = "run.lock"
 # How long to wait for an owner on this host to end: workers end a moment after a parent that was
@@ -87,9 +87,9 @@ class RunLock:
             if owner["token"] == self.owner["token"]:
                 self.folder.delete(NAME, version)
         except (OSError, UserError) as error:
-            _warn(
-                f"warning: {self.url} could not be released ({error}); the run can be continued "
-                "when this process has ended"
+            warn(
+                f"{self.url} could not be released ({error}); the run can be continued when this "
+                "process has ended"
             )
 
     def _acquire(self, take_over: bool) -> str:
@@ -112,7 +112,7 @@ class RunLock:
                 taken = self.folder.replace_if(NAME, self._content(), version)
                 if taken is not None:
                     if forced:
-                        _warn(f"{self.url}: taken over from {_who(owner)}")
+                        print(f"{self.url}: taken over from {_who(owner)}", file=sys.stderr)
                     return taken
                 # otherwise somebody was faster: look again
             elif alive:
@@ -136,7 +136,10 @@ class RunLock:
 
     def _say_watching(self, owner: Owner) -> None:
         seconds = WATCHED_BEATS * self.beat_seconds
-        _warn(f"{self.url}: held by {_who(owner)}: watching for {seconds:g} s whether it is alive")
+        print(
+            f"{self.url}: held by {_who(owner)}: watching for {seconds:g} s whether it is alive",
+            file=sys.stderr,
+        )
 
     def _read(self) -> tuple[Owner, str | None]:
         """(owner, version) of the lock that is there; for its token see Owner."""
@@ -205,17 +208,13 @@ class RunLock:
                 warned = False
             except (OSError, UserError) as error:
                 if not warned:
-                    _warn(
-                        f"warning: {self.url} could not be renewed ({error}); tried again every "
+                    warn(
+                        f"{self.url} could not be renewed ({error}); tried again every "
                         f"{self.beat_seconds:g} s"
                     )
                 warned = True
             except Exception as error:  # raised by check
                 self.failure = error
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _this_process() -> dict[str, Any]:

@@ -99,15 +99,6 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_digest(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks: it may be larger than the memory."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
 @contextlib.contextmanager
 def _whole(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write and read, which becomes `path` after the block, or disappears if the block

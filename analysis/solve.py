@@ -34,7 +34,7 @@ from device import Device
 from run_folder import working_folder
 from storage import cache_folder, is_remote, join, open_folder
 from train_state import settle_forward_dtype
-from utils import UserError, run_cli
+from utils import UserError, run_cli, warn
 
 # Colours that colour-blind readers tell apart (Okabe and Ito 2008). The marks also differ in shape:
 # a frame and a filled square.
@@ -216,11 +216,9 @@ def find_solution(puzzle: np.ndarray) -> np.ndarray | None:
     solutions = sudoku.solve(puzzle).solutions
     if len(solutions) == 1:
         return np.frombuffer(solutions[0], np.uint8)
-    print(
-        f"warning: puzzle {sudoku.format_grid(puzzle)} has more than one solution. The model was "
-        "trained on puzzles with exactly one; here any grid that keeps the rules counts as solved",
-        file=sys.stderr,
-        flush=True,
+    warn(
+        f"puzzle {sudoku.format_grid(puzzle)} has more than one solution. The model was trained on "
+        "puzzles with exactly one; here any grid that keeps the rules counts as solved"
     )
     return None
 

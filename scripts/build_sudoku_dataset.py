@@ -56,8 +56,7 @@ from sudoku_copies import Copies, find_copies
 from sudoku_sources import Split, csv_splits, generate_splits, list_splits, rows_as_bytes
 
 import sudoku
-from storage import file_digest
-from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli
+from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli, sha256_of
 
 HUB_REPO = "sapientinc/sudoku-extreme"
 HUB_PAGE = f"https://huggingface.co/datasets/{HUB_REPO}/tree/main"
@@ -339,7 +338,7 @@ def main() -> None:
     files = source_files(args)
     content = {key: value for key, value in vars(args).items() if key not in NOT_CONTENT}
     try:
-        content |= {f"{name}_sha256": file_digest(path) for name, path in files.items()}
+        content |= {f"{name}_sha256": sha256_of(path) for name, path in files.items()}
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     if previous and not args.overwrite:

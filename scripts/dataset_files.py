@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from sudoku_sources import Split
 
-from storage import file_digest, sync_folder
-from utils import UserError
+from storage import sync_folder
+from utils import UserError, sha256_of
 
 
 def write_dataset(
@@ -40,7 +40,7 @@ def write_dataset(
                 _write_split(building / name, split, size, group_size if name == "train" else 1)
             _write(building / "identifiers.json", json.dumps(["<blank>"]).encode())
             arrays = sorted(building.glob("*/*.npy"))
-            info["sha256"] = {str(path.relative_to(building)): file_digest(path) for path in arrays}
+            info["sha256"] = {str(path.relative_to(building)): sha256_of(path) for path in arrays}
             _write(building / "build_info.json", json.dumps(info, indent=1).encode())
             sync_folder(building)
             # a kill between the two renames leaves no `out`: the next run builds it
@@ -155,7 +155,7 @@ def check_same(out: Path, previous: dict[str, Any], content: dict[str, Any]) -> 
             f"({'; '.join(differing)}): name another folder, or replace it with --overwrite"
         )
     for name, expected in previous["sha256"].items():
-        if not (out / name).is_file() or file_digest(out / name) != expected:
+        if not (out / name).is_file() or sha256_of(out / name) != expected:
             raise UserError(
                 f"--output_dir {out} is damaged: {name} is missing or changed: rebuild it with "
                 "--overwrite"
