@@ -291,7 +291,7 @@ def evaluation_batches(
     where the examples run out, and the numbers of its real examples, [<= batch_size].
     max_examples: a random subset, the same at every call.
     """
-    chosen = np.arange(len(dataset))
+    chosen: np.ndarray = np.arange(len(dataset))
     if max_examples is not None and max_examples < len(dataset):
         order = random_stream(0, STREAM_EVAL_SUBSET, 0).permutation(len(dataset))
         chosen = np.sort(order[:max_examples])

@@ -97,7 +97,7 @@ def is_solved(grids: np.ndarray) -> np.ndarray:
     and box."""
     grids = np.asarray(grids)
     size = size_of(grids.shape[1])
-    legal: np.ndarray = ((grids >= 1) & (grids <= size)).all(1)
+    legal: np.ndarray = np.all((grids >= 1) & (grids <= size), axis=1)
     seen = np.left_shift(1, np.where(legal[:, None], grids, 1).astype(np.int32))
     for unit in units(size):
         # size values whose bitwise OR has all size bits are all different.

@@ -57,11 +57,9 @@ DEBTS: dict[str, list[str]] = {
         "scripts/sweep.py imports train_state",
     ],
     "no function over 60 lines": [
-        "analysis/solve.py draw_frame",
         "analysis/tpu_report.py examine",
         "analysis/tpu_report.py full_text",
         "analysis/tpu_report.py parse_args",
-        "scripts/build_sudoku_dataset.py parse_args",
         "scripts/check_devices.py train_steps",
         "scripts/sweep.py _run_cell",
         "scripts/sweep.py main",
