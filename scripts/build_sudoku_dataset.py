@@ -31,8 +31,9 @@ serve to try things out, not to measure.
 
 Lists of puzzles with 17 clues, the fewest that a Sudoku can have: Gordon Royle's 49,151
 ("sudoku17"; search for it on the Internet Archive), completed to 49,158 in the file
-data/puzzles2_17_clue of https://github.com/t-dillon/tdoku/raw/master/data.zip. Both have one puzzle
-a line, . or 0 for an empty cell, as --puzzles reads it. No two of them are copies of each other.
+data/puzzles2_17_clue of https://github.com/t-dillon/tdoku/raw/master/data.zip (73 MB). Both have
+one puzzle a line, . or 0 for an empty cell, as --puzzles reads it. No two of them are copies of
+each other.
 
 The result depends on the arguments only, not on the number of processes, and appears at
 --output_dir all at once: an interrupted build leaves nothing there.

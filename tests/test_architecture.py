@@ -63,7 +63,6 @@ DEBTS: dict[str, list[str]] = {
         "scripts/check_devices.py train_steps",
         "scripts/sweep.py _run_cell",
         "scripts/sweep.py main",
-        "tests/exact.py step",
         "tests/package_index.py __init__",
         "tests/run_folders.py write_run",
         "tests/test_analysis_figures.py make_study",

@@ -1,4 +1,5 @@
-"""Local folders and Cloud Storage behind one interface: nothing partial, one winner, faults outlived or told."""
+"""Local folders and Cloud Storage behind one interface: nothing is partial, one of several wins,
+and faults pass or are reported."""
 
 import contextlib
 import functools
@@ -196,7 +197,10 @@ class LocalFolders(FolderContract, FolderTest):
         self.assertEqual(self.open().read("counter"), b"60")
 
     def test_google_is_not_imported(self):
-        code = "import sys, storage\nstorage.open_folder('here').list()\nassert not any(name.startswith('google') for name in sys.modules)"
+        code = (
+            "import sys, storage\nstorage.open_folder('here').list()\n"
+            "assert not any(name.startswith('google') for name in sys.modules)"
+        )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
@@ -541,7 +545,8 @@ class Background(unittest.TestCase):
         self.assertEqual(job.calls, 4)
         self.assertEqual(
             err,
-            "warning: gs://b/a: out of reach; training goes on, and the save is tried again every 0.01 s\n"
+            "warning: gs://b/a: out of reach; training goes on, and the save is tried again every "
+            "0.01 s\n"
             "the save that had failed has succeeded\n",
         )
 
@@ -587,7 +592,8 @@ class Background(unittest.TestCase):
 
     def test_the_process_can_end(self):
         code = (
-            "import background_writer, threading\nsaver = background_writer.BackgroundWriter()\nsaver.submit(print)\nsaver.finish()\n"
+            "import background_writer, threading\nsaver = background_writer.BackgroundWriter()\n"
+            "saver.submit(print)\nsaver.finish()\n"
             "saver.submit(threading.Event().wait)\n"
         )
         subprocess.run(
