@@ -295,8 +295,8 @@ class GCSLocks(Processes, GCSTest, LockTest):
 
     @contextlib.contextmanager
     def out_of_reach(self):
-        """In the block, the folder's methods fail after 0.2 s. Outside they may take longer, as on a
-        busy machine."""
+        """In the block, the folder's methods fail after 0.2 s. Outside they may take longer: the
+        machine may be busy."""
         self.remote.deadline = 0.2
         self.proxy.refuse()
         yield
