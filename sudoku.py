@@ -273,11 +273,6 @@ def solve(puzzle: Grid, limit: int = 2) -> Solved:
     return _search(tables, *_start(tables, puzzle), limit)
 
 
-def is_unique(puzzle: Grid) -> bool:
-    """Whether the puzzle has exactly one solution."""
-    return len(solve(puzzle).solutions) == 1
-
-
 def random_solution(size: int, rng: random.Random) -> bytes:
     """A completed grid as bytes: a shuffled first row, completed with random guesses.
 

@@ -401,6 +401,25 @@ class Mistakes(CommandTest):
             self.assertEqual(status, 2, output)
             self.assertIn("did you mean configs/e1_1.yaml?", output)
 
+    def test_missing_packages(self):
+        """Without the environment (python -S has no installed packages): one line, no traceback."""
+        for script in (
+            "train_tpu.py",
+            "analysis/solve.py",
+            "analysis/benchmark.py",
+            "analysis/report.py",
+            "scripts/build_sudoku_dataset.py",
+        ):
+            command = [sys.executable, "-S", script, "--help"]
+            done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+            self.assertEqual((done.returncode, done.stdout), (2, ""), script)
+            self.assertRegex(
+                done.stderr, r"\Aerror: numpy, yaml not installed for .*/bin/activate.*\n\Z"
+            )
+
+    def test_an_abbreviated_flag_is_refused(self):
+        self.assertIn("unrecognized arguments: --max_step", self.train("--max_step", "4", status=2))
+
     def test_datasets(self):
         self.user_mistake(
             f"data.dataset_path={self.folder / 'nowhere'}",
