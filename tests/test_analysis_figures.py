@@ -401,8 +401,11 @@ class Few(AnalysisCommandTest):
                 "accuracy_by_rating",
                 "learning_curves_chip_hours",
                 "pareto_chip_hours",
+                "pareto_hours",
+                "pareto_flops",
             },
         )
+        self.assertEqual(reasons["pareto_hours"], "only one is finished and has hours of training")
         self.assertIn(
             "no two runs with a final evaluation differ in model.mlp_t alone",
             reasons["ablation_mixer"],
