@@ -175,7 +175,8 @@ def frontier(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def pareto(cost: str, label: str, needed: str) -> Callable[[Sequence[Group]], list[Drawing]]:
     """A drawing function: final accuracy against Group.mean(cost), one point a group.
 
-    Groups without a finished run are left out; at least two have to remain. label: of the axis. needed: what a run must have.
+    Groups without a finished run are left out, and at least two must remain. label: of the axis.
+    needed: what a run must have.
     """
 
     def draw(groups):

@@ -36,7 +36,7 @@ import tpu_types
 import trm_model
 from config import Config, load_config
 from device import Device, tree_map
-from mixing import num_kernels
+from mixing import num_kernels, use_kernels
 from train_state import TrainState, load_dataset, settle_forward_dtype
 from utils import UserError, run_cli
 from xla_program import changed_places, places
@@ -114,12 +114,9 @@ def traced_state(config: Config, device: TracedDevice, dataset: Any) -> TrainSta
         state = TrainState(config, device, dataset)
     device.torch = xla
     if config.training.pallas_kernels:
-        # needs jax, which training without kernels does not
-        import pallas_mixing
-
         assert device.generation, "a slice has one"
         for model in (state.model, state.ema.module) if state.ema else (state.model,):
-            pallas_mixing.use(model, device.generation)
+            use_kernels(model, device.generation)
     for tensor in state.tensors():
         become_placeholder(tensor)
     device.follow(state)

@@ -1,28 +1,34 @@
-"""One training step of TRM in float64, written from its formulas and not from trm_model.py; and how far float32 may be
-from it.
+"""One training step of TRM in float64, and how far a step in float32 may be from it.
 
-The distance follows from the model, since each call of the network takes the last one's rounding errors as part of its
-input. A matrix product in float32 is off by ROUNDING of its result's size. What becomes of that is not guessed: the
-step is computed again in float64 with errors of that kind put in, EPSILON in place of ROUNDING, at every product and
-norm and in their gradients. `tolerances` is the result: ROUNDING times the growth. Figures: docs/tpu_step.md.
+The step is written from its formulas and does not use trm_model.py.
+
+The distance follows from the model, since each call of the network gets the rounding errors of the
+call before as a part of its input. A matrix product in float32 has an error of ROUNDING times the
+size of its result. How these errors grow is computed: the step runs again in float64, and an error
+of EPSILON, in place of ROUNDING, is added to every product, to every norm and to their gradients.
+`tolerances` is ROUNDING times the growth. Figures are in docs/tpu_step.md.
 """
 
 import torch
 import torch.nn.functional as F
 
 UNIT = 2.0**-24  # float32's largest relative rounding error
-# root of the mean square: 2 to 5 units are measured for sums of up to 256 products, as these models have
+# Root of the mean square. 2 to 5 units were measured for sums of up to 256 products, as these
+# models have.
 ROUNDING = 6 * UNIT
 EPSILON = 1e-9  # small enough that its square is nothing, and large enough for float64
 DRAWS = 6
 
 
 def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
-    """{name: value} of one supervision step: z_H, z_L, logits, q_halt; loss, lm_loss and q_halt_loss, summed over the batch; and the
-    gradients of loss / batch size, puzzle_rows and each weight by its name.
+    """{name: value} of one supervision step, all in float64.
 
-    config: ModelConfig; weights: {name: tensor}; carry: an admitted trm_model.Carry; rope: (cos, sin), which are given numbers here as
-    the weights are; noise: a generator of the errors that are put in, or None.
+    These are z_H, z_L, logits and q_halt; loss, lm_loss and q_halt_loss, summed over the batch; and
+    the gradients of loss / batch size by puzzle_rows and by each weight, under its name.
+
+    config: ModelConfig. weights: {name: tensor}. carry: an admitted trm_model.Carry. rope: (cos,
+    sin), which are given here, as the weights are. noise: a generator of the errors that are added,
+    or None.
     """
     weights = {name: tensor.detach().double().requires_grad_() for name, tensor in weights.items()}
     rows = puzzle_rows.detach().double().requires_grad_()

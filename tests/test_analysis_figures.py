@@ -1,4 +1,7 @@
-"""Figures, the report and the notebook: what is drawn is what the files say, legible, and a figure without data is not drawn."""
+"""Figures, the report and the notebook.
+
+What is drawn is what the files contain; it is legible; a figure without data is not drawn.
+"""
 
 import html.parser
 import json
@@ -42,7 +45,10 @@ MORE_DATA = {**DATASETS, "train": {"puzzles": 2000, "sha256": "c" * 64}}
 
 
 def make_study(folder):
-    """18 configurations; of the base three seeds, solving 200, 240 and 280 of 400 puzzles with averaged weights."""
+    """18 configurations.
+
+    The base has three seeds. They solve 200, 240 and 280 of 400 puzzles with averaged weights.
+    """
     for seed in range(3):
         write_run(
             folder / f"e1_1_seed{seed}",
@@ -266,7 +272,10 @@ class Study(unittest.TestCase):
         self.assertEqual(data[data.group == "nsup4"].exact_accuracy.tolist(), [0.325, 0.65])
 
     def test_scaling_fit(self):
-        """Not solved: 10, 50 and 40 and 30, 80, 90 percent at batches of 50 to 400; of the two settings at 200 the better is fitted."""
+        """Not solved: 10, 50 and 40 and 30, 80, 90 percent at batches of 50 to 400.
+
+        At a batch of 200 there are two settings; the better one is fitted.
+        """
         figure = self.drawn["scaling_batch"]
         fitted = figure.data[figure.data.fitted]
         self.assertEqual(fitted.x.tolist(), [50, 100, 100, 100, 200, 400])
@@ -305,7 +314,7 @@ class Study(unittest.TestCase):
         )
 
     def test_legible_in_one_column(self):
-        """3.3 inches wide, no text under 7 points, nothing that leaves the figure, no two tick labels that touch."""
+        """3.3 inches wide, no text below 7 points, nothing outside, no tick labels that touch."""
         for name, figure in self.drawn.items():
             fig = figure.fig
             fig.draw_without_rendering()
@@ -575,14 +584,16 @@ class Report(AnalysisCommandTest):
             "- e2_3: no starts.jsonl, so code, device and chip-hours are unknown",
             "- e2_1: the code had changes that no commit holds",
             "Baseline: e1_1.",
-            "- ablation_schedule: no runs with a final evaluation make a grid of model.H_cycles and model.L_cycles, alike otherwise",
+            "- ablation_schedule: no runs with a final evaluation make a grid of model.H_cycles and "
+            "model.L_cycles, alike otherwise",
         ):
             self.assertIn(f"{line}\n", text)
         self.assertRegex(text, r"\| e1_1 +\| e1_1 +\| 2 +\| done +\|")
         self.assertNotIn("- e1_1:", text)
         self.assertRegex(
             text,
-            r"\| e1_1_seed0 +\| finished +\| 0123456789ab +\| cpu, a processor, 1 worker +\| 2 +\| here, there +\| 3\.11\.7 ",
+            r"\| e1_1_seed0 +\| finished +\| 0123456789ab +\| cpu, a processor, 1 worker "
+            r"+\| 2 +\| here, there +\| 3\.11\.7 ",
         )
         self.assertRegex(text, r"\| e2_1 +\| finished +\| 0123456789ab and changes ")
         self.assertRegex(text, r"\| 3 +\| T 6, n 6 +\| 85\.8 +\|")

@@ -76,7 +76,10 @@ class AdamATan2Test(unittest.TestCase):
             )
 
     def test_size_of_the_first_update(self):
-        """atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|) at the first step, whatever the scale of g; zero stays zero."""
+        """It is atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|), whatever the scale of g.
+
+        Zero stays zero.
+        """
         p = torch.nn.Parameter(torch.zeros(4))
         optimizer = AdamATan2([p])
         p.grad = torch.tensor([1e-12, -1e12, 3.0, 0.0])
@@ -230,7 +233,15 @@ class TrainingStep(FolderTest):
             f"""
 device: cpu
 data: {{dataset_path: {self.folder / "data"}}}
-model: {{hidden_size: 32, num_heads: 4, puzzle_emb_ndim: 32, puzzle_emb_len: 1, H_cycles: 2, L_cycles: 2, halt_max_steps: 4, forward_dtype: float32}}
+model:
+  hidden_size: 32
+  num_heads: 4
+  puzzle_emb_ndim: 32
+  puzzle_emb_len: 1
+  H_cycles: 2
+  L_cycles: 2
+  halt_max_steps: 4
+  forward_dtype: float32
 training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr_warmup_steps: 0}}
 """,
         )
@@ -240,7 +251,10 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         return TrainState(config, Device("cpu"), self.dataset)
 
     def steps(self, run, count, watch=None):
-        """`count` training steps as the loop takes them. watch(run): called where the optimizer's step would begin."""
+        """Make `count` training steps as the loop does.
+
+        watch(run): called where the optimizer's step would begin.
+        """
         batches, optimizer_step = iter(run.loader), run.optimizer.step
 
         def step(lr):
@@ -288,7 +302,8 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         self.assertTrue(all(t.any() for t in whole[: len(names)]))
         for parts in (halves, quarters):
             for label, a, b in zip(labels, whole, parts, strict=True):
-                # AdamATan2's first update hangs on the sign of a gradient near zero; in sum such entries are few
+                # AdamATan2's first update depends on the sign of a gradient, also near zero. Only a
+                # few entries are near zero.
                 if label.startswith("weight"):
                     self.assertLess(((a - b).abs() > 1e-6).float().mean().item(), 0.01, label)
                 else:
