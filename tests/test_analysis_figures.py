@@ -284,6 +284,7 @@ class Study(unittest.TestCase):
         self.assertIn(
             f"not solved ∝ x^{slope:.2f} (95% interval ", figure.fig.axes[0].get_title(loc="left")
         )
+        self.assertLessEqual(figure.fig.axes[0].get_ylim()[1], 110)  # percent
         self.assertIn(
             "no fit: 3 sizes, 4 are needed",
             self.axes("scaling_parameters")[0].get_title(loc="left").replace("\n", " "),
@@ -331,6 +332,10 @@ class Study(unittest.TestCase):
                 f"{name}: {inside}",
             )
             for ax in fig.axes:
+                for label in (ax.xaxis.label, ax.yaxis.label):
+                    box = label.get_window_extent()
+                    fits = box.x0 >= 0 and box.x1 <= fig.bbox.x1
+                    self.assertTrue(fits or not label.get_text(), f"{name}: {label.get_text()}")
                 for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
                     boxes = [
                         label.get_window_extent()
@@ -584,8 +589,8 @@ class Report(AnalysisCommandTest):
             "- e2_3: no starts.jsonl, so code, device and chip-hours are unknown",
             "- e2_1: the code had changes that no commit holds",
             "Baseline: e1_1.",
-            "- ablation_schedule: no runs with a final evaluation make a grid of model.H_cycles and "
-            "model.L_cycles, alike otherwise",
+            "- ablation_schedule: no runs with a final evaluation make a grid of model.H_cycles "
+            "and model.L_cycles, alike otherwise",
         ):
             self.assertIn(f"{line}\n", text)
         self.assertRegex(text, r"\| e1_1 +\| e1_1 +\| 2 +\| done +\|")
