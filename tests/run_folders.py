@@ -109,6 +109,16 @@ def write_run(
     return folder
 
 
+def stop_at(folder, step):
+    """Make the run in `folder` one that was stopped at `step`, and evaluated there."""
+    metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    _write_lines(metrics, [record for record in records if record["step"] <= step])
+    content = json.loads(evaluation.read_text())
+    content["results"] = [result | {"step": step} for result in content["results"]]
+    evaluation.write_text(json.dumps(content))
+
+
 def _training_record(step, total, puzzles, training):
     batch = training.global_batch_size
     return {

@@ -20,7 +20,7 @@ import pandas as pd
 from storage import join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, CommandTest, FolderTest
-from tests.run_folders import DATASETS, solved_first, write_run
+from tests.run_folders import DATASETS, START, solved_first, stop_at, write_run
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import compare_experiments
@@ -402,6 +402,55 @@ class MadeRuns(FolderTest):
             lambda: run_groups.find_group(groups, "e"),
             "'e': there is no such run: the runs are a_seed0, b, c/a_seed0, d",
         )
+
+    def test_unfinished_seeds_are_not_averaged(self):
+        for seed, share in ((0, 0.9), (1, 0.7), (2, 0.1)):
+            seed_flag = [f"training.seed={seed}"]
+            write_run(self.runs / f"a_seed{seed}", seed_flag, solved_first(share))
+        stop_at(self.runs / "a_seed2", 200)
+        for seed, steps in ((0, 80), (1, 160)):
+            overrides = [f"training.seed={seed}", "model.H_cycles=5"]
+            write_run(self.runs / f"b_seed{seed}", overrides, steps=steps)
+        a, b = groups_in(self.runs)
+        self.assertEqual([run.seed for run in a.averaged], [0, 1])
+        self.assertEqual((a.mean("hours"), a.accuracy().mean, a.accuracy().runs), (4, 0.8, 2))
+        self.assertEqual(a.state, "1 of 3 seeds unfinished and not averaged")
+        # without a finished seed the one that has come furthest stands for the group
+        self.assertEqual(([run.seed for run in b.averaged], b.mean("hours")), ([1], 1.6))
+        table = compare_experiments.comparison([a, b], a).set_index("run")
+        self.assertEqual(table.averaged.tolist(), ["0 1", "1"])
+        np.testing.assert_allclose(table.loc["a", ["ema", "best"]].astype(float), 0.8)
+        self.assertEqual(table.hours.tolist(), [4, 1.6])
+        by_step = tables.steps_table([a]).set_index("supervision_steps")
+        np.testing.assert_allclose(by_step.exact_accuracy, (0.4, 0.8))
+
+    def test_a_copied_folder_does_not_hide_its_original(self):
+        """Also where the copy comes first in the order of names, and is as far."""
+        start = {"command": f"{START['command']} --run_name b_seed0"}
+        original = write_run(self.runs / "b_seed0", starts=(start,))
+        shutil.copytree(original, self.runs / "a_copy")
+        shutil.copytree(original, self.runs / "c_old_copy")
+        stop_at(self.runs / "c_old_copy", 200)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            (group,) = groups_in(self.runs)
+        self.assertEqual([run.name for run in group.runs], ["b_seed0"])
+        self.assertEqual([run.name for run, _ in group.left_out], ["a_copy", "c_old_copy"])
+        for how_far, (_, why) in zip(("as far", "further"), group.left_out):
+            self.assertRegex(why, f"copies of one training, and b_seed0 came {how_far}")
+        self.assertEqual(said.getvalue().count("is left out"), 2)
+        self.assertIs(run_groups.find_group([group], "a_copy"), group)
+
+    def test_records_in_which_nobody_halted_have_no_accuracies(self):
+        """Null, or 0 in records of an earlier version of the kit."""
+        folder = write_run(self.runs / "a")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        for k, value in ((0, None), (1, 0.0)):
+            nothing = dict.fromkeys(("exact_accuracy", "cell_accuracy", "mean_steps"), value)
+            lines[k] = json.dumps({**json.loads(lines[k]), "count": 0, **nothing})
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        train = results.load_runs(folder)[0].train
+        for key in ("exact_accuracy", "cell_accuracy", "mean_steps"):
+            self.assertEqual(train[key].isna().tolist(), [True] * 2 + [False] * 8, key)
 
     def test_families(self):
         for name, overrides in (

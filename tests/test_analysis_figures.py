@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from tests.helpers import ROOT
-from tests.run_folders import DATASETS, solved_first, write_run
+from tests.run_folders import DATASETS, solved_first, stop_at, write_run
 from tests.test_analysis import AnalysisCommandTest, groups_in
 
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -76,17 +76,8 @@ def make_study(folder):
             ratings=RATINGS,
             steps=160 if "under_way" in name else None,
         )
-    write_run(folder / "evaluated_on_its_way", ["training.weight_decay=0.2"], solved_first(0.99))
-    metrics = folder / "evaluated_on_its_way" / "metrics.jsonl"
-    metrics.write_text(
-        "".join(
-            line
-            for line in metrics.read_text().splitlines(keepends=True)
-            if json.loads(line)["step"] <= 200
-        )
-    )
-    evaluation = metrics.with_name("eval.json")
-    evaluation.write_text(evaluation.read_text().replace('"step": 400', '"step": 200'))
+    on_its_way = folder / "evaluated_on_its_way"
+    stop_at(write_run(on_its_way, ["training.weight_decay=0.2"], solved_first(0.99)), 200)
     for width, parameters in ((768, 4200), (1024, 4567)):
         write_run(
             folder / f"width{width}",

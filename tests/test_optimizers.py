@@ -15,7 +15,7 @@ from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
-from train_state import TrainState
+from train_state import TOTALS, TrainState
 
 torch.set_num_threads(
     1
@@ -268,6 +268,16 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
             run.step += 1
         batches.close()
         return run
+
+    def test_a_record_in_which_nobody_halted_has_no_accuracies(self):
+        run = self.run_of()
+        run.interval_steps, run.interval_seconds = 2, 1.0
+        totals = dict.fromkeys(TOTALS, 0.0) | {"lm_loss": 32.0}
+        for count, expected in ((0.0, None), (4.0, 0.0)):
+            record = run.record({**totals, "count": count}, 1e12)
+            for key in ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "mean_steps"):
+                self.assertEqual(record[key], expected, key)
+            self.assertEqual(record["lm_loss"], 2)  # of two steps with 8 slots
 
     def test_accumulated_gradients_are_those_of_the_whole_batch(self):
         recorded = []
