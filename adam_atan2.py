@@ -1,36 +1,48 @@
-"""The two optimizers: AdamATan2 for the network, sign descent for the puzzle embedding; and the schedule."""
+"""The optimizers: AdamATan2 or AdamW for the network, sign descent for the puzzle embedding.
+
+Also the schedule of their learning rates.
+"""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 
 class AdamATan2(torch.optim.Optimizer):
-    """Adam whose step is atan2(m_hat, sqrt(v_hat)): scale-free and without epsilon (arXiv 2407.05872, section 3).
+    """Adam with the step atan2(m_hat, sqrt(v_hat)), which needs no epsilon (arXiv 2407.05872,
+    section 3).
 
         p *= 1 - lr * weight_decay
         m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
         p -= lr / (1 - beta1^t) * atan2(m, sqrt(v) / sqrt(1 - beta2^t))
 
-    lr: a float or a scalar tensor on the parameters' device. State is made in the constructor, in its final
-    shape, and the step count is a tensor: on XLA a first step that differs from the second, or a Python number
-    that changes, would be a compile of its own.
+    The learning rate is an argument of `step`. The state is made in the constructor, in its final
+    shape, and the step count is a tensor: on XLA a first step that differs from the second, or a
+    Python number that changes, would be another program to compile.
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.0):
-        # `capturable` makes load_state_dict put the step count on the parameter's device
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "capturable": True}
-        )
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p] = new_state(p)
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ):
+        # A checkpoint has "lr" among the settings. With "capturable", load_state_dict puts the step
+        # count on the parameter's device.
+        settings = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay, "capturable": True}
+        super().__init__(params, settings)
+        make_state(self)
 
+    # The base class has an optional closure as the argument; no caller here needs one.
     @torch.no_grad()
-    def step(self):
-        """Update every parameter from its .grad (float32)."""
+    def step(self, lr: float | torch.Tensor) -> None:  # type: ignore[override]
+        """Update every parameter from its gradient (float32).
+
+        lr: a number, or a scalar tensor on the parameters' device.
+        """
         for group in self.param_groups:
-            params, lr, (beta1, beta2) = group["params"], group["lr"], group["betas"]
+            params, (beta1, beta2) = group["params"], group["betas"]
             grads = [p.grad for p in params]
             m, v, steps = (
                 [self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")
@@ -48,56 +60,99 @@ class AdamATan2(torch.optim.Optimizer):
             torch._foreach_sub_(params, update)
 
 
-def bias_correction(beta, t):
-    """1 - beta^t of a float32 tensor t >= 1, to float32's accuracy: a power of beta would be 2e-5 off at 0.999."""
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW with the same interface: the learning rate is an argument of `step`."""
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ):
+        params = list(params)
+        on_cpu = params[0].device.type == "cpu"
+        super().__init__(params, 0.0, betas, weight_decay=weight_decay, capturable=not on_cpu)
+        make_state(self)
+
+    # The base class has an optional closure as the argument; no caller here needs one.
+    def step(self, lr: float | torch.Tensor) -> None:  # type: ignore[override]
+        """Update every parameter from its gradient; lr as in `AdamATan2.step`."""
+        (group,) = self.param_groups
+        group["lr"] = lr
+        super().step()
+        # A checkpoint holds the settings, but not the rate of one step.
+        group["lr"] = 0.0
+
+
+def bias_correction(beta: float, t: torch.Tensor) -> torch.Tensor:
+    """1 - beta^t of a float32 tensor t >= 1, to float32's accuracy.
+
+    Computed from a power of beta it would be wrong by 2e-5 at beta = 0.999.
+    """
     return -torch.expm1(t * (math.log(beta) if beta else -math.inf))
 
 
-def new_state(p):
-    """Adam's state for one parameter, under torch.optim's names."""
-    # made on the CPU and moved, and the step count with one axis: zeros made on XLA, or a scalar 0 moved there, would
-    # be constants of the first step's graph, and of no other's
-    zeros = torch.zeros_like(p, device="cpu")
-    return {
-        "step": torch.zeros(1).to(p.device),
-        "exp_avg": zeros.to(p.device),
-        "exp_avg_sq": zeros.clone().to(p.device),
-    }
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter Adam's state before the first step, under the names of torch.optim."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            # Made on the CPU and then moved, and the step count with one axis: zeros made on XLA,
+            # or a scalar 0 moved there, would be constants of the first step's program and of no
+            # other.
+            zeros = torch.zeros_like(p, device="cpu")
+            optimizer.state[p] = {
+                "step": torch.zeros(1).to(p.device),
+                "exp_avg": zeros.to(p.device),
+                "exp_avg_sq": zeros.clone().to(p.device),
+            }
 
 
 class PuzzleEmbeddingSGD:
-    """Sign descent on the rows of the puzzle embedding seen in the global batch:
-    p = p * (1 - lr * weight_decay) - lr * sign(gradient summed over all occurrences). Other rows stay.
+    """Sign descent on the rows of the puzzle embedding that occur in the global batch.
 
-    weights: [N, E] float32, changed in place. Costs O(N * E) a step: meant for tables of up to some thousand rows.
+        p = p * (1 - lr * weight_decay) - lr * sign(gradient, summed over all occurrences of the
+        row)
+
+    weights: [N, E] float32, changed in place; other rows stay as they are. A step costs O(N * E),
+    which is meant for tables of up to a few thousand rows.
     """
 
-    def __init__(self, weights, weight_decay=0.0):
+    def __init__(self, weights: torch.Tensor, weight_decay: float = 0.0):
         self.weights, self.weight_decay = weights, weight_decay
 
     @torch.no_grad()
-    def row_sums(self, puzzle_identifiers, row_grads):
-        """(gradient of each row [N, E], occurrences of each row [N]), float32: what is summed over the workers.
+    def row_sums(
+        self, puzzle_identifiers: torch.Tensor, row_grads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient of each row [N, E], occurrences of each row [N]), float32, of this worker's
+        slots.
 
-        puzzle_identifiers: [B] integers; row_grads: [B, E] float32. With a one-hot matrix, no scatter.
+        The sums of these over all workers are what `step` takes. puzzle_identifiers: [B] integers;
+        row_grads: [B, E] float32, the gradient of each slot's row.
         """
         ids = torch.arange(len(self.weights), device=self.weights.device)
-        occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)  # [N, B]
-        if (
-            row_grads.device.type == "xla"
-        ):  # no product: a TPU would round the gradients to bfloat16
+        # [N, B], a one-hot matrix in place of a scatter
+        occurs = (ids.unsqueeze(1) == puzzle_identifiers).to(row_grads.dtype)
+        if row_grads.device.type == "xla":
+            # A TPU rounds the operands of a matrix product to bfloat16, but not those of a sum.
             return (occurs.unsqueeze(2) * row_grads).sum(1), occurs.sum(1)
         return occurs @ row_grads, occurs.sum(1)
 
     @torch.no_grad()
-    def step(self, grads, occurrences, lr):
-        """grads, occurrences: sums of `row_sums` over the global batch; lr: float or scalar tensor."""
+    def step(
+        self, grads: torch.Tensor, occurrences: torch.Tensor, lr: float | torch.Tensor
+    ) -> None:
+        """Update the table from sums of `row_sums` over all workers; lr as in `AdamATan2.step`."""
         updated = self.weights * (1 - lr * self.weight_decay) - lr * torch.sign(grads)
         self.weights.copy_(torch.where((occurrences > 0).unsqueeze(1), updated, self.weights))
 
 
-def lr_at(step, base, warmup_steps, total_steps, min_ratio):
-    """Learning rate of `step` (the first is 1): linear warmup, then a cosine to min_ratio * base at total_steps."""
+def lr_at(step: int, base: float, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
+    """The learning rate of `step`, where the first step is 1.
+
+    It rises linearly to `base` during the warmup, then follows a cosine down to min_ratio * base at
+    total_steps, and stays there.
+    """
     if step < warmup_steps:
         return base * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

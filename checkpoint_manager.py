@@ -1,7 +1,8 @@
 """Checkpoints that are whole or are not there: payload first, then the marker that makes it count.
 
-checkpoints/checkpoint_step_{step}.pt     torch.save of plain tensors, numbers and text (weights_only=True loads it)
-checkpoints/checkpoint_step_{step}.json   marker: step, bytes, sha256, evaluation metrics
+checkpoints/checkpoint_step_{step}.pt     torch.save of plain tensors, numbers and text
+(weights_only=True loads it) checkpoints/checkpoint_step_{step}.json   marker: step, bytes, sha256,
+evaluation metrics
 """
 
 import hashlib
@@ -11,106 +12,115 @@ import os
 import re
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from background_writer import BackgroundWriter
 from storage import StorageError, digest, is_remote, join, open_folder
 from utils import UserError
 
 BEST_BY = "exact_accuracy"
 
 
-class CheckpointManager:
-    """Saves, finds, loads and retires the checkpoints of one run.
+class _Save:
+    """The job that brings one checkpoint from the local disk to the folder. It may be called again
+    after a StorageError."""
 
-    folder: a folder of storage.py, local or gs://. keep_last_n: newest ones kept; the best by exact accuracy is kept
-    besides. staging: local folder for files that are not in `folder` yet, on its disk if that is local.
-    saver: storage.BackgroundSaver; where none is given, only looking and loading is possible.
-    before_payload() and before_marker() are called before each is written; before_marker for what has to be in place when
-    the checkpoint counts. Both may raise to prevent it.
+    def __init__(self, manager: "CheckpointManager", step: int, staged: Path):
+        self.manager, self.step, self.staged = manager, step, staged
+        self.marker = {
+            "step": step,
+            "bytes": staged.stat().st_size,
+            "sha256": _sha256(staged),
+            "metrics": None,
+        }
+        self.payload_is_there = False
+
+    def __call__(self) -> None:
+        manager, step = self.manager, self.step
+        try:
+            if not self.payload_is_there:
+                manager.before_payload()
+                # the marker of a damaged predecessor must not vouch for the new payload
+                manager.folder.delete(marker_name(step))
+                manager.folder.take(self.staged, payload_name(step))
+                self.payload_is_there = True
+            manager.before_marker()
+            manager._mark(self.marker)
+        except StorageError:
+            raise
+        except BaseException as error:
+            self.abandon()
+            if not isinstance(error, OSError):
+                raise
+            if marker_name(step) not in manager.folder.list():
+                # nobody would use the payload, and the disk may be full
+                manager.folder.delete(payload_name(step))
+            raise manager._not_written(step, error) from None
+
+    def abandon(self) -> None:
+        self.staged.unlink(missing_ok=True)
+
+
+class CheckpointManager:
+    """Saves, finds, loads and deletes the checkpoints of one run.
+
+    folder: a folder of storage.py, local or gs://. keep_last_n: how many of the newest checkpoints
+    are kept; the best by exact accuracy is kept besides. staging: local folder for files that are
+    not in `folder` yet, on the same disk if `folder` is local. writer: where saves run; without one
+    it is only possible to look and to load. before_payload, before_marker: called before each of
+    the two is written; before_marker for what must be in place when the checkpoint counts. Both may
+    raise to prevent it.
     """
 
     def __init__(
         self,
         folder,
-        keep_last_n,
-        staging,
-        saver=None,
-        before_payload=lambda: None,
-        before_marker=lambda: None,
+        keep_last_n: int,
+        staging: str | Path,
+        writer: BackgroundWriter | None = None,
+        before_payload: Callable[[], None] = lambda: None,
+        before_marker: Callable[[], None] = lambda: None,
     ):
         self.folder, self.keep_last_n, self.staging = folder, keep_last_n, Path(staging)
-        self.saver, self.before_payload, self.before_marker = saver, before_payload, before_marker
-        self.staged, self.unsaved = (
-            None,
-            None,
-        )  # unsaved: the job of the last save, while the storage has not taken it
+        self.writer, self.before_payload, self.before_marker = writer, before_payload, before_marker
 
-    def url(self, step):
+    def url(self, step: int) -> str:
         return join(self.folder.url, payload_name(step))
 
-    def save(self, step, state):
-        """Write `state` to the local disk, and from there to the folder as the checkpoint of `step`, while the caller goes
-        on; waits for the save before to end. Old checkpoints are retired.
+    def save(self, step: int, state: dict) -> None:
+        """Write `state` to the local disk, and from there to the folder in the background, as the
+        checkpoint of `step`.
 
-        A kill at any moment leaves the earlier checkpoints offered, and this one only if it is whole. Raises UserError
-        where it cannot be written, or the save before could not.
+        Waits for the save before to end. Deletes the checkpoints that are no longer to be kept. A
+        kill at any moment leaves the earlier checkpoints as they were, and this one only if it is
+        complete. Raises UserError if it, or the one before, cannot be written, and what
+        BackgroundWriter.submit_newest raises.
         """
-        # a name of its own: the save before may be of the same step, and under way
-        staged, taken = self.staging / f".{payload_name(step)}.{secrets.token_hex(6)}.tmp", False
+        # the name is unique: the save before may be of the same step, and still running
+        staged = self.staging / f".{payload_name(step)}.{secrets.token_hex(6)}.tmp"
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
             with open(staged, "wb") as file:
                 torch.save(state, file)
-            marker = {
-                "step": step,
-                "bytes": staged.stat().st_size,
-                "sha256": _sha256(staged),
-                "metrics": None,
-            }
+            job = _Save(self, step, staged)
         except (OSError, RuntimeError) as error:
             staged.unlink(missing_ok=True)
             raise self._not_written(step, error) from None
-
-        def job():
-            nonlocal taken
-            self.unsaved = job
-            try:
-                if not taken:  # otherwise an attempt before this one got as far as the marker
-                    self.before_payload()
-                    self.folder.delete(
-                        marker_name(step)
-                    )  # the marker of a damaged predecessor must not vouch for it
-                    self.folder.take(staged, payload_name(step))
-                    taken = True
-                self.before_marker()
-                self._mark(marker)
-            except StorageError:
-                raise
-            except BaseException as error:
-                self.unsaved = None
-                staged.unlink(missing_ok=True)
-                if not isinstance(error, OSError):
-                    raise
-                if marker_name(step) not in self.folder.list():
-                    self.folder.delete(
-                        payload_name(step)
-                    )  # nobody would use it, and the disk may be full
-                raise self._not_written(step, error) from None
-            self.unsaved = None
-
         try:
-            self.saver.submit(job)
+            dropped = self.writer.submit_newest(job)
         except BaseException:
-            staged.unlink(missing_ok=True)
+            job.abandon()
             raise
-        if self.staged:
-            self.staged.unlink(missing_ok=True)  # of a save that was given up for this one
-        self.staged = staged
+        for old in dropped:
+            if isinstance(old, _Save):
+                old.abandon()
 
     def _not_written(self, step, error):
-        # torch reports a failed write as RuntimeError; the cause, where it has one, is the OSError in its context
+        # torch reports a failed write as RuntimeError; the cause, where it has one, is the OSError
+        # in its context
         cause = error if isinstance(error, OSError) else error.__context__ or error
         return UserError(
             f"{self.url(step)}: the checkpoint could not be written ({cause}): free some space or set logging.output_dir; "
@@ -118,11 +128,10 @@ class CheckpointManager:
         )
 
     def add_metrics(self, step, metrics):
-        """Note the evaluation of the checkpoint of `step` (a dict with exact_accuracy) in its marker, in the background."""
+        """Note the evaluation of the checkpoint of `step` (a dict with exact_accuracy) in its
+        marker, in the background."""
 
         def job():
-            if self.unsaved:  # this job has taken its place in the saver
-                self.unsaved()
             self.before_marker()
             marker = next((m for m in self.markers() if m["step"] == step), None)
             if (
@@ -130,7 +139,7 @@ class CheckpointManager:
             ):  # else its save was given up for a newer one while the storage was out of reach
                 self._mark({**marker, "metrics": metrics})
 
-        self.saver.submit(job)
+        self.writer.submit(job)
 
     def metrics(self, step):
         """The evaluation noted for the checkpoint of `step`, or None."""
@@ -141,7 +150,8 @@ class CheckpointManager:
         self._retire()
 
     def markers(self):
-        """Markers of the complete checkpoints, oldest first. One whose size is not the marker's is passed over."""
+        """Markers of the complete checkpoints, oldest first. One whose size is not the marker's is
+        passed over."""
         found, sizes = [], self.folder.list()
         for name in sizes:
             if not re.fullmatch(r"checkpoint_step_\d+\.json", name):
@@ -199,7 +209,8 @@ class CheckpointManager:
         return sorted(scored, key=lambda m: (m["metrics"][BEST_BY], m["step"]), reverse=True)
 
     def _first_whole(self, markers):
-        """Local path of the first of these checkpoints whose checksum holds, or None; the others get a warning."""
+        """Local path of the first of these checkpoints whose checksum holds, or None; the others
+        get a warning."""
         for marker in markers:
             reason = "its content is not what was written (checksum)"
             try:
@@ -212,24 +223,36 @@ class CheckpointManager:
         return None
 
     def load_latest(self):
-        """The bytes of the newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
+        """The bytes of the newest checkpoint that is whole, or None; damaged ones are passed over
+        with a warning."""
         path = self._first_whole(reversed(self.markers()))
         return path and path.read_bytes()
 
-    def resolve(self, name):
-        """Local path of "latest", "best" (each the first that is whole) or of a file, local or gs://. Raises UserError
-        where there is none."""
-        if name not in ("latest", "best"):
+    def resolve(self, name: str) -> Path:
+        """Local path of a checkpoint: "latest", "best", a step of this run, or a file, local or
+        gs://.
+
+        Of "latest" and "best" the first that is whole. Raises UserError if there is none.
+        """
+        if not is_of_run(name):
             return fetch_file(name, self.staging)
-        path = self._first_whole(self._best_first() if name == "best" else reversed(self.markers()))
+        if name in ("latest", "best"):
+            wanted = self._best_first() if name == "best" else self.markers()[::-1]
+        else:
+            wanted = [marker for marker in self.markers() if marker["step"] == int(name)]
+        path = self._first_whole(wanted)
         if path is None:
+            steps = ", ".join(str(marker["step"]) for marker in self.markers())
+            there = f"the steps there are: {steps}" if steps else "there is none yet: train first"
             raise UserError(
-                f"--checkpoint {name}: there is no such checkpoint in {self.folder.url}: give a file, or train first"
+                f"--checkpoint {name}: there is no such checkpoint in {self.folder.url}: {there}; "
+                "or give a file"
             )
         return path
 
     def _retire(self):
-        """Delete what is not to be kept, and older payloads without a marker, which a save or a deletion that broke off has left."""
+        """Delete what is not to be kept, and older payloads without a marker, which a save or a
+        deletion that broke off has left."""
         markers = self.markers()
         keep = {m["step"] for m in markers[-self.keep_last_n :]}
         best = self.best_marker()
@@ -256,11 +279,16 @@ class CheckpointManager:
                     break
 
 
-def payload_name(step):
+def is_of_run(name: str) -> bool:
+    """Whether `name` stands for a checkpoint of a run, as CheckpointManager.resolve takes it."""
+    return name in ("latest", "best") or name.isdecimal()
+
+
+def payload_name(step: int) -> str:
     return f"checkpoint_step_{step}.pt"
 
 
-def marker_name(step):
+def marker_name(step: int) -> str:
     return f"checkpoint_step_{step}.json"
 
 
@@ -274,7 +302,8 @@ def local_copy(folder, name, staging):
 
 
 def fetch_file(url, staging):
-    """Local path of the file at `url`: a local path as it is, a gs:// one downloaded into `staging`. UserError if there is none."""
+    """Local path of the file at `url`: a local path as it is, a gs:// one downloaded into
+    `staging`. UserError if there is none."""
     folder, name = os.path.split(url)
     try:
         # a folder for each URL: another process may fetch a file of the same name from elsewhere
@@ -289,7 +318,8 @@ def fetch_file(url, staging):
 
 
 def load_checkpoint(source, name=None):
-    """The content of one checkpoint (path or bytes; this kit's, or weights of the original), on the CPU, weights_only=True.
+    """The content of one checkpoint (path or bytes; this kit's, or weights of the original), on the
+    CPU, weights_only=True.
 
     Raises UserError where it is missing, damaged, or holds anything but tensors and plain data.
     """

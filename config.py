@@ -1,7 +1,8 @@
 """Configuration: one YAML file to one dataclass, checked.
 
-Nothing here imports torch or looks at the machine: a configuration is checked before any device is touched, and the scripts
-read it where PyTorch is not installed.
+Nothing here imports torch or looks at the machine: a configuration is checked before any device is
+touched, the scripts read it where PyTorch is not installed, and two machines read the same from the
+same file.
 """
 
 import dataclasses
@@ -9,55 +10,59 @@ import difflib
 import re
 import sys
 import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
 import tpu_types
 from utils import UserError
 
+SHIPPED = Path(__file__).resolve().parent / "configs"
 
-# ---------------------------------------------------------------------------------------------------------
-# The configuration
-# ---------------------------------------------------------------------------------------------------------
-def _knob(default=dataclasses.MISSING, **rule):
+
+# --------------------------------------------------------------------------------------------------
+# The knobs, with their defaults: configs/base_sudoku_tpu.yaml repeats all of them
+# --------------------------------------------------------------------------------------------------
+def _knob(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
     """A field with its rule: choices=(...), or any of gt=, ge=, lt=, le= for numbers."""
     return field(default=default, metadata=rule)
 
 
 @dataclass(kw_only=True)
 class TPUConfig:
-    accelerator_type: str = "v4-8"  # slice to run on, of those in tpu_types.py; one worker a chip
-    # for the scripts that work on a slice; TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before a file's values
+    # the type of the slice, one of those in tpu_types.py; one worker runs on each chip
+    accelerator_type: str = "v4-64"
+    # The rest is for the scripts that work on a slice. The environment variables TPU_PROJECT,
+    # TPU_ZONE, TPU_NAME and TPU_BUCKET take precedence over a file's values.
     project: str | None = None  # Google Cloud project
-    zone: str | None = None  # null: the first in tpu_types.py of this kind of TPU
+    zone: str | None = None  # null: the first zone that tpu_types.py has for this kind of TPU
     name: str | None = None  # of the slice
-    bucket: str | None = (
-        None  # gs://bucket or a folder in it, of the slice's region: datasets and runs
-    )
-    runtime_version: str | None = (
-        None  # image of the hosts; null: the one that Google names for this kind of TPU
-    )
+    # gs://bucket or a folder in it, for datasets and runs, in the region of the slice
+    bucket: str | None = None
+    # image of the hosts; null: the one that Google names for this kind of TPU
+    runtime_version: str | None = None
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     dataset_path: str  # folder that scripts/build_sudoku_dataset.py wrote
-    expected_puzzles: int | None = _knob(
-        None, ge=1
-    )  # train puzzles (groups) the run is planned for; a dataset with another number is refused
-    augment: bool = True  # augment training puzzles on the fly
-    prefetch_batches: int = _knob(8, ge=1)  # batches prepared ahead by the loader's thread
+    # training puzzles (groups) that the run is planned for; a dataset with another number is
+    # refused
+    expected_puzzles: int | None = _knob(None, ge=1)
+    augment: bool = True  # a random symmetry of a puzzle each time that it is drawn
+    prefetch_batches: int = _knob(8, ge=1)  # batches that the loader's thread prepares ahead
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    hidden_size: int = _knob(512, ge=8)
+    hidden_size: int = _knob(512, ge=8)  # D
     num_heads: int = _knob(8, ge=1)  # used by self-attention only
-    expansion: float = _knob(4.0, gt=0)  # SwiGLU width: expansion * 2/3, rounded up to 256
+    expansion: float = _knob(4.0, gt=0)  # SwiGLU width: expansion * 2/3 * D, rounded up to 256
     L_layers: int = _knob(2, ge=1)  # blocks of the one network
-    H_cycles: int = _knob(3, ge=1)  # T: the last cycle alone has a gradient
+    H_cycles: int = _knob(3, ge=1)  # T: only the last cycle has a gradient
     L_cycles: int = _knob(6, ge=1)  # n: updates of z_L in a cycle
     mlp_t: bool = True  # mix tokens by an MLP; false: self-attention
     pos_encodings: str = _knob("none", choices=("none", "learned", "rope"))
@@ -65,9 +70,11 @@ class ModelConfig:
     puzzle_emb_len: int = _knob(16, ge=0)  # prefix positions; 0: as few as puzzle_emb_ndim needs
     halt_max_steps: int = _knob(16, ge=1)  # N_sup: supervision steps
     halt_exploration_prob: float = _knob(0.1, ge=0, le=1)
-    # of activations; weights stay float32. auto: bfloat16, but float32 on a CPU without instructions for bfloat16
+    # dtype of the activations; the weights stay float32. auto: what the checkpoint to resume has;
+    # for a new run bfloat16, but float32 on a CPU without instructions for bfloat16
     forward_dtype: str = _knob("bfloat16", choices=("bfloat16", "float32", "auto"))
-    activation_checkpointing: bool = False  # the backward computes each block's intermediate results anew: less memory, more time
+    # the backward computes the intermediate results of each block again: less memory, more time
+    activation_checkpointing: bool = False
 
 
 @dataclass(kw_only=True)
@@ -86,30 +93,24 @@ class TrainingConfig:
     puzzle_emb_weight_decay: float = _knob(1.0, ge=0)
     grad_clip_norm: float = _knob(0.0, ge=0)  # 0: no clipping
     grad_accumulation_steps: int = _knob(1, ge=1)  # parts of a worker's batch, one after the other
-    num_workers: int | None = _knob(
-        None, ge=1
-    )  # processes of this host on CUDA (one a GPU) and CPU; null: 1. On a TPU: one a chip
+    # processes of this host on CUDA (one a GPU) and CPU; null: 1. On a TPU there is one for each
+    # chip
+    num_workers: int | None = _knob(None, ge=1)
     ema: bool = True
     ema_rate: float = _knob(0.999, ge=0, lt=1)
-    ema_strategy: str = _knob(
-        "every_worker", choices=("every_worker", "rank0")
-    )  # which workers keep the average
-    compile: str = _knob(
-        "auto", choices=("auto", "always", "never")
-    )  # torch.compile; auto: on CUDA only
-    pallas_kernels: bool = (
-        True  # on a TPU: each SwiGLU as one kernel, if it fits the chip and computes the same there
-    )
+    # which workers keep the average
+    ema_strategy: str = _knob("every_worker", choices=("every_worker", "rank0"))
+    # torch.compile; auto: on CUDA only
+    compile: str = _knob("auto", choices=("auto", "always", "never"))
+    # on a TPU: each SwiGLU as one kernel, if it fits the chip and computes the same there
+    pallas_kernels: bool = True
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    interval_steps: int = _knob(
-        1000, ge=1
-    )  # also saved: at evaluations, at the last step and on SIGTERM
-    interval_minutes: float | None = _knob(
-        None, gt=0
-    )  # since the last checkpoint; whichever comes first
+    # a checkpoint is also saved at evaluations, at the last step and on SIGTERM
+    interval_steps: int = _knob(5000, ge=1)
+    interval_minutes: float | None = _knob(10, gt=0)  # since the last one; whichever comes first
     keep_last_n: int = _knob(3, ge=1)  # the best by exact accuracy is kept besides
 
 
@@ -122,14 +123,13 @@ class LoggingConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    split: str = _knob(
-        "test", choices=("test", "val")
-    )  # looked at during training, and the best is chosen by it
+    # the split that is evaluated during training, and by which the best checkpoint is chosen
+    split: str = _knob("test", choices=("test", "val"))
     interval_epochs: float = _knob(5000, gt=0)
-    batch_size: int = _knob(1024, ge=1)  # puzzles
-    max_examples: int | None = _knob(
-        None, ge=1
-    )  # during training only; null: all. The end always takes all
+    batch_size: int = _knob(1024, ge=1)  # puzzles of one worker
+    # puzzles of an evaluation during training; null: all. The final evaluation always takes all of
+    # test
+    max_examples: int | None = _knob(16384, ge=1)
 
 
 @dataclass(kw_only=True)
@@ -144,9 +144,43 @@ class Config:
     evaluation: EvaluationConfig
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read, inherit, override and check a configuration.
+
+    path: YAML file; `defaults: [name, ...]` in it names files, relative to its folder, whose values
+    it takes over. overrides: "section.key=value" strings, the value in YAML. Raises UserError with
+    the file, the key, the value, the rule and the nearest valid name.
+    """
+    flat = _read_yaml(Path(path), [])
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(
+                f"command line: {text!r}: an override is written section.key=value, as in "
+                "training.lr=2e-4"
+            )
+        flat[key.strip()] = (_parse_yaml(value, "command line"), "command line")
+    return _build(flat, str(path))
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """The Config of a `dataclasses.asdict`, as checkpoints store it; raises UserError that names
+    `source`."""
+    flat = {}
+    for key, value in values.items():
+        for name, leaf in value.items() if isinstance(value, dict) else [(None, value)]:
+            flat[key if name is None else f"{key}.{name}"] = (leaf, source)
+    return _build(flat, source)
+
+
+def config_yaml(config: Config) -> str:
+    """The configuration with all its knobs as YAML."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=120)
+
+
 _SCIENTIFIC = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
@@ -155,7 +189,7 @@ _SCIENTIFIC = (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number and a key that stands twice is an error."""
+    """YAML in which 1e-4 is a number and a duplicate key is an error."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -163,7 +197,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -177,28 +211,23 @@ _Loader.add_implicit_resolver(*_SCIENTIFIC)
 _Dumper.add_implicit_resolver(*_SCIENTIFIC)
 
 
-def _parse_yaml(text, source):
+def _parse_yaml(text: str | bytes, source: str | Path) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-    ) as error:  # a date of month 13 or a list as a key is not a YAMLError
+    # a date of month 13 is a ValueError, and a list as a key a TypeError
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _read_yaml(path, chain):
+def _read_yaml(path: Path, chain: list[Path]) -> dict[str, tuple[Any, str]]:
     """Flatten `path` and its defaults into {dotted key: (value, source)}; later files win."""
-    path = Path(path)
     if path.resolve() in chain:
         names = " -> ".join(str(p.name) for p in [*chain, path])
-        raise UserError(f"{path}: `defaults` go round in a circle ({names}): take one of them out")
+        raise UserError(f"{path}: circular `defaults` ({names}): take one of them out")
     try:
         raw = _parse_yaml(path.read_bytes(), path)
     except OSError as error:
-        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
+        hint = _nearest_file(path)
         raise UserError(
             f"{path}: cannot read this configuration ({error.strerror}){hint}"
         ) from None
@@ -210,7 +239,8 @@ def _read_yaml(path, chain):
     defaults = raw.pop("defaults", [])
     if not isinstance(defaults, list) or not all(isinstance(d, str) for d in defaults):
         raise UserError(
-            f"{path}: defaults = {defaults!r}: must be a list of file names, as in `defaults: [base_sudoku_tpu]`"
+            f"{path}: defaults = {defaults!r}: must be a list of file names, as in "
+            "`defaults: [base_sudoku_tpu]`"
         )
     flat = {}
     for name in defaults:
@@ -224,7 +254,20 @@ def _read_yaml(path, chain):
     return flat
 
 
-def _schema():
+def _nearest_file(path: Path) -> str:
+    """ "; did you mean ...?" with a configuration beside `path`, or one that the kit ships, of
+    nearly this name; or ""."""
+    for folder in (path.parent, SHIPPED):
+        names = {file.stem: file for file in folder.glob("*.yaml")}
+        if near := difflib.get_close_matches(path.stem, names, 1):
+            file = names[near[0]]
+            if folder == SHIPPED and SHIPPED.parent == Path.cwd():
+                file = file.relative_to(SHIPPED.parent)
+            return f"; did you mean {file}?"
+    return ""
+
+
+def _schema() -> dict[str, tuple[Any, dataclasses.Field]]:
     """{dotted key: (type, dataclass field)} of every knob."""
     keys = {}
     for top in dataclasses.fields(Config):
@@ -235,38 +278,60 @@ def _schema():
     return keys
 
 
-def _unknown_key(key, source, schema):
+def _build(flat: dict[str, tuple[Any, str]], path: str) -> Config:
+    schema = _schema()
+    for key, (_, source) in flat.items():
+        if key not in schema:
+            raise _unknown_key(key, source, schema)
+    sections: dict[str, dict[str, Any]] = {}
+    for key, (kind, f) in schema.items():
+        if key in flat:
+            value = _convert(key, *flat[key], kind, f.metadata)
+        elif f.default is not dataclasses.MISSING:
+            value = f.default
+        else:
+            raise UserError(
+                f"{path}: {key} is missing, and it has no default: write it, or name a base in "
+                "`defaults`"
+            )
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    top = sections.pop("")
+    types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
+    config = Config(**top, **{name: types[name](**values) for name, values in sections.items()})
+    _check_combinations(config, lambda key: flat[key][1] if key in flat else path)
+    return config
+
+
+def _unknown_key(key: str, source: str, schema: dict) -> UserError:
     sections = sorted({k.split(".")[0] for k in schema if "." in k})
     if key in sections:
         return UserError(f"{source}: {key}: a section must hold `key: value` lines")
-    same_name = [k for k in schema if k.split(".")[-1] == key.split(".")[-1]]  # in another section
+    in_another_section = [k for k in schema if k.split(".")[-1] == key.split(".")[-1]]
     near = (
         difflib.get_close_matches(key, schema, 1, 0.8)
-        or same_name
+        or in_another_section
         or difflib.get_close_matches(key, schema, 1, 0.6)
     )
     hint = f"; did you mean {near[0]}?" if near else f"; the sections are {', '.join(sections)}"
     return UserError(f"{source}: {key}: there is no such key{hint}")
 
 
-OTHER_NAMES = {"gpu": "cuda"}  # of values: what is meant by them
+SYNONYMS = {"gpu": "cuda"}  # of values
 
 
-def _convert(key, value, source, kind, rule):
+def _convert(key: str, value: Any, source: str, kind: Any, rule: typing.Mapping) -> Any:
     """Check one value against its type and rule and return it in that type."""
 
-    def fail(text):
+    def fail(text: str) -> NoReturn:
         raise UserError(f"{source}: {key} = {value!r}: {text}")
 
     optional = type(None) in typing.get_args(kind)
     if optional and value is None:
         return None
     kind = typing.get_args(kind)[0] if optional else kind
-    number = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and abs(value) < sys.float_info.max
-    )
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = is_number and abs(value) < sys.float_info.max
     if kind is bool and not isinstance(value, bool):
         fail("must be true or false")
     elif kind is str and not isinstance(value, str):
@@ -277,11 +342,9 @@ def _convert(key, value, source, kind, rule):
         fail("must be a finite number")
     value = kind(value)
     if "choices" in rule and value not in rule["choices"]:
-        near = difflib.get_close_matches(OTHER_NAMES.get(value, value), rule["choices"], 1)
-        fail(
-            f"must be one of {', '.join(rule['choices'])}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
+        near = difflib.get_close_matches(SYNONYMS.get(value, value), rule["choices"], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        fail(f"must be one of {', '.join(rule['choices'])}{hint}")
     for name, sign, holds in (
         ("gt", ">", lambda a, b: a > b),
         ("ge", ">=", lambda a, b: a >= b),
@@ -293,149 +356,91 @@ def _convert(key, value, source, kind, rule):
     return value
 
 
-def load_config(path, overrides=(), settle=True):
-    """Read, inherit, override and check a configuration.
-
-    path: YAML file; `defaults: [name, ...]` in it names files (relative to its folder) that it builds on.
-    overrides: "section.key=value" strings, the value in YAML.
-    settle: whether a forward_dtype "auto" becomes that of this machine.
-    Returns Config. Raises UserError naming file, key, value, rule and the nearest valid name.
-    """
-    flat = _read_yaml(path, [])
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(
-                f"command line: {text!r}: an override is written section.key=value, as in training.lr=2e-4"
-            )
-        flat[key.strip()] = (_parse_yaml(value, "command line"), "command line")
-    config = _build(flat, str(path))
-    if (
-        settle and config.model.forward_dtype == "auto"
-    ):  # from here on what is computed, in the run's records as well
-        from device import native_dtype
-
-        config = dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, forward_dtype=native_dtype(config.device)),
+# --------------------------------------------------------------------------------------------------
+# Rules for several knobs at once
+# --------------------------------------------------------------------------------------------------
+def _check_combinations(config: Config, source: Callable[[str], str]) -> None:
+    _check_slice(config, source)
+    _check_model(config, source)
+    training, workers = config.training, planned_workers(config)
+    if config.device == "xla_cpu" and training.num_workers not in (None, 1):
+        raise _refused(
+            config, source, "training.num_workers", "device xla_cpu is one worker: use device=cpu"
         )
-    return config
+    slice_text = f"tpu.accelerator_type {config.tpu.accelerator_type} has {workers} chips"
+    if config.device == "tpu" and training.num_workers not in (None, workers):
+        raise _refused(
+            config, source, "training.num_workers", f"{slice_text}, one worker each: leave it null"
+        )
+    if text := batch_fault(config, workers):
+        if config.device == "tpu":
+            text += f" ({slice_text}, one worker each)"
+        raise _refused(config, source, "training.global_batch_size", text)
 
 
-def config_from_dict(values, source):
-    """Rebuild a Config from `dataclasses.asdict` of one (as checkpoints store it); raises UserError."""
-    flat = {}
-    for key, value in values.items():
-        for name, leaf in value.items() if isinstance(value, dict) else [(None, value)]:
-            flat[key if name is None else f"{key}.{name}"] = (leaf, source)
-    return _build(flat, source)
+def _refused(config: Config, source: Callable[[str], str], key: str, text: str) -> UserError:
+    section, _, name = key.partition(".")
+    value = getattr(getattr(config, section), name)
+    return UserError(f"{source(key)}: {key} = {value!r}: {text}")
 
 
-def _build(flat, path):
-    schema = _schema()
-    for key, (_, source) in flat.items():
-        if key not in schema:
-            raise _unknown_key(key, source, schema)
-    sections = {}
-    for key, (kind, f) in schema.items():
-        if key in flat:
-            value = _convert(key, *flat[key], kind, f.metadata)
-        elif f.default is not dataclasses.MISSING:
-            value = f.default
-        else:
-            raise UserError(
-                f"{path}: {key} is missing: it has no default, write it or name a base in `defaults`"
-            )
-        section, _, name = key.rpartition(".")
-        sections.setdefault(section, {})[name] = value
-    top = sections.pop("")
-    config = Config(
-        **top, **{name: _section_type(name)(**values) for name, values in sections.items()}
+def batch_fault(config: Config, workers: int) -> str | None:
+    """Why so many workers cannot share the global batch, or None if they can."""
+    parts = config.training.grad_accumulation_steps
+    if config.training.global_batch_size % (workers * parts) == 0:
+        return None
+    return (
+        "must be divisible by workers x training.grad_accumulation_steps = "
+        f"{workers} x {parts} = {workers * parts}"
     )
-    _check_combinations(config, lambda key: flat[key][1] if key in flat else path)
-    return config
 
 
-def _section_type(name):
-    return next(f.type for f in dataclasses.fields(Config) if f.name == name)
-
-
-def _check_combinations(config, source):
-    model, training = config.model, config.training
-
-    def fail(key, value, text):
-        raise UserError(f"{source(key)}: {key} = {value!r}: {text}")
-
+def _check_slice(config: Config, source: Callable[[str], str]) -> None:
     try:
         generation = tpu_types.slice_type(config.tpu.accelerator_type).generation
     except ValueError as error:
-        fail("tpu.accelerator_type", config.tpu.accelerator_type, str(error))
+        raise _refused(config, source, "tpu.accelerator_type", str(error)) from None
     if generation.name == "v6e" and config.tpu.runtime_version == tpu_types.GENERATIONS["v4"].image:
-        fail(
+        raise _refused(
+            config,
+            source,
             "tpu.runtime_version",
-            config.tpu.runtime_version,
             'on a v6e its TPUs do not start ("Failed to get global TPU topology"): '
             f"leave it null, which takes {generation.image}",
         )
-    if not model.mlp_t and model.hidden_size % model.num_heads:
-        fail(
-            "model.hidden_size",
-            model.hidden_size,
-            f"must be divisible by model.num_heads = {model.num_heads}",
-        )
-    if (
-        not model.mlp_t
-        and model.pos_encodings == "rope"
-        and model.hidden_size // model.num_heads % 2
-    ):
-        fail(
-            "model.num_heads",
-            model.num_heads,
-            f"rope needs an even head size, and {model.hidden_size}/{model.num_heads} is odd",
-        )
+
+
+def _check_model(config: Config, source: Callable[[str], str]) -> None:
+    model, fault = config.model, None
     if model.mlp_t and model.pos_encodings == "rope":
-        fail(
+        fault = (
             "model.pos_encodings",
-            "rope",
-            "rotary positions act in self-attention: use model.mlp_t=false, or none or learned here",
+            "rotary positions act in self-attention: use model.mlp_t=false, or none or learned",
         )
-    if (
-        model.puzzle_emb_ndim
-        and model.puzzle_emb_len * model.hidden_size < model.puzzle_emb_ndim
-        and model.puzzle_emb_len
-    ):
-        fail(
+    elif not model.mlp_t and model.hidden_size % model.num_heads:
+        fault = "model.hidden_size", f"must be divisible by model.num_heads = {model.num_heads}"
+    elif not model.mlp_t and model.pos_encodings == "rope":
+        if model.hidden_size // model.num_heads % 2:
+            fault = (
+                "model.num_heads",
+                f"rope needs an even head size, and {model.hidden_size}/{model.num_heads} is odd",
+            )
+    if fault:
+        raise _refused(config, source, *fault)
+    if 0 < model.puzzle_emb_len * model.hidden_size < model.puzzle_emb_ndim:
+        raise _refused(
+            config,
+            source,
             "model.puzzle_emb_len",
-            model.puzzle_emb_len,
-            f"times model.hidden_size = {model.hidden_size} must hold model.puzzle_emb_ndim = {model.puzzle_emb_ndim}; 0 takes as many as it needs",
-        )
-    if config.device == "xla_cpu" and training.num_workers not in (None, 1):
-        fail(
-            "training.num_workers",
-            training.num_workers,
-            "device xla_cpu is one worker: use device=cpu for several",
-        )
-    if config.device == "tpu" and training.num_workers not in (None, planned_workers(config)):
-        fail(
-            "training.num_workers",
-            training.num_workers,
-            f"tpu.accelerator_type {config.tpu.accelerator_type} has {planned_workers(config)} chips, one worker each: leave it null",
-        )
-    workers, parts = planned_workers(config), training.grad_accumulation_steps
-    if training.global_batch_size % (workers * parts):
-        fail(
-            "training.global_batch_size",
-            training.global_batch_size,
-            f"must be divisible by workers x training.grad_accumulation_steps = {workers} x {parts} = {workers * parts}"
-            + (
-                f" (tpu.accelerator_type {config.tpu.accelerator_type} has {workers} chips, one worker each)"
-                if config.device == "tpu"
-                else ""
-            ),
+            f"times model.hidden_size = {model.hidden_size} must hold model.puzzle_emb_ndim = "
+            f"{model.puzzle_emb_ndim}; 0 takes as many as it needs",
         )
 
 
-# of the sections model and training: keys that change how numbers are computed, and not the numbers
+# --------------------------------------------------------------------------------------------------
+# What follows from a configuration
+# --------------------------------------------------------------------------------------------------
+# in the sections model and training: keys that change how numbers are computed, and not the numbers
 SAME_NUMBERS = {
     "model.activation_checkpointing",
     "training.compile",
@@ -445,30 +450,40 @@ SAME_NUMBERS = {
 }
 
 
-def planned_workers(config, device=None):
-    """Workers the configuration is planned for: one a chip on a TPU slice, otherwise training.num_workers."""
+def planned_workers(config: Config, device: str | None = None) -> int:
+    """Workers of the configuration: one for each chip on a TPU slice, otherwise
+    training.num_workers."""
     if (device or config.device) != "tpu":
         return config.training.num_workers or 1
     return tpu_types.slice_type(config.tpu.accelerator_type).chips
 
 
-def total_steps(config, num_puzzles):
+def total_steps(config: Config, num_puzzles: int) -> int:
     """Optimizer steps of the whole run: floor(epochs * puzzles / global batch)."""
     return int(config.training.epochs * num_puzzles // config.training.global_batch_size)
 
 
-def evaluation_interval_steps(config, num_puzzles):
+def evaluation_interval_steps(config: Config, num_puzzles: int) -> int:
     """`evaluation.interval_epochs` in optimizer steps, at least one."""
-    return max(
-        1,
-        round(config.evaluation.interval_epochs * num_puzzles / config.training.global_batch_size),
-    )
+    examples = config.evaluation.interval_epochs * num_puzzles
+    return max(1, round(examples / config.training.global_batch_size))
 
 
-def differences(config, saved, sections):
-    """ "section.key old -> new" of what in these sections differs from `saved` (a dict, as checkpoints hold it), as one text, but for
-    what changes no number."""
+def with_forward_dtype(config: Config, forward_dtype: str) -> Config:
+    """The configuration with another model.forward_dtype."""
+    model = dataclasses.replace(config.model, forward_dtype=forward_dtype)
+    return dataclasses.replace(config, model=model)
+
+
+def differences(config: Config, saved: dict[str, Any], sections: Iterable[str]) -> str:
+    """What in these sections differs from `saved` (a dict, as checkpoints hold it): "section.key
+    old -> new; ...".
+
+    Left out is what changes no number, and a forward_dtype that is "auto": it takes what was saved.
+    """
     free = {"data.dataset_path", "data.prefetch_batches", *SAME_NUMBERS}
+    if config.model.forward_dtype == "auto":
+        free.add("model.forward_dtype")
     return "; ".join(
         f"{section}.{key} {saved[section].get(key)!r} -> {value!r}"
         for section in sections
@@ -477,6 +492,48 @@ def differences(config, saved, sections):
     )
 
 
-def config_yaml(config):
-    """The resolved configuration as YAML text."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, width=120)
+@dataclass(frozen=True)
+class Schedule:
+    """When something is due in a run of `total_steps` optimizer steps. Steps count from 1."""
+
+    total_steps: int
+    last_step: int  # of this start: --max_steps may end it earlier
+    evaluation_interval: int
+    log_interval: int
+    checkpoint_interval: int
+
+    @classmethod
+    def of(cls, config: Config, num_puzzles: int, max_steps: int | None = None) -> "Schedule":
+        """Raises UserError if the epochs make no full batch."""
+        total = total_steps(config, num_puzzles)
+        if total < 1:
+            raise UserError(
+                f"training.epochs = {config.training.epochs}: of {num_puzzles} puzzles they make "
+                f"no full batch of {config.training.global_batch_size}: ask for more epochs, or a "
+                "smaller training.global_batch_size"
+            )
+        return cls(
+            total,
+            min(total, max_steps or total),
+            evaluation_interval_steps(config, num_puzzles),
+            config.logging.interval_steps,
+            config.checkpoint.interval_steps,
+        )
+
+    def log_due(self, step: int) -> bool:
+        return step % self.log_interval == 0 or step == self.last_step
+
+    def is_done(self, step: int, evaluated: bool) -> bool:
+        """Whether nothing is left to do after `step`. evaluated: whether `step` is."""
+        return step >= self.last_step and (evaluated or not self.evaluation_due(step))
+
+    def evaluation_due(self, step: int) -> bool:
+        return step > 0 and (step % self.evaluation_interval == 0 or step == self.total_steps)
+
+    def checkpoint_due(self, step: int) -> bool:
+        """An evaluation is of a checkpoint, so one is due with it."""
+        return (
+            step % self.checkpoint_interval == 0
+            or step == self.last_step
+            or self.evaluation_due(step)
+        )

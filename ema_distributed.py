@@ -33,7 +33,7 @@ class EMADistributed:
     def update_after_step(self, model):
         """As update_in_step, after the step: on XLA a program of its own, since replicas whose step programs differ would hang in
         the step's all-reduce."""
-        if self.strategy == "rank0" and self.device.rank == 0:
+        if self.strategy == "rank0" and self.device.workers.rank == 0:
             self._update(model)
             self.device.end_step()
 

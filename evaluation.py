@@ -1,161 +1,272 @@
-"""How many puzzles a model solves: every puzzle exactly once, at any number of workers and any batch size."""
+"""How many puzzles a model solves: every puzzle exactly once, at any number of workers and any
+batch size."""
 
 import base64
 import dataclasses
 import json
 import time
+from argparse import Namespace
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from data_loader_tpu import evaluation_batches
+import trm_model
+from checkpoint_manager import is_of_run, load_checkpoint
+from config import Config, differences
+from data_loader_tpu import SudokuDatasetTPU, evaluation_batches
+from device import Device
+from initial_weights import weights_in
+from metrics_logger import MetricsLogger, SilentLogger, console_line
+from mixing import choose_mixing
+from run_folder import EVAL_FILE, RunFolder, open_checkpoints, run_url, writing_to
 from storage import join, open_folder
+from train_state import TrainState, create_model, load_dataset, settle_forward_dtype
+from utils import UserError
 
 RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)  # lower edges of the rating buckets
-PER_PUZZLE_KEYS = (
-    "solved",
-    "dataset_sha256",
-)  # of a result: for eval.json, too long for a record of metrics.jsonl
+# of a result: for eval.json, too long for a record of metrics.jsonl
+PER_PUZZLE_KEYS = ("solved", "dataset_sha256")
+# of a result: for the marker of the checkpoint
+MARKER_KEYS = ("split", "weights", "count", "exact_accuracy", "cell_accuracy")
+# of the scores of trm_model.evaluation_step, in their order
+SCORES = ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss")
+EXACT = SCORES.index("exact_accuracy")
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, batch_size, forward, max_examples=None):
-    """Run every puzzle (or a random max_examples) once for exactly halt_max_steps supervision steps, each worker its share.
+def evaluate(
+    model: trm_model.TinyRecursiveModel,
+    dataset: SudokuDatasetTPU,
+    device: Device,
+    batch_size: int,
+    forward: Callable,
+    max_examples: int | None = None,
+) -> dict[str, Any] | None:
+    """Give every puzzle exactly halt_max_steps supervision steps; each worker takes its share.
 
     batch_size: puzzles of one worker. forward: trm_model.evaluation_step, compiled or not.
-    Returns on rank 0 a dict: count, exact_accuracy, cell_accuracy, q_halt_accuracy, lm_loss, q_halt_loss (means over
-    puzzles), exact_accuracy_by_step [halt_max_steps], by_rating [{rating_min, rating_max, count, exact_accuracy}],
-    eval_seconds, puzzles_per_second, solved (pack_solved of the puzzles in the dataset's order), dataset_sha256 (of the
-    split's inputs and labels: runs with the same one saw the same puzzles); None on the other workers.
+    max_examples: only so many, a random subset that is always the same.
+
+    Returns None but on rank 0, where it returns a dict: count; cell_accuracy, exact_accuracy,
+    q_halt_accuracy, lm_loss, q_halt_loss (means over puzzles after the last step);
+    exact_accuracy_by_step [halt_max_steps]; by_rating [{rating_min, rating_max, count,
+    exact_accuracy}]; eval_seconds; puzzles_per_second; solved (pack_solved of the puzzles in the
+    dataset's order); dataset_sha256 (of the split's inputs and labels: two runs with the same one
+    saw the same puzzles).
     """
-    start, steps = time.perf_counter(), model.config.halt_max_steps
+    start = time.perf_counter()
+    rows, scores = _evaluate_share(model, dataset, device, batch_size, forward, max_examples)
+    gathered = device.workers.gather([torch.from_numpy(rows), scores])
+    if gathered is None:
+        return None
+    seconds = time.perf_counter() - start
+    rows, all_scores = np.concatenate(gathered[0]), np.concatenate(gathered[1], axis=2)
+    real = rows >= 0
+    rows, all_scores = rows[real], all_scores[:, :, real]
+    expected = min(max_examples or len(dataset), len(dataset))
+    if not len(set(rows.tolist())) == len(rows) == expected:
+        raise AssertionError("a puzzle was left out or evaluated twice")
+    order = np.argsort(rows)  # sums in one order, whatever the number of workers
+    rows, all_scores = rows[order], all_scores[:, :, order]
+    exact = all_scores[:, EXACT]
+    final = all_scores[-1].astype(np.float64).mean(1)
+    ratings = None if dataset.ratings is None else dataset.ratings[rows]
+    return {
+        "count": len(rows),
+        **dict(zip(SCORES, final)),
+        "exact_accuracy_by_step": exact.astype(np.float64).mean(1).tolist(),
+        "by_rating": accuracy_by_rating(ratings, exact[-1]),
+        "eval_seconds": seconds,
+        "puzzles_per_second": len(rows) / seconds,
+        "solved": pack_solved(exact[-1] > 0),
+        "dataset_sha256": dataset.fingerprint,
+    }
+
+
+def _evaluate_share(
+    model: trm_model.TinyRecursiveModel,
+    dataset: SudokuDatasetTPU,
+    device: Device,
+    batch_size: int,
+    forward: Callable,
+    max_examples: int | None,
+) -> tuple[np.ndarray, torch.Tensor]:
+    """(example numbers [N], -1 for a pad; SCORES of each step [halt_max_steps, 5, N] on the
+    CPU)."""
+    workers = device.workers
     carry = device.put(model.empty_carry(batch_size))
-    rows, results, pending = [], [], deque()
-    for batch, batch_rows in evaluation_batches(
-        dataset, batch_size, max_examples, device.rank, device.world_size
-    ):
+    rows: list[np.ndarray] = []
+    results: list[list[torch.Tensor]] = []
+    pending: deque[list[torch.Tensor]] = deque()
+    batches = evaluation_batches(
+        dataset, batch_size, max_examples, workers.rank, workers.world_size
+    )
+    for batch, batch_rows in batches:
         batch = device.put(batch)
         scores = []
-        for _ in range(steps):
+        for _ in range(model.config.halt_max_steps):
             carry, score = forward(model, carry, batch)
             device.end_step()
             scores.append(score)
         rows.append(np.pad(batch_rows, (0, batch_size - len(batch_rows)), constant_values=-1))
         pending.append(scores)
-        if (
-            len(pending) > 1
-        ):  # read one batch late: the device has the next one to work on meanwhile
+        if len(pending) > 1:  # read a batch late, so that the device has the next one to work on
             results.append(device.fetch(pending.popleft()))
     results.append(device.fetch(pending.popleft()))
-
-    ours = torch.cat(
-        [torch.stack(batch) for batch in results], dim=2
-    )  # [N_sup, 5, puzzles and pads]
-    gathered = device.gather([torch.from_numpy(np.concatenate(rows)), ours])
-    if gathered is None:
-        return None
-    seconds = time.perf_counter() - start
-    rows, scores = np.concatenate(gathered[0]), np.concatenate(gathered[1], axis=2)
-    real = rows >= 0
-    rows, scores = rows[real], scores[:, :, real]
-    assert (
-        len(set(rows.tolist())) == len(rows) == min(max_examples or len(dataset), len(dataset))
-    ), "a puzzle was left out or evaluated twice"
-    order = np.argsort(rows)  # sums in one order, whatever the number of workers
-    rows, scores = rows[order], scores[:, :, order]
-    final = scores[-1].astype(np.float64).mean(1)
-    return {
-        "count": len(rows),
-        **{
-            key: final[k]
-            for k, key in enumerate(
-                ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss")
-            )
-        },
-        "exact_accuracy_by_step": scores[:, 1].astype(np.float64).mean(1).tolist(),
-        "by_rating": accuracy_by_rating(
-            None if dataset.ratings is None else dataset.ratings[rows], scores[-1, 1]
-        ),
-        "eval_seconds": seconds,
-        "puzzles_per_second": len(rows) / seconds,
-        "solved": pack_solved(scores[-1, 1] > 0),
-        "dataset_sha256": dataset.fingerprint,
-    }
+    return np.concatenate(rows), torch.cat([torch.stack(batch) for batch in results], dim=2)
 
 
-def evaluate_step(run, datasets, forward, files, logger):
-    """Evaluate the present step and note the result beside its checkpoint.
+class Evaluator:
+    """Evaluates a training at its present step, on all workers; rank 0 has the result."""
 
-    Always: evaluation.max_examples of evaluation.split, averaged weights if there are any; the best checkpoint is
-    chosen by this look, at the same puzzles every time. At the end also: all of test, averaged and raw weights, into
-    eval.json.
-    """
-    config, final = run.config.evaluation, run.step == run.total_steps
-    models = {"ema": run.ema.ready_module(), "raw": run.model} if run.ema else {"raw": run.model}
-    selects = next(iter(models))
-    look = min(config.max_examples or len(datasets[config.split]), len(datasets[config.split]))
-    wanted = [(config.split, selects, look)]
-    if final:
-        wanted = list(
-            dict.fromkeys([*wanted, *(("test", name, len(datasets["test"])) for name in models)])
+    def __init__(
+        self,
+        state: TrainState,
+        datasets: dict[str, SudokuDatasetTPU],
+        folder: RunFolder,
+        logger: MetricsLogger | SilentLogger,
+    ):
+        self.state, self.datasets, self.folder, self.logger = state, datasets, folder, logger
+        self.forward = state.device.compiled(
+            trm_model.evaluation_step, state.config.training.compile
         )
-    results = []
-    for split, name, count in wanted:
-        if final:
-            logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
+
+    def run(self) -> None:
+        """Evaluate the checkpoint of this step and note the result in its marker.
+
+        Always: evaluation.max_examples of evaluation.split, with the averaged weights if there are
+        any. The best checkpoint is chosen by that, on the same puzzles every time. After the last
+        step of the run also all of test, with averaged and raw weights, for eval.json.
+        """
+        state, config = self.state, self.state.config.evaluation
+        models = {"raw": state.model}
+        if state.ema:
+            models = {"ema": state.ema.ready_module(), "raw": state.model}
+        available = len(self.datasets[config.split])
+        count = min(config.max_examples or available, available)
+        wanted = [(config.split, next(iter(models)), count)]
+        is_final = state.step == state.total_steps
+        if is_final:
+            wanted += [("test", name, len(self.datasets["test"])) for name in models]
+        results = []
+        for split, name, count in dict.fromkeys(wanted):
+            if is_final:
+                self.logger.say(f"evaluating {count:,} puzzles of {split}, {name} weights")
+            result = self._evaluate(split, name, models[name], count)
+            if result:
+                results.append(result)
+        if results:
+            if is_final:
+                folder, url = open_folder(self.folder.path), self.folder.checkpoints.url(state.step)
+                write_eval_json(folder, url, state.config, results[-len(models) :])
+            self.folder.add_evaluation(state.step, {key: results[0][key] for key in MARKER_KEYS})
+
+    def _evaluate(
+        self, split: str, name: str, model: trm_model.TinyRecursiveModel, count: int
+    ) -> dict[str, Any] | None:
+        state, batch_size = self.state, self.state.config.evaluation.batch_size
         metrics = evaluate(
-            models[name], datasets[split], run.device, config.batch_size, forward, count
+            model, self.datasets[split], state.device, batch_size, self.forward, count
+        )
+        if metrics is None:
+            return None
+        result = {
+            "step": state.step,
+            "split": split,
+            "weights": name,
+            "wall_time": time.time(),
+            "train_seconds": state.train_seconds,
+            **metrics,
+        }
+        self.logger.log({k: value for k, value in result.items() if k not in PER_PUZZLE_KEYS})
+        return result
+
+
+# --------------------------------------------------------------------------------------------------
+# --eval_only
+# --------------------------------------------------------------------------------------------------
+def evaluate_only(rank: int, config: Config, args: Namespace) -> None:
+    """Evaluate a checkpoint on the whole test split, averaged and raw weights; write eval.json."""
+    device = Device(config.device)
+    workers, path = device.workers, None
+    with workers.together():
+        dataset = load_dataset(config, "test")
+        checkpoints = open_checkpoints(config, args.run_name)
+        if rank == 0:
+            path = checkpoints.resolve(args.checkpoint or "latest")
+    source = (workers.broadcast_bytes(path and str(path).encode()) or b"").decode()
+    data = workers.broadcast_bytes(path and path.read_bytes())
+    with workers.together():
+        content = load_checkpoint(data, source)
+        states = weights_in(content, source)
+        is_ours = "config" in content
+        config = settle_forward_dtype(config, device, content["config"] if is_ours else None)
+        if is_ours:
+            check_same_model(config, content["config"], source)
+    forward = device.compiled(trm_model.evaluation_step, config.training.compile)
+    results = []
+    for name, weights in states.items():
+        model = create_model(config, dataset)
+        choose_mixing(model, config, device, training=False)
+        with workers.together():
+            trm_model.load_named_state(model, weights, source)
+        metrics = evaluate(
+            model.to(device.torch), dataset, device, config.evaluation.batch_size, forward
         )
         if metrics:
-            results.append(
-                {
-                    "step": run.step,
-                    "split": split,
-                    "weights": name,
-                    "wall_time": time.time(),
-                    "train_seconds": run.train_seconds,
-                    **metrics,
-                }
-            )
-            logger.log(
-                {key: value for key, value in results[-1].items() if key not in PER_PUZZLE_KEYS}
-            )
-    logger.flush()
-    if files:
-        if final:
-            write_eval_json(
-                open_folder(files.path),
-                files.checkpoints.url(run.step),
-                run.config,
-                results[-len(models) :],
-            )
-        files.checkpoints.add_metrics(
-            run.step,
-            {
-                key: results[0][key]
-                for key in ("split", "weights", "count", "exact_accuracy", "cell_accuracy")
-            },
+            step = content["step"] if is_ours else None
+            result = {"step": step, "split": "test", "weights": name, "wall_time": time.time()}
+            results.append({**result, **metrics})
+            print(console_line(results[-1]), flush=True)
+    with workers.together():
+        if rank == 0:
+            found = args.checkpoint
+            if is_of_run(args.checkpoint or "latest"):
+                found = join(checkpoints.folder.url, path.name)
+            with writing_to(config):
+                write_eval_json(open_folder(run_url(config, args.run_name)), found, config, results)
+    workers.leave()
+
+
+def check_same_model(config: Config, saved: dict[str, Any], checkpoint: str) -> None:
+    """Raises UserError unless a checkpoint's configuration has the same model section."""
+    if changed := differences(config, saved, ("model",)):
+        raise UserError(
+            f"--checkpoint {checkpoint}: it was trained with another model ({changed}): evaluate "
+            "it with that model section"
         )
 
 
-def pack_solved(solved):
+# --------------------------------------------------------------------------------------------------
+# What a result holds
+# --------------------------------------------------------------------------------------------------
+def pack_solved(solved: np.ndarray) -> str:
     """[N] bool as text: base64 of numpy.packbits."""
     return base64.b64encode(np.packbits(solved)).decode()
 
 
-def unpack_solved(text, count):
-    """The [count] bool array that pack_solved made `text` from. Raises ValueError where it is of another length."""
+def unpack_solved(text: str, count: int) -> np.ndarray:
+    """The [count] bool array of `pack_solved`. Raises ValueError if the text is of another
+    length."""
     packed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
     if len(packed) != -(-count // 8):
         raise ValueError(f"{len(packed)} bytes for {count} puzzles")
     return np.unpackbits(packed, count=count).astype(bool)
 
 
-def accuracy_by_rating(ratings, exact):
-    """Exact accuracy in the buckets that RATING_EDGES cut; empty buckets, and datasets without ratings, give none."""
+def accuracy_by_rating(ratings: np.ndarray | None, exact: np.ndarray) -> list[dict[str, Any]]:
+    """Exact accuracy in the buckets between RATING_EDGES; no entry for an empty bucket.
+
+    ratings: [N] int, or None for a dataset that has none (then the list is empty). exact: [N], 0
+    or 1.
+    """
+    if ratings is None:
+        return []
     buckets = []
-    for low, high in zip(RATING_EDGES, (*RATING_EDGES[1:], None)) if ratings is not None else ():
+    for low, high in zip(RATING_EDGES, (*RATING_EDGES[1:], None)):
         inside = (ratings >= low) & (ratings < (high or np.inf))
         if inside.any():
             buckets.append(
@@ -169,13 +280,16 @@ def accuracy_by_rating(ratings, exact):
     return buckets
 
 
-def write_eval_json(folder, checkpoint, config, results):
-    """The final evaluation as eval.json in a folder of storage.py: the checkpoint's place, the configuration it was evaluated
-    with, and one record for each set of weights."""
+def write_eval_json(folder: Any, checkpoint: Any, config: Config, results: list[dict]) -> None:
+    """Write the final evaluation as eval.json into a folder of storage.py.
+
+    It holds the checkpoint's place, the configuration of the evaluation, and a result for each set
+    of weights.
+    """
     content = {
         "checkpoint": str(checkpoint),
         "config": dataclasses.asdict(config),
         "results": results,
     }
-    folder.write("eval.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(f"evaluation: {join(folder.url, 'eval.json')}", flush=True)
+    folder.write(EVAL_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    print(f"evaluation: {join(folder.url, EVAL_FILE)}", flush=True)

@@ -1,12 +1,14 @@
-"""One record per logging interval: metrics.jsonl, TensorBoard, and the console (a bar on a terminal, lines elsewhere).
+"""One record for each logging interval: metrics.jsonl, TensorBoard, and the console.
 
-Needs no package to read records: what draws and what writes event files is imported where it is used.
+The console shows a bar on a terminal, and lines elsewhere. To read records no package is needed.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from utils import UserError, replace_file
 
@@ -31,72 +33,81 @@ TIMING_KEYS = (
 class MetricsLogger:
     """Writes the records of one run.
 
-    folder: metrics.jsonl and tensorboard/ go here. start_step: the step of the checkpoint that the run goes on from;
-    records of later steps are dropped, and its own evaluation if that was not finished (evaluated), so that resuming
-    neither repeats nor loses one. last_step: end of the progress bar. Raises UserError where the records are damaged.
+    folder: for metrics.jsonl and tensorboard/. start_step: the step of the checkpoint that the run
+    goes on from. Records of later steps are dropped, and the evaluation of that step too unless it
+    was finished (evaluated): so resuming neither repeats a record nor loses one. last_step: of this
+    start, for the progress bar and the time left. Raises UserError if the records are damaged.
     """
 
-    def __init__(self, folder, start_step, evaluated, last_step, tensorboard=True):
+    def __init__(
+        self,
+        folder: str | Path,
+        start_step: int,
+        evaluated: bool,
+        last_step: int,
+        tensorboard: bool = True,
+    ):
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [
-                record
-                for record in read_records(self.path.read_bytes(), self.path)
-                if _before(record, start_step, evaluated)
-            ]
+            records = read_records(self.path.read_bytes(), self.path)
+            kept = [record for record in records if _is_kept(record, start_step, evaluated)]
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(self.path, "a")
+        self.last_step = last_step
+        self.first_step_began: float | None = time.monotonic()
         self.writer = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # not needed to read records
 
-            self.writer = SummaryWriter(
-                str(Path(folder) / "tensorboard"), purge_step=start_step + 1
-            )
+            tensorboard_folder = str(Path(folder) / "tensorboard")
+            self.writer = SummaryWriter(tensorboard_folder, purge_step=start_step + 1)
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=last_step, initial=start_step, unit="step", dynamic_ncols=True)
 
-    def log(self, record):
+    def log(self, record: dict[str, Any]) -> None:
         """record: a flat dict with step, split, wall_time (Unix seconds) and metrics."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.writer:
-            name = (
-                record["split"]
-                if "weights" not in record
-                else f"{record['split']}_{record['weights']}"
-            )
+            name = record["split"]
+            if "weights" in record:
+                name += f"_{record['weights']}"
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key not in ("step", "wall_time"):
-                    self.writer.add_scalar(
-                        f"{name}/{key}", value, record["step"], record["wall_time"]
-                    )
-        self.say(console_line(record))
+                    step, wall_time = record["step"], record["wall_time"]
+                    self.writer.add_scalar(f"{name}/{key}", value, step, wall_time)
+        self.say(console_line(record, self.last_step))
 
-    def say(self, text):
-        """A line for people; on a terminal above the bar."""
+    def say(self, text: str) -> None:
+        """Print a line; on a terminal above the bar."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:
             print(text, flush=True)
 
-    def advance(self, step):
-        """Move the bar to `step`."""
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`. In a log the first step is reported: it compiles, and may take a
+        minute."""
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+        elif self.first_step_began is not None:
+            seconds = time.monotonic() - self.first_step_began
+            self.say(f"the first step was started after {seconds:.0f} s")
+        self.first_step_began = None
 
-    def flush(self):
-        """Bring every record to the disk; done before the checkpoint that would make them count."""
+    def flush(self) -> None:
+        """Bring every record to the disk; to be done before the checkpoint that makes them
+        count."""
         self.file.flush()
         os.fsync(self.file.fileno())
         if self.writer:
             self.writer.flush()
 
-    def close(self):
+    def close(self) -> None:
         self.flush()
         self.file.close()
         if self.writer:
@@ -106,41 +117,65 @@ class MetricsLogger:
 
 
 class SilentLogger:
-    """What the other workers have in place of a MetricsLogger."""
+    """The logger of the other workers: it has the methods of MetricsLogger, which do nothing."""
 
-    def log(self, record):
+    def log(self, record: dict[str, Any]) -> None:
         pass
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         pass
 
-    def advance(self, step):
+    def advance(self, step: int) -> None:
         pass
 
-    def flush(self):
+    def flush(self) -> None:
         pass
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
-def console_line(record):
-    """One line of text for a record."""
-    if record["split"] == "train":
+def console_line(record: dict[str, Any], last_step: int | None = None) -> str:
+    """One line of text for a record; with `last_step` how much is left of the training."""
+    step = "-" if record["step"] is None else record["step"]  # not known of the original's weights
+    if record["split"] != "train":
         return (
-            f"step {record['step']:>6}  loss {record['loss']:.4f}  exact {record['exact_accuracy']:.1%}  cells {record['cell_accuracy']:.1%}  "
-            f"steps {record['mean_steps']:.1f}  lr {record['lr']:.1e}  {record['examples_per_second']:,.0f} ex/s"
+            f"step {step:>6}  {record['split']} ({record['weights']} weights, "
+            f"{record['count']:,} puzzles)  exact {record['exact_accuracy']:.2%}  "
+            f"cells {record['cell_accuracy']:.2%}  halting head {record['q_halt_accuracy']:.1%}  "
+            f"{record['puzzles_per_second']:,.0f} puzzles/s"
         )
-    step = "-" if record["step"] is None else record["step"]  # weights of the original do not tell
+    of_total, left = "", ""
+    if last_step is not None:
+        of_total = f" of {last_step:,}"
+        seconds = (last_step - record["step"]) / record["steps_per_second"]
+        left = f"  {_duration(seconds)} left" if seconds > 0 else ""
+    exact, cells, steps = (
+        "-" if record[key] is None else format(record[key], spec)  # no example has halted
+        for key, spec in (
+            ("exact_accuracy", ".1%"),
+            ("cell_accuracy", ".1%"),
+            ("mean_steps", ".1f"),
+        )
+    )
     return (
-        f"step {step:>6}  {record['split']} ({record['weights']} weights, {record['count']:,} puzzles)  exact {record['exact_accuracy']:.2%}  "
-        f"cells {record['cell_accuracy']:.2%}  halting head {record['q_halt_accuracy']:.1%}  {record['puzzles_per_second']:,.0f} puzzles/s"
+        f"step {step:>6}{of_total}  loss {record['loss']:.4f}  exact {exact}  cells {cells}  "
+        f"steps {steps}  lr {record['lr']:.1e}  {record['examples_per_second']:,.0f} ex/s{left}"
     )
 
 
-def read_records(data, name):
-    """The records of metrics.jsonl or starts.jsonl, from its bytes. A last line without its newline, still being written or cut off
-    by a kill, is no record; UserError, which calls the file `name`, where another line is none."""
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def read_records(data: bytes, name: str | Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl or starts.jsonl, from the content of the file.
+
+    A last line without a newline is no record: it is still being written, or was cut off by a kill.
+    Raises UserError, which calls the file `name`, if another line is damaged.
+    """
     records = []
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
@@ -149,14 +184,15 @@ def read_records(data, name):
                 raise ValueError("no mapping")
         except ValueError as error:
             raise UserError(
-                f"{name}: a record is damaged (line {number}: {error}): take that line out, or bring the file back as it was"
+                f"{name}: a record is damaged (line {number}: {error}): take that line out, or "
+                "bring the file back as it was"
             ) from None
         records.append(record)
     return records
 
 
-def _before(record, step, evaluated):
-    """Whether a record is of steps up to `step` (its evaluation if `evaluated`)."""
-    return record["step"] < step or (
-        record["step"] == step and (evaluated or record["split"] == "train")
-    )
+def _is_kept(record: dict[str, Any], step: int, evaluated: bool) -> bool:
+    """Whether a record is of the steps up to `step`: its evaluation only if `evaluated`."""
+    if record["step"] != step:
+        return record["step"] < step
+    return evaluated or record["split"] == "train"

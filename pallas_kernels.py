@@ -1,49 +1,52 @@
-"""TPU kernels (Pallas): one SwiGLU with its residual and RMS norm, x -> rms_norm(x + swiglu(x)), without a trip to HBM between.
+"""TPU kernels (Pallas) for x -> rms_norm(x + swiglu(x)), as functions of jax arrays.
 
-On a TPU the compiler writes gate, up and their product to memory, and that costs more than the products themselves (the figures:
-docs/tpu_step.md). Here they stay in a core's VMEM: a pass of the grid takes a few examples through the whole of it. The cores of a chip
-(two of v4 and v5p, one of v5e and v6e) share the passes. `chip` is its tpu_types.Generation.
+Without them the compiler writes gate, up and their product to the TPU's main memory (HBM), and that
+costs more time than the matrix products (measurements: docs/tpu_step.md). A kernel keeps them in a
+core's own memory (VMEM): each pass of its grid takes a few examples through the whole computation.
+The cores of a chip (two of v4 and v5p, one of v5e and v6e) share the passes.
 
-Weights have torch's layout, gate and up [W, d], down [d, W]. `gate` comes halved: silu(2h) = h * tanh(h) + h, without a division.
-jax is needed to trace a kernel, on any machine and for its CPU; it never sees the TPU.
+`chip` is the tpu_types.Generation that a kernel is compiled for. Weights have torch's layout, gate
+and up [W, d], down [d, W]. The gate's weight is given halved, since silu(2h) = h * tanh(h) + h
+needs no division.
+
+jax traces the kernels, on any machine; it does not touch the TPU. pallas_mixing.py calls them with
+torch tensors.
 """
 
-import copy
 import functools
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 
-os.environ["JAX_PLATFORMS"] = (
-    "cpu"  # before the import, and whatever the shell says: the TPU belongs to torch_xla
-)
+# Before jax is imported, and whatever the shell's environment says: the TPU belongs to torch_xla.
+os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.export
 import jax.numpy as jnp
-import torch
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from trm_model import RMS_NORM_EPS, cast
+from layers import RMS_NORM_EPS
+from tpu_types import Generation
 
-SMALL_VMEM_BYTES = (
-    16 * 2**20
-)  # what the compiler lets a kernel take of a core, if it is not told; on v4 all that there is
-EXAMPLES_A_PASS = (
-    4  # fewer, and the weights are pushed into the multiplier too often; more gain nothing
-)
-WIDTH_A_TIME = 1536  # of the channels' W, or float32 intermediates would not fit
-TOLERANCE = 0.02  # relative, between two orders of bfloat16's roundings; about 0.004 is usual
+# The part of a core's VMEM that the compiler gives to a kernel unless it is told otherwise; on a v4
+# that is all there is.
+SMALL_VMEM_BYTES = 16 * 2**20
+# With fewer examples the weights are loaded into the multiplier too often; more make it no faster.
+EXAMPLES_A_PASS = 4
+# Channel mixing takes its width W in parts of this size: more float32 intermediates would not fit.
+WIDTH_A_TIME = 1536
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The kernels. A *_ref is a block in VMEM: x [n, L, D] of n examples, weights whole
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The kernels. Each *_ref is a block in VMEM: x [n, L, D] of n examples, all of a weight
+# --------------------------------------------------------------------------------------------------
 def dot(a, b, contract_a=1, contract_b=0):
-    return jax.lax.dot_general(
-        a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    """The float32 product of two matrices over the given axes."""
+    axes = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def wide(x):
@@ -51,6 +54,7 @@ def wide(x):
 
 
 def swish_of_half(half):
+    """silu(2 * half)."""
     return half * jnp.tanh(half) + half
 
 
@@ -59,7 +63,9 @@ def inverse_rms(x, axis):
 
 
 def token_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref):
-    """Mixes the L positions; [L, D] is the right-hand side of every product as it lies."""
+    """Mix the L positions of each example. Its [L, D] is the right operand of every product as it
+    is.
+    """
     for k in range(x_ref.shape[0]):
         x = x_ref[k]
         inner = (swish_of_half(dot(gate_ref[...], x)) * dot(up_ref[...], x)).astype(x.dtype)
@@ -78,7 +84,11 @@ def token_gradient_kernel(
     up_grad_ref,
     down_grad_ref,
 ):
-    """Computes the forward once more, so that nothing but x is kept for it. Weight gradients: each core's own sum, float32."""
+    """The gradient of token_kernel. It computes the forward pass again, so that only x is kept for
+    it.
+
+    Each core sums the gradients of the weights over its own examples, in float32.
+    """
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -109,7 +119,11 @@ def token_gradient_kernel(
 
 
 def channel_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref, *kept_refs_and_rows):
-    """Mixes the D channels of all examples' positions at once. kept_refs: gate, up [n, L, W] and 1 / rms [n, L, 1], for the backward."""
+    """Mix the D channels of all positions of all n examples at once.
+
+    kept_refs_and_rows: what the backward pass needs, or nothing of it: gate [n, L, W], up [n, L, W]
+    and 1 / rms [n, L, 1]; then memory for the rows of all examples.
+    """
     *kept_refs, rows_ref = kept_refs_and_rows
     length, stride = x_ref.shape[1], rows_ref.shape[0] // x_ref.shape[0]
 
@@ -133,72 +147,74 @@ def channel_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref, *kept_refs_and_ro
         put(ref, scale)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Their calls, functions of jax arrays
-# ---------------------------------------------------------------------------------------------------------
-def token_mixing(x, gate, up, down, chip, interpret=False):
-    """rms_norm(x + swiglu(x)) along the positions. x [B, L, D]; gate (halved), up [W, L], down [L, W]."""
+# --------------------------------------------------------------------------------------------------
+# The kernels as functions of jax arrays. interpret: for a CPU, in tests
+# --------------------------------------------------------------------------------------------------
+def token_mixing(x, gate, up, down, chip: Generation, interpret: bool = False):
+    """[rms_norm(x + swiglu(x))] along the positions.
+
+    x [B, L, D]; gate (halved) and up [W, L], down [L, W].
+    """
     return _call(token_kernel, (x,), (gate, up, down), [x], chip, interpret)
 
 
-def token_mixing_gradient(x, out_grad, gate, up, down, chip, interpret=False):
-    """Gradients of x [B, L, D], and of gate (not of its half), up and down: float32 [1 or 2, ...], to be added up."""
-    return _call(
-        token_gradient_kernel,
-        (x, out_grad),
-        (gate, up, down),
-        [x],
-        chip,
-        interpret,
-        sums=(gate, up, down),
-    )
+def token_mixing_gradient(x, out_grad, gate, up, down, chip: Generation, interpret: bool = False):
+    """Gradients of x [B, L, D], gate (not of its half), up and down.
+
+    Those of the weights are float32 [1 or 2, ...], one for each core, and have to be summed.
+    """
+    weights = gate, up, down
+    inputs = x, out_grad
+    return _call(token_gradient_kernel, inputs, weights, [x], chip, interpret, sums=weights)
 
 
-def channel_mixing(x, gate, up, down, chip, interpret=False):
-    """rms_norm(x + swiglu(x)) along the channels. x [B, L, D]; gate (halved), up [W, D], down [D, W]."""
+def channel_mixing(x, gate, up, down, chip: Generation, interpret: bool = False):
+    """[rms_norm(x + swiglu(x))] along the channels.
+
+    x [B, L, D]; gate (halved) and up [W, D], down [D, W].
+    """
     return _call(channel_kernel, (x,), (gate, up, down), [x], chip, interpret)
 
 
-def channel_mixing_kept(x, gate, up, down, chip, interpret=False):
-    """channel_mixing, and what its backward needs: gate, up [B, L, W] in x's dtype, 1 / rms [B, L, 1] float32."""
+def channel_mixing_kept(x, gate, up, down, chip: Generation, interpret: bool = False):
+    """`channel_mixing`, followed by what its backward pass needs.
+
+    That is gate and up [B, L, W] in x's dtype and 1 / rms [B, L, 1] float32.
+    """
     inner = jax.ShapeDtypeStruct((*x.shape[:2], up.shape[0]), x.dtype)
     scale = jax.ShapeDtypeStruct((*x.shape[:2], 1), jnp.float32)
     return _call(channel_kernel, (x,), (gate, up, down), [x, inner, inner, scale], chip, interpret)
 
 
 def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
-    """inputs and outputs [B, ...] are cut along B into the passes of the grid; weights are whole in each; sums: float32, of each core."""
+    """Call a kernel over its grid of (cores, passes).
+
+    inputs and outputs [B, ...] are divided among the passes along B; each pass has all of the
+    weights. sums: arrays that each core has a float32 sum for; they are the last results.
+    """
     batch, length, dim = inputs[0].shape
-    fitting = [
-        k
-        for k in range(EXAMPLES_A_PASS, 0, -1)
-        if batch % k == 0
-        and (k == 1 or vmem_bytes(kernel, k, (*inputs, *outputs), weights) <= vmem_limit(chip))
-    ]
-    # as many examples as fit, but rather fewer than that one core has nothing to do
-    examples = next((k for k in fitting if batch // k % chip.cores == 0), fitting[0])
+    examples = _examples_a_pass(kernel, (*inputs, *outputs), weights, chip)
     cores = chip.cores if batch // examples % chip.cores == 0 else 1
     passes = batch // examples // cores
     needs = vmem_bytes(kernel, examples, (*inputs, *outputs), weights)
 
     def block(array):
-        return pl.BlockSpec(
-            (examples, *array.shape[1:]), lambda core, step: (core * passes + step, 0, 0)
-        )
+        shape = (examples, *array.shape[1:])
+        return pl.BlockSpec(shape, lambda core, step: (core * passes + step, 0, 0))
 
-    def whole(array):  # fetched once, so one buffer
+    def whole(array):
+        # fetched once, so that one buffer is enough
         return pl.BlockSpec(array.shape, lambda core, step: (0, 0), pipeline_mode=pl.Buffered(1))
 
-    def own(array):
+    def one_for_each_core(array):
         return pl.BlockSpec((1, *array.shape), lambda core, step: (core, 0, 0))
 
     out_shape = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs]
     out_shape += [jax.ShapeDtypeStruct((cores, *array.shape), jnp.float32) for array in sums]
+    rows = pltpu.VMEM((examples * padded(length, 8), dim), inputs[0].dtype)
     mixed_with = length if kernel is channel_kernel else dim
     flops = 2 * batch * mixed_with * sum(weight.size for weight in weights) * (3 if sums else 1)
-    moved = sum(
-        array.size * array.dtype.itemsize for array in (*inputs, *out_shape, *weights * cores)
-    )
+    moved = (*inputs, *out_shape, *weights * cores)
     return pl.pallas_call(
         kernel,
         grid=(cores, passes),
@@ -206,10 +222,8 @@ def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
         out_shape=out_shape,
         name=kernel.__name__,
         in_specs=[*map(block, inputs), *map(whole, weights)],
-        out_specs=[*map(block, outputs), *map(own, sums)],
-        scratch_shapes=[pltpu.VMEM((examples * padded(length, 8), dim), inputs[0].dtype)]
-        if kernel is channel_kernel
-        else [],
+        out_specs=[*map(block, outputs), *map(one_for_each_core, sums)],
+        scratch_shapes=[rows] if kernel is channel_kernel else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_limit(chip) if needs > SMALL_VMEM_BYTES else None,
@@ -217,22 +231,48 @@ def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
         cost_estimate=pl.CostEstimate(
             flops=flops,
             transcendentals=batch * mixed_with * weights[0].shape[0],
-            bytes_accessed=moved,
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
         ),
     )(*inputs, *weights)
 
 
-def padded(size, tile):
+def _examples_a_pass(kernel, arrays, weights, chip):
+    """As many examples as fit into VMEM, or fewer if a core would have nothing to do otherwise."""
+    batch = arrays[0].shape[0]
+    fitting = [
+        count
+        for count in range(EXAMPLES_A_PASS, 0, -1)
+        if batch % count == 0
+        and (count == 1 or vmem_bytes(kernel, count, arrays, weights) <= vmem_limit(chip))
+    ]
+    for_all_cores = [count for count in fitting if batch // count % chip.cores == 0]
+    return (for_all_cores or fitting)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# What fits into a core's VMEM
+# --------------------------------------------------------------------------------------------------
+def padded(size: int, tile: int) -> int:
+    """`size` rounded up to a multiple of `tile`."""
     return -(-size // tile) * tile
 
 
-def vmem_limit(chip):
-    """Bytes of a core's VMEM that a kernel may take. Where there is more than a v4 has, the compiler keeps a part for what runs beside."""
-    return SMALL_VMEM_BYTES if chip.vmem_bytes == SMALL_VMEM_BYTES else chip.vmem_bytes * 3 // 4
+def vmem_limit(chip: Generation) -> int:
+    """Bytes of a core's VMEM that a kernel may take.
+
+    On a chip with more VMEM than a v4 the compiler needs a part for what runs beside the kernel.
+    """
+    if chip.vmem_bytes == SMALL_VMEM_BYTES:
+        return SMALL_VMEM_BYTES
+    return chip.vmem_bytes * 3 // 4
 
 
-def vmem_bytes(kernel, examples, arrays, weights):
-    """A bound of what a kernel takes of a core's VMEM: blocks twice (one is computed, one moves), weights, intermediates in float32."""
+def vmem_bytes(kernel: Callable, examples: int, arrays, weights) -> int:
+    """An upper bound of the bytes of VMEM that a kernel takes.
+
+    It holds each block twice (one is computed while another one moves), the weights, and
+    intermediate results in float32.
+    """
 
     def in_vmem(*shape, bytes_each=2):
         return math.prod(shape[:-2]) * padded(shape[-2], 8) * padded(shape[-1], 128) * bytes_each
@@ -244,187 +284,51 @@ def vmem_bytes(kernel, examples, arrays, weights):
     held = sum(in_vmem(*weight.shape) for weight in weights)
     if kernel is channel_kernel:
         rows = examples * padded(length, 8)
-        return (
-            blocks
-            + held
-            + in_vmem(rows, dim)
-            + in_vmem(rows, min(width, WIDTH_A_TIME) + dim, bytes_each=4)
-        )
+        intermediates = in_vmem(rows, min(width, WIDTH_A_TIME) + dim, bytes_each=4)
+        return blocks + held + in_vmem(rows, dim) + intermediates
     if kernel is token_kernel:
         return blocks + held + in_vmem(2 * width + length, dim, bytes_each=4)
     return blocks + held + 4 * held + in_vmem(5 * width, dim, bytes_each=4)
 
 
-def fits(length, dim, width, axis, chip):
-    """Whether one example of [length, dim] (mixed along `axis` of [B, length, dim] by a SwiGLU of this width) and the weights fit a core."""
+def fits(length: int, dim: int, width: int, axis: int, chip: Generation) -> bool:
+    """Whether a SwiGLU of this width that mixes `axis` of [B, length, dim] bfloat16 can be a
+    kernel.
 
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    One example and the weights have to fit into a core's VMEM, also for training.
+    """
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     x, inner, size = array(1, length, dim), array(1, length, width), (None, length, dim)[axis]
     weights = array(width, size), array(width, size), array(size, width)
-    needs = (
-        vmem_bytes(token_gradient_kernel, 1, (x, x, x), weights)
-        if axis == 1
-        else vmem_bytes(
-            channel_kernel,
-            1,
-            (x, x, inner, inner, jax.ShapeDtypeStruct((1, length, 1), jnp.float32)),
-            weights,
-        )
-    )
+    if axis == 1:
+        needs = vmem_bytes(token_gradient_kernel, 1, (x, x, x), weights)
+    else:
+        scale = array(1, length, 1, dtype=jnp.float32)
+        needs = vmem_bytes(channel_kernel, 1, (x, x, inner, inner, scale), weights)
     return dim % 128 == 0 and needs <= vmem_limit(chip)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# ... and of torch's
-# ---------------------------------------------------------------------------------------------------------
-class TokenMixing(torch.autograd.Function):
-    """rms_norm(x + swiglu(x)) along the positions of x [B, L, D], forward and backward each one kernel."""
-
-    @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight, chip):
-        gate, up, down = (cast(weight, x.dtype) for weight in (gate_weight, up_weight, down_weight))
-        arguments = x, 0.5 * gate, up, down
-        ctx.save_for_backward(*arguments)
-        ctx.chip = chip
-        return call(token_mixing, chip, *arguments)[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, *weights = ctx.saved_tensors
-        x_grad, *sums = call(token_mixing_gradient, ctx.chip, x, grad, *weights)
-        return x_grad, *(of_cores.sum(0) for of_cores in sums), None
-
-
-class ChannelMixing(torch.autograd.Function):
-    """rms_norm(x + swiglu(x)) along the channels of x [B, L, D]; the forward is one kernel. keep: for the backward."""
-
-    @staticmethod
-    def forward(ctx, x, gate_weight, up_weight, down_weight, chip, keep):
-        weights = gate, up, down = [
-            cast(weight, x.dtype) for weight in (gate_weight, up_weight, down_weight)
-        ]
-        if not keep:
-            return call(channel_mixing, chip, x, 0.5 * gate, up, down)[0]
-        out, *kept = call(channel_mixing_kept, chip, x, 0.5 * gate, up, down)
-        ctx.save_for_backward(x, *weights, out, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        import xla_mixing
-
-        x, *weights, out, gate, up, scale = ctx.saved_tensors
-        grad, out = grad.float(), out.float()
-        mixed_grad = scale * (grad - out * (grad * out).mean(-1, keepdim=True))
-        x_grad, *weight_grads = xla_mixing.swiglu_gradient(
-            mixed_grad.to(x.dtype), x, weights, gate, up, 2
-        )
-        return (x_grad + mixed_grad).to(x.dtype), *weight_grads, None, None
-
-
-def call(function, chip, *tensors):
-    """One of the above on tensors of a TPU: a custom call in the program that torch_xla traces. Returns a list."""
-    import torch_xla
-
-    payload, shapes, dtypes = _traced(
-        function, chip, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-    )
-    return torch_xla._XLAC._xla_tpu_custom_call(list(tensors), payload, shapes, dtypes)
-
-
+# --------------------------------------------------------------------------------------------------
+# The kernels as torch_xla takes them
+# --------------------------------------------------------------------------------------------------
 @functools.cache
-def _traced(function, chip, given):
-    """(the kernel as torch_xla takes it, its results' shapes, their torch dtypes)."""
-    arguments = [
-        jax.ShapeDtypeStruct(shape, str(dtype).removeprefix("torch.")) for shape, dtype in given
-    ]
-    # exported, for whatever TPU and compiler: what jax traces for itself, a libtpu of a few weeks before it does not read
-    exported = jax.export.export(
-        jax.jit(functools.partial(function, chip=chip)), platforms=["tpu"]
-    )(*arguments)
-    text = re.search(r'@tpu_custom_call\(.*backend_config = "(.*?)"', exported.mlir_module())[1]
-    payload = re.sub(r"\\([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), text)
-    results = exported.out_avals
-    return (
-        json.dumps(json.loads(payload)),
-        [list(result.shape) for result in results],
-        [getattr(torch, str(result.dtype)) for result in results],
-    )
+def exported(
+    function: Callable, chip: Generation, arguments: tuple[tuple[tuple[int, ...], str], ...]
+) -> tuple[str, list[tuple[tuple[int, ...], str]]]:
+    """(a kernel as the payload of a custom call, [(shape, dtype name) of each result]).
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Which run uses them
-# ---------------------------------------------------------------------------------------------------------
-def swiglus(layer):
-    """[(axis that it mixes, SwiGLU)] of a trm_model.Block."""
-    return [(1, layer.mlp_t), (2, layer.mlp)] if layer.mixes_by_mlp else [(2, layer.mlp)]
-
-
-def in_kernel(model, axis, swiglu, chip):
-    """chip where this SwiGLU of a trm_model.TinyRecursiveModel can be a kernel on it: it computes in bfloat16 and fits a core. Else None."""
-    width = swiglu.down_proj.weight.shape[1]
-    return (
-        chip
-        if model.forward_dtype == torch.bfloat16
-        and fits(model.length, model.config.hidden_size, width, axis, chip)
-        else None
-    )
-
-
-def use(model, chip):
-    """Let each SwiGLU of the model run as a kernel of this chip where it can."""
-    for layer in model.L_level.layers:
-        for axis, swiglu in swiglus(layer):
-            swiglu.in_kernel = in_kernel(model, axis, swiglu, chip)
-
-
-def fault(model, device, training_batch, evaluation_batch):
-    """What is wrong with the kernels on this device (a text), or None where each computes what XLA's own operations do, to bfloat16's
-    accuracy: forward and backward of `training_batch` examples (None: of none), forward alone of these and of `evaluation_batch`.
-    One program. What the compiler raises is for the caller."""
-    layer = copy.deepcopy(model.L_level.layers[0]).to(device.torch)
-    cases = dict.fromkeys(
-        [(training_batch, True), (training_batch, False), (evaluation_batch, False)]
-        if training_batch
-        else [(evaluation_batch, False)]
-    )
-    generator, off = torch.Generator().manual_seed(0), {}
-    for axis, swiglu in swiglus(layer):
-        for batch, backward in cases if in_kernel(model, axis, swiglu, device.generation) else ():
-            x, *probe = (
-                device.put(
-                    torch.randn(
-                        batch, model.length, model.config.hidden_size, generator=generator
-                    ).bfloat16()
-                )
-                for _ in range(1 + backward)
-            )
-            results = []
-            for swiglu.in_kernel in (None, device.generation):
-                with torch.set_grad_enabled(backward):
-                    x = x.detach().requires_grad_(backward)
-                    out = swiglu(x, swiglu.weights(), axis)
-                    results.append(
-                        [
-                            out,
-                            *(
-                                torch.autograd.grad(out, (x, *swiglu.parameters()), *probe)
-                                if backward
-                                else ()
-                            ),
-                        ]
-                    )
-            off[f"mixing along axis {axis}{', backward' * backward}, {batch} examples"] = (
-                torch.stack(
-                    [
-                        (ours.float() - plain.float()).norm() / plain.float().norm()
-                        for plain, ours in zip(*results)
-                    ]
-                ).detach()
-            )
-    device.end_step()
-    for what, values in device.fetch(off).items():
-        if not values.max() < TOLERANCE:
-            return f"{what}: {values.max():.2g} (relative) off what XLA computes"
+    function: one of the four above; arguments: (shape, dtype name) of each of its arrays.
+    """
+    # By jax.export, whose format is stable: a libtpu that is a few weeks older than jax cannot read
+    # what jax traces for itself.
+    kernel = jax.jit(functools.partial(function, chip=chip))
+    given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
+    traced = jax.export.export(kernel, platforms=["tpu"])(*given)
+    found = re.search(r'@tpu_custom_call\(.*backend_config = "(.*?)"', traced.mlir_module())
+    assert found, "no custom call in what jax has exported"
+    payload = re.sub(r"\\([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), found[1])
+    results = [(tuple(result.shape), str(result.dtype)) for result in traced.out_avals]
+    return json.dumps(json.loads(payload)), results

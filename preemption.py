@@ -1,13 +1,15 @@
-"""SIGTERM, to one worker or to all: a checkpoint, then exit status 143, within seconds. The same after SIGHUP, and on
-Google Cloud after the metadata server's notice that a host is preempted. Ctrl-C (SIGINT) of a run that is one process:
-the same with 130; of several, their parent answers it (workers.py).
+"""How a run ends early: with a checkpoint and an exit status, within seconds.
 
-A signal that is only looked at between training steps is lost on a process that compiles or evaluates. So a thread
-listens: while there is nothing to save it ends the process by itself, once every worker has nothing to save; else
-the loop saves, at a step on which all workers agree.
+What ends it, at one worker or at all: SIGTERM, SIGHUP, and on Google Cloud the metadata server's
+notice that a host is preempted: exit status 143. Ctrl-C (SIGINT) of a run that is one process: 130;
+of several processes their parent answers it (workers.py).
 
-The same thread ends this worker when another has failed or is not heard of any more: a collective may not notice that
-for minutes, and one of a TPU not at all.
+A signal that is only looked at between training steps is lost on a process that compiles or
+evaluates. So a thread listens: while nothing is unsaved it ends the process by itself, once that is
+so on every worker; otherwise the training loop saves, at a step on which all workers agree.
+
+The same thread ends this worker when another one has failed, or gives no sign of life any more: a
+collective may not notice that for minutes, and one of a TPU not at all.
 """
 
 import contextlib
@@ -18,37 +20,50 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from collectives import Workers
+from utils import UserError, WorkerGone
+
 EXIT_STATUS = 143  # 128 + SIGTERM
-AGREE_STEPS = 4  # steps between two votes; the result of a vote is read when the next one is due
-POLL_SECONDS = 0.25  # between looks at the other workers
+# steps between two votes; the result of a vote is read when the next one is due
+AGREE_STEPS = 4
+POLL_SECONDS = 0.25  # between two looks at the other workers
 BEAT_SECONDS = 5  # between two signs of life
-SILENT_LOOKS = (
-    10  # in a row that met none, BEAT_SECONDS apart: with a look's own delay less than a minute
-)
-METADATA_SERVER = (
-    "169.254.169.254"  # by number: where a name is not known, to ask for it may take half a minute
-)
+# so many looks in a row without a new sign of life, BEAT_SECONDS apart: with the delay of a look
+# itself less than a minute
+SILENT_LOOKS = 10
+# for news of a SIGTERM, after another worker is gone
+NEWS_SECONDS = 1
+# a number: where its name is not known, to ask for it may take half a minute
+METADATA_SERVER = "169.254.169.254"
 METADATA_SECONDS = 60  # after which the metadata server answers though nothing has changed
 BACK_OFF_SECONDS = 10  # at most, between two requests to a metadata server that fails
 
-_signals = None  # read end of a pipe into which a signal's number is written as it arrives
+_signals: int | None = None  # read end of a pipe: the number of each signal is written into it
 _arrived = threading.Event()
-_which, _cause = signal.SIGTERM, "SIGTERM"  # what arrived, once it has, and its name
-_heeded = {signal.SIGTERM}
+# of what has arrived: the signal that it counts as, and its name
+_signal, _cause = signal.SIGTERM, "SIGTERM"
+_handled = {signal.SIGTERM}
 _arriving = threading.Lock()
-_at_once = True  # nothing here would be lost, and nobody else ends this process
+_exit_immediately = True
 
 
-def listen():
-    """From now on SIGTERM ends this process with status 143, whatever it is doing: at once, until let_others_end_it() or
-    a Preemption takes care of it. So does SIGHUP, unless this process was told to ignore it (nohup): where a host shuts
-    down, it comes to a login's processes right after SIGTERM. To be called in the main thread; more than once is fine.
+# --------------------------------------------------------------------------------------------------
+# What ends a run
+# --------------------------------------------------------------------------------------------------
+def listen() -> None:
+    """From now on SIGTERM and SIGHUP end this process with status 143, whatever it is doing.
 
-    Python runs a signal's handler in the main thread, between two bytecodes: during a compile that is much too late.
-    The number that set_wakeup_fd writes is there at once, for any thread.
+    At once, until disable_immediate_exit() or a Preemption. SIGHUP only unless this process was
+    told to ignore it (nohup): where a host shuts down, it comes to the processes of a login right
+    after SIGTERM. To be called in the main thread; more than once is fine.
+
+    Python runs a signal's handler in the main thread, between two bytecodes: during a compile that
+    is much too late. The number that set_wakeup_fd writes is there at once, for any thread.
     """
     global _signals
     if _signals is None:
@@ -57,64 +72,72 @@ def listen():
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            _heeded.add(signal.SIGHUP)
+            _handled.add(signal.SIGHUP)
             signal.signal(signal.SIGHUP, lambda *_: None)
         threading.Thread(target=_read_signals, name="signals", daemon=True).start()
 
 
-def listen_to_keyboard():
-    """From now on Ctrl-C, too, unless this process was told to ignore it; a second one is a KeyboardInterrupt."""
+def listen_to_keyboard() -> None:
+    """From now on Ctrl-C, too, unless this process was told to ignore it.
+
+    The first one ends the run with a checkpoint, a second one is a KeyboardInterrupt.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        _heeded.add(signal.SIGINT)
+        _handled.add(signal.SIGINT)
         signal.signal(
             signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler)
         )
 
 
-def _read_signals():
+def _read_signals() -> None:
+    assert _signals is not None
     while True:
-        come = _heeded.intersection(os.read(_signals, 64))
-        if signal.SIGINT in come:
+        arrived = _handled.intersection(os.read(_signals, 64))
+        if signal.SIGINT in arrived:
             _arrive("SIGINT", signal.SIGINT)
-        elif come:
-            _arrive("SIGTERM" if signal.SIGTERM in come else "SIGHUP")
+        elif arrived:
+            _arrive("SIGTERM" if signal.SIGTERM in arrived else "SIGHUP")
 
 
-def _arrive(cause, which=signal.SIGTERM):
-    """Take note of the first that comes, by any of the ways. which: the signal that it counts as."""
-    global _which, _cause
+def _arrive(cause: str, counts_as: signal.Signals = signal.SIGTERM) -> None:
+    """Note the first request to end, whichever way it comes."""
+    global _signal, _cause
     with _arriving:
         if _arrived.is_set():
             return
-        _which, _cause = which, cause
+        _signal, _cause = counts_as, cause
         _arrived.set()
-    if _at_once:
+    if _exit_immediately:
         _say(f"{cause}: nothing is unsaved; status {exit_status()}")
         os._exit(exit_status())
-    if which == signal.SIGINT:
-        _say("interrupted: it saves and ends; once more to kill it")
+    if counts_as == signal.SIGINT:
+        _say(
+            "interrupted: the run saves a checkpoint and ends, and the same command goes on from "
+            "it; Ctrl-C once more ends it without a checkpoint"
+        )
 
 
-def _say(text):
-    with contextlib.suppress(
-        OSError
-    ):  # the terminal may be gone, and what follows must happen all the same
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone, and what follows must happen
         print(text, file=sys.stderr, flush=True)
 
 
-def listen_to_metadata_server():
-    """From now on, on Google Cloud, the notice that this host is preempted counts as SIGTERM; elsewhere this does
-    nothing. For one process of a host. A server that fails is asked again, without a word and without end.
+def listen_to_metadata_server() -> None:
+    """From now on, on Google Cloud, the notice that this host is preempted counts as SIGTERM.
 
-    The value is `instance/preempted`: https://cloud.google.com/compute/docs/instances/spot (Compute Engine gives about
-    30 s; the pages of Cloud TPU promise none). GCE_METADATA_HOST names another server, as for Google's own libraries.
+    Elsewhere this does nothing. For one process of a host. A server that fails is asked again,
+    silently and without end.
+
+    The value is `instance/preempted`: https://cloud.google.com/compute/docs/instances/spot (Compute
+    Engine gives about 30 s; the pages of Cloud TPU promise none). GCE_METADATA_HOST names another
+    server, as for Google's own libraries.
     """
     host = os.environ.get("GCE_METADATA_HOST") or (METADATA_SERVER if _on_google_cloud() else None)
     if host:
         threading.Thread(target=_read_metadata, args=(host,), name="metadata", daemon=True).start()
 
 
-def _on_google_cloud():
+def _on_google_cloud() -> bool:
     if os.environ.get("PJRT_DEVICE") == "TPU":
         return True
     try:
@@ -124,9 +147,9 @@ def _on_google_cloud():
         return False
 
 
-def _read_metadata(host):
+def _read_metadata(host: str) -> None:
     """Wait for the notice of preemption, as `_read_signals` waits for a signal."""
-    # an ETag that no value has: the first answer comes at once, and a notice from before is not missed
+    # no value has this ETag: the first answer comes at once, and an earlier notice is not missed
     etag, pause = "0", 1
     while True:
         try:
@@ -134,96 +157,137 @@ def _read_metadata(host):
             if value == b"TRUE":
                 return _arrive(f"the notice that {socket.gethostname()} is preempted")
             pause = 1  # and not 0, for a server that does not wait
-        except (OSError, http.client.HTTPException):  # 503 while it is restarted; or it is none
+        except (OSError, http.client.HTTPException):  # 503 while it restarts; or no such server
             pause = min(2 * pause, BACK_OFF_SECONDS)
         time.sleep(pause)
 
 
-def _metadata(host, etag):
-    """(value, its ETag) of `instance/preempted`, once that is another than `etag` or METADATA_SECONDS have passed."""
-    # http.client heeds no proxy's settings
-    with contextlib.closing(
-        http.client.HTTPConnection(host, timeout=METADATA_SECONDS + 10)
-    ) as connection:
+def _metadata(host: str, etag: str) -> tuple[bytes, str]:
+    """(value, its ETag) of `instance/preempted`, once it changes or METADATA_SECONDS have
+    passed."""
+    # http.client ignores the settings of a proxy, as it must here
+    connection = http.client.HTTPConnection(host, timeout=METADATA_SECONDS + 10)
+    with contextlib.closing(connection):
         connection.request(
             "GET",
-            f"/computeMetadata/v1/instance/preempted?wait_for_change=true&last_etag={etag}"
-            f"&timeout_sec={METADATA_SECONDS}",
+            "/computeMetadata/v1/instance/preempted?wait_for_change=true"
+            f"&last_etag={etag}&timeout_sec={METADATA_SECONDS}",
             headers={"Metadata-Flavor": "Google"},
         )
         answer = connection.getresponse()
-        # whoever else answers at that address does not know this header
+        # another server at that address does not know this header
         if answer.status != 200 or answer.getheader("Metadata-Flavor") != "Google":
             raise http.client.HTTPException(f"status {answer.status}")
         return answer.read(16).strip(), answer.getheader("ETag", "0")
 
 
-def let_others_end_it():
-    """From now on somebody else ends this process after a SIGTERM: the workers it waits for, or a Preemption."""
-    global _at_once
-    _at_once = False
+def disable_immediate_exit() -> None:
+    """From here on a Preemption, or the parent process, decides when this process exits."""
+    global _exit_immediately
+    _exit_immediately = False
 
 
-def requested():
-    """Whether this process, or a fellow worker's, has received a signal to end."""
+def requested() -> bool:
+    """Whether this process, or another worker, has been asked to end."""
     return _arrived.is_set()
 
 
-def cause():
-    """What has come, for messages: a signal's name, or which host's notice."""
+def cause() -> str:
+    """What has asked it to end, for messages: the name of a signal, or which host's notice."""
     return _cause
 
 
-def exit_status():
-    """Of a process that has ended because of it: 143 or 130."""
-    return 128 + _which
+def exit_status() -> int:
+    """Of a process that has been asked to end: 143 or 130."""
+    return 128 + _signal
 
 
-def wait():
-    """Return when this process has received SIGTERM."""
+def wait() -> None:
+    """Return when this process has been asked to end."""
     _arrived.wait()
 
 
-class Preemption:
-    """How one worker's training ends on SIGTERM, or on what else is listened to.
+@contextlib.contextmanager
+def lost_workers_may_be_preempted() -> Iterator[None]:
+    """A block in which a worker that has ended because of a SIGTERM is no failure of this one."""
+    try:
+        yield
+    except WorkerGone:
+        time.sleep(NEWS_SECONDS)
+        if requested():
+            sys.exit(exit_status())
+        raise
 
-    device: device.Device, joined with its fellow workers. hurry(): called when SIGTERM has come. leave(): called before
-    the process ends outside of the loop, for what must not be cut off, as an upload; returns whether nothing was.
+
+# --------------------------------------------------------------------------------------------------
+# How the training of one worker ends
+# --------------------------------------------------------------------------------------------------
+class Preemption:
+    """Watches over the training of one worker, as a context manager around it.
+
+    folder: has `hurry()`, called when the run is asked to end, and `leave()`, called before the
+    process exits outside of the training loop: it completes what must not be cut off, as an upload,
+    and returns whether all is saved.
+
+    An exception that leaves the block is reported to the other workers, which end then. If another
+    worker was first, this one exits with that one's status.
     """
 
-    def __init__(self, device, hurry, leave):
-        let_others_end_it()
-        self.device, self.hurry, self.leave = device, hurry, leave
-        # nothing trained is unsaved: true before the first step is done, and while a saved state is evaluated
-        self.nothing_to_lose = True
-        self.vote, self.met = (
-            None,
-            False,
-        )  # (work, votes) under way, and whether a checkpoint has been made since it began
-        self.store = device.second_store()
-        self.beats = 0  # of this worker
-        self.heard = {}  # rank: what its last sign of life was, "number host"
-        self.silent = {}  # rank: looks in a row at which there was no new one
-        self.asked = None  # the round of questions that the store has to answer, while it does
+    def __init__(self, workers: Workers, folder: Any):
+        disable_immediate_exit()
+        self.workers, self.folder = workers, folder
+        # No training is unsaved. True before the first step, and from a checkpoint to the next
+        # step.
+        self.nothing_unsaved = True
+        self.loop_stops = False  # the training loop has been told to save and end
+        self.vote: tuple[Any, torch.Tensor] | None = None  # that is under way, and its votes
+        self.saved_since_vote = False
+        self.store = workers.second_store()
+        self.last_sign: dict[int, str] = {}  # of each rank: "number host"
+        self.silent_looks: dict[int, int] = {}  # of each rank: looks in a row without a new sign
+        self.signs_given = 0
+        self.question: int | None = None  # which the store has to answer now
         self.closed, self.ended = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="preemption", daemon=True)
-        self.guard = threading.Thread(target=self._watch_store, name="store", daemon=True)
-        self.thread.start()
-        self.guard.start()
+        self.watch = threading.Thread(target=self._watch, name="preemption", daemon=True)
+        self.store_watch = threading.Thread(target=self._watch_store, name="store", daemon=True)
+        self.watch.start()
+        self.store_watch.start()
 
-    def close(self):
-        """Stop listening. A thread that is in the store's C++ code when the interpreter ends would abort the process."""
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if isinstance(error, WorkerGone):
+                time.sleep(NEWS_SECONDS)
+                if requested():
+                    sys.exit(exit_status())
+                if status := self._report_failure(1):
+                    sys.exit(status)  # the first worker has said what there is to say
+            elif isinstance(error, Exception):
+                self._report_failure(2 if isinstance(error, UserError) else 1)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        # a thread that is in the store's C++ code when the interpreter ends would abort the process
         self.closed.set()
-        self.thread.join()
+        self.watch.join()
         self.ended.set()
-        self.guard.join()
+        self.store_watch.join()
 
-    def alone(self):
-        """The fellow workers have ended, and all went well: there is nobody to agree with any more."""
-        self.store = None
+    def part_from_workers(self) -> None:
+        """Wait until every worker has come here, and close the connections between them.
 
-    def first_failure(self, status):
-        """Tell the others, which end then, that this worker fails with `status`. None, or the status of one that was first."""
+        From here on the silence of another worker is no failure.
+        """
+        self._say_ended(self.store)
+        self.store, self.question = None, None
+        self.workers.leave()
+
+    def _report_failure(self, status: int) -> int | None:
+        """Let the others end with `status`. Returns the status of a worker that was first, or
+        None."""
         try:
             if self.store is None or self.store.add("failures", 1) == 1:
                 if self.store:
@@ -233,135 +297,158 @@ class Preemption:
         except RuntimeError:
             return None
 
-    def saved(self):
-        """A checkpoint has been made, on every worker at this step: a wish for one that is under way is met."""
-        self.met = True
+    def after_step(self, step: int, save_due: bool) -> tuple[bool, bool]:
+        """(stop, save): whether to save and end after `step`, and whether to save.
 
-    def poll(self, step, save_due):
-        """(stop, save): whether to save and end after `step`, and whether to save. The same on every worker at the same step.
-
-        save_due: this worker's wish for a checkpoint. Costs an all-reduce between hosts every AGREE_STEPS steps, for
-        which nobody waits: its result is read AGREE_STEPS later. The device is not waited for at all.
+        The same on every worker at the same step. save_due: this worker's wish for a checkpoint.
+        Costs an all-reduce between hosts every AGREE_STEPS steps, for which nobody waits: its
+        result is read AGREE_STEPS later. The device is not waited for.
         """
+        self.nothing_unsaved = False
         if self.store is None:
-            return requested(), save_due
+            self.loop_stops = requested()
+            return self.loop_stops, save_due
         if step % AGREE_STEPS:
             return False, False
         stop = save = False
         if self.vote:
-            work, votes = self.vote
-            self.device.wait_for_vote(work)
+            vote, votes = self.vote
+            self.workers.wait_for_vote(vote)
             stop, save = (votes > 0).tolist()
-            save = save and not self.met
-        votes, self.met = torch.tensor([requested(), save_due], dtype=torch.int32), False
-        self.vote = self.device.start_vote(votes), votes
+            save = save and not self.saved_since_vote
+            self.loop_stops = stop
+        votes = torch.tensor([requested(), save_due], dtype=torch.int32)
+        self.vote, self.saved_since_vote = (self.workers.start_vote(votes), votes), False
         return stop, save
 
-    # ----- the threads -----
-    def _watch(self):
-        """Tell the other workers of a SIGTERM here, take note of one there; leave once nobody has anything to lose.
-        Give signs of life, and leave where another gives none.
+    def saved(self) -> None:
+        """A checkpoint of this step has been made, on every worker."""
+        self.saved_since_vote = self.nothing_unsaved = True
 
-        A worker that has said so and then trains on a little loses nothing but those steps, if the others have said so too.
+    # ----- the thread that watches for the end -----
+    def _watch(self) -> None:
+        """Pass on the request to end; exit once nothing is unsaved anywhere. Give and check signs
+        of life.
+
+        A worker that has announced "nothing unsaved" and then trains on a little loses nothing but
+        those steps, if the others have announced it too.
         """
-        said = hurried = False
-        looked, rounds, without = time.monotonic() - BEAT_SECONDS, 0, 0
+        announced = hurried = False
+        next_look, questions, store_lost_at = 0.0, 0, None
         while not self.closed.wait(POLL_SECONDS):
             store = self.store
             try:
-                rounds += 1
-                self.asked = rounds if store else None
-                if store and store.check(["failed"]):
-                    status = int(store.get("failed"))
-                    self.asked = None
-                    self.leave()
-                    os._exit(status)
-                if store and not requested() and store.check(["requested"]):
-                    _arrive(store.get("requested").decode())
-                elif store and requested() and not said:
-                    store.set("requested", cause())
-                if store and time.monotonic() - looked >= BEAT_SECONDS:
-                    looked = time.monotonic()
-                    self._look(store)
+                questions += 1
+                self.question = questions if store else None
+                if store:
+                    self._exit_if_another_failed(store)
+                    self._pass_on(store)
+                    if time.monotonic() >= next_look:
+                        next_look = time.monotonic() + BEAT_SECONDS
+                        self._check_signs_of_life(store)
                 if requested() and not hurried:
-                    self.hurry()
+                    self.folder.hurry()
                     hurried = True
-                without = without + 1 if without else 0
-                if without * POLL_SECONDS > BEAT_SECONDS * SILENT_LOOKS:
-                    self._end_without([self._store_holder()])
-                if not requested() or not (said or self.nothing_to_lose):
-                    continue
-                if store and not said:
-                    store.set(f"nothing to lose/{self.device.rank}", "1")
-                said = True
-                if store and not store.check(
-                    [f"nothing to lose/{rank}" for rank in range(self.device.world_size)]
+                if (
+                    store_lost_at
+                    and questions - store_lost_at > SILENT_LOOKS * BEAT_SECONDS / POLL_SECONDS
                 ):
+                    self._exit_without([self._store_holder()])
+                if not requested() or self.loop_stops:
+                    continue
+                if not (announced or self.nothing_unsaved):
+                    continue
+                if store and not announced:
+                    store.set(f"nothing unsaved/{self.workers.rank}", "1")
+                announced = True
+                if store and not store.check(self._keys("nothing unsaved")):
                     continue
             except RuntimeError:
-                # who holds the store is gone: the training's next collective says so, or waits without end
-                self.store, self.asked, without = None, None, 1
+                # Whoever holds the store is gone: the training's next collective fails, or hangs.
+                self.store, self.question, store_lost_at = None, None, questions
                 continue
-            self.asked = None
-            unsaved = "" if self.leave() else "what the warning names but "
-            _say(
-                f"{cause()}: {unsaved}nothing is unsaved; worker {self.device.rank} ends with status {exit_status()}"
-            )
-            os._exit(exit_status())
-        if self.store:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the others may be at work for long, and wait for no more
-                self.store.set(f"beat/{self.device.rank}", "ended")
+            self.question = None
+            saved = "" if self.folder.leave() else "what the warning names but "
+            rank, status = self.workers.rank, exit_status()
+            _say(f"{cause()}: {saved}nothing is unsaved; worker {rank} ends with status {status}")
+            os._exit(status)
+        self._say_ended(self.store)
 
-    def _look(self, store):
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}/{rank}" for rank in range(self.workers.world_size)]
+
+    def _exit_if_another_failed(self, store: Any) -> None:
+        if store.check(["failed"]):
+            status = int(store.get("failed"))
+            self.question = None
+            self.folder.leave()
+            os._exit(status)
+
+    def _pass_on(self, store: Any) -> None:
+        """Tell the others of a request to end that came here, or take note of one that came
+        there."""
+        if store.check(["requested"]):
+            if not requested():
+                _arrive(store.get("requested").decode())
+        elif requested():
+            store.set("requested", cause())
+
+    def _say_ended(self, store: Any) -> None:
+        if store:
+            with contextlib.suppress(RuntimeError):  # the others may be at work for long
+                store.set(f"beat/{self.workers.rank}", "ended")
+
+    def _check_signs_of_life(self, store: Any) -> None:
         """Give a sign of life, and look for those of the others.
 
-        They are counted, not timed: hosts' clocks differ, and this process may itself have been stopped, as with its
-        laptop.
+        They are counted, not timed: the clocks of hosts differ, and this process may itself have
+        been stopped, as with its laptop.
         """
-        self.beats += 1
-        store.set(f"beat/{self.device.rank}", f"{self.beats} {socket.gethostname()}")
-        keys = [f"beat/{rank}" for rank in range(self.device.world_size)]
+        self.signs_given += 1
+        store.set(f"beat/{self.workers.rank}", f"{self.signs_given} {socket.gethostname()}")
+        keys = self._keys("beat")
         if not store.check(keys):  # multi_get would wait for those that have not begun
             return
-        for rank, beat in enumerate(text.decode() for text in store.multi_get(keys)):
-            self.silent[rank] = (
-                0 if beat == "ended" or beat != self.heard.get(rank) else self.silent[rank] + 1
-            )
-            self.heard[rank] = beat
-        if max(self.silent.values()) >= SILENT_LOOKS:
-            # the others of its host vanish with it, and may have given their last sign a moment later
-            gone = [rank for rank, looks in self.silent.items() if 2 * looks >= SILENT_LOOKS]
-            self._end_without([self._name(rank) for rank in gone])
+        for rank, sign in enumerate(text.decode() for text in store.multi_get(keys)):
+            is_new = sign == "ended" or sign != self.last_sign.get(rank)
+            self.silent_looks[rank] = 0 if is_new else self.silent_looks[rank] + 1
+            self.last_sign[rank] = sign
+        if max(self.silent_looks.values()) >= SILENT_LOOKS:
+            # the others of its host vanish with it, and may have given their last sign a bit later
+            silent = [r for r, looks in self.silent_looks.items() if 2 * looks >= SILENT_LOOKS]
+            self._exit_without([self._name(rank) for rank in silent])
 
-    def _watch_store(self):
-        """End this worker when the store answers no more: once its host has vanished a question may never return."""
+    # ----- the thread that watches the store -----
+    def _watch_store(self) -> None:
+        """Exit when the store answers no more: of a host that has vanished, a question may never
+        return."""
         asked, looks = None, 0
         while not self.ended.wait(BEAT_SECONDS):
-            looks = looks + 1 if self.asked and self.asked == asked else 0
-            asked = self.asked
+            looks = looks + 1 if self.question and self.question == asked else 0
+            asked = self.question
             if looks >= SILENT_LOOKS:
-                self._end_without([self._store_holder()], tell=False)
+                self._exit_without([self._store_holder()], tell=False)
 
-    def _name(self, rank):
-        return f"worker {rank} on {self.heard[rank].partition(' ')[2]}"
+    def _name(self, rank: int) -> str:
+        return f"worker {rank} on {self.last_sign[rank].partition(' ')[2]}"
 
-    def _store_holder(self):
-        if self.device.store_is_apart():
+    def _store_holder(self) -> str:
+        if self.workers.store_is_apart():
             return "the process that started the workers"
-        return self._name(0) if 0 in self.heard else f"worker 0 on {os.environ['MASTER_ADDR']}"
+        return self._name(0) if 0 in self.last_sign else f"worker 0 on {os.environ['MASTER_ADDR']}"
 
-    def _end_without(self, silent, tell=True):
-        """Leave with status 1 because of workers that give no sign of life; the first to see it says so.
-        tell: the others, by the store, which answers."""
-        status = self.first_failure(1) if tell else None
+    def _exit_without(self, silent: list[str], tell: bool = True) -> None:
+        """Exit with status 1 because of workers that give no sign of life.
+
+        The first worker to see it reports it. tell: the others, through the store, which answers.
+        """
+        status = self._report_failure(1) if tell else None
         if status is None:
-            seconds, who = BEAT_SECONDS * SILENT_LOOKS, ", ".join(silent)
             _say(
-                f"error: no sign of life for {seconds:g} s from {who}: gone, or stopped: "
-                "run the same command again, it goes on from the last checkpoint"
+                f"error: no sign of life for {BEAT_SECONDS * SILENT_LOOKS:g} s from "
+                f"{', '.join(silent)}: gone, or stopped: run the same command again, it goes on "
+                "from the last checkpoint"
             )
-        self.asked = None
-        self.leave()
+        self.question = None
+        self.folder.leave()
         os._exit(status or 1)

@@ -1,76 +1,72 @@
-"""Where a run lives: one folder, local or gs://, written by one process, with a local folder to work in."""
+"""Where a run lives: one folder, local or gs://, which one process writes, and a local folder to
+work in."""
 
 import contextlib
 import errno
-import importlib.metadata
+import functools
 import json
-import os
-import platform
-import shlex
 import shutil
-import socket
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import torch
+from typing import Any, NoReturn
 
 import storage
-import trm_model
-from checkpoint_manager import CheckpointManager
+from background_writer import BackgroundWriter
+from checkpoint_manager import CheckpointManager, load_checkpoint
+from collectives import Workers
+from config import Config, config_yaml
+from metrics_logger import MetricsLogger, SilentLogger
 from run_lock import RunLock
 from utils import RunFailure, UserError, replace_file
 
-METRICS_FILE, STARTS_FILE = "metrics.jsonl", "starts.jsonl"
-SAVE_SECONDS = (
-    20.0  # for one attempt at an operation: the next save waits for it, and so does SIGTERM
-)
-# a preempted VM is gone after about 30 s: after SIGTERM so long for a save under way, and so long for the last one
+METRICS_FILE, STARTS_FILE, EVAL_FILE = "metrics.jsonl", "starts.jsonl", "eval.json"
+# for one attempt at a storage operation: the next save waits for it, and so does the answer to
+# SIGTERM
+SAVE_SECONDS = 20.0
+# of the lock, which is released at a preemption, when there is no time for more
+LOCK_SECONDS = 5.0
+# A preempted VM is gone after about 30 s. So long after SIGTERM may a save take that is running,
+# and so long the last one.
 HURRY_SECONDS, LEAVE_SECONDS = 8.0, 10.0
+# at the end of a training, for a storage that does not take the last files
+FINISH_SECONDS = 600.0
 
 
-def run_url(config, run_name):
+def run_url(config: Config, run_name: str) -> str:
     """logging.output_dir/run_name, a local path or gs://."""
     return storage.join(config.logging.output_dir, run_name)
 
 
-def working_folder(url):
-    """The local folder of a run: the run's own, or one in $TRM_CACHE (default ~/.cache/trm) for a gs:// one."""
-    return Path(
-        storage.cache_folder() / "runs" / storage.digest(url.encode())[:16]
-        if storage.is_remote(url)
-        else url
-    )
+def working_folder(url: str) -> Path:
+    """The local folder of a run: its own, or for a gs:// run one in $TRM_CACHE (~/.cache/trm)."""
+    if not storage.is_remote(url):
+        return Path(url)
+    return storage.cache_folder() / "runs" / storage.digest(url.encode())[:16]
 
 
-def open_checkpoints(config, run_name):
-    """The checkpoints of a run, to look at and load from."""
+def open_checkpoints(config: Config, run_name: str) -> CheckpointManager:
+    """The checkpoints of a run, to look at and to load."""
     url = run_url(config, run_name)
+    folder = storage.open_folder(storage.join(url, "checkpoints"))
     return CheckpointManager(
-        storage.open_folder(storage.join(url, "checkpoints")),
-        config.checkpoint.keep_last_n,
-        working_folder(url) / "checkpoints",
+        folder, config.checkpoint.keep_last_n, working_folder(url) / "checkpoints"
     )
-
-
-def check_seen_by_all(url):
-    """Raises UserError on a host that does not see the folder that rank 0 has just opened: after a restart another host may be
-    the one with rank 0, and would begin anew."""
-    if not storage.is_remote(url) and not Path(url).is_dir():
-        raise UserError(
-            f"logging.output_dir: {url} is a folder of one host, and the run has several: give a gs:// path or a folder that all hosts share"
-        )
 
 
 @contextlib.contextmanager
-def writing_to(config):
-    """UserError where what is done within may not, or cannot, write to logging.output_dir. A full disk is said elsewhere."""
+def writing_to(config: Config) -> Iterator[None]:
+    """UserError if what is done in the block cannot write to logging.output_dir.
+
+    A full disk is reported elsewhere (utils.run_cli).
+    """
     try:
         yield
     except OSError as error:
-        if isinstance(error, storage.StorageError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or isinstance(error, storage.StorageError):
             raise
         raise UserError(
             f"logging.output_dir = {config.logging.output_dir!r}: no run can be written there "
@@ -78,81 +74,198 @@ def writing_to(config):
         ) from None
 
 
-class RunFolder:
-    """The folder of a run in training; on rank 0 alone.
+def on_rank_0(method: Callable) -> Callable:
+    """Let a method do nothing, and return None, on the other workers."""
 
-    path: the local folder for records, TensorBoard, eval.json. With a gs:// run they are uploaded before each
-    checkpoint counts and at the end. checkpoints: a CheckpointManager that saves in the background.
-    Raises UserError where another process trains this run (unless take_over).
+    @functools.wraps(method)
+    def on_this_worker(self, *args):
+        return method(self, *args) if self.workers.rank == 0 else None
+
+    return on_this_worker
+
+
+class RunFolder:
+    """The folder of a run in training, the same object on every worker.
+
+    Rank 0 holds the run's lock, reads and writes. On the other workers the same methods take part
+    in the collectives, and do nothing else; all workers call them in the same order. With a gs://
+    run the records are uploaded before each checkpoint counts, and at the end.
+
+    Raises UserError if another process trains this run (unless take_over), or if the folder cannot
+    be written, or not be seen from a host.
     """
 
-    def __init__(self, config, run_name, take_over=False):
+    def __init__(self, config: Config, run_name: str, workers: Workers, take_over: bool = False):
+        self.config, self.workers = config, workers
         self.url = run_url(config, run_name)
-        self.path = working_folder(self.url)
-        self.saver, self.uploaded = storage.BackgroundSaver(), {}
-        # a short deadline: at a preemption there is no time for more
-        with writing_to(config):
-            self.lock = RunLock(storage.open_folder(self.url, deadline=5.0), take_over)
-        self.home, checkpoints = (
-            storage.open_folder(url, SAVE_SECONDS)
-            for url in (self.url, storage.join(self.url, "checkpoints"))
-        )
-        self.checkpoints = CheckpointManager(
-            checkpoints,
-            config.checkpoint.keep_last_n,
-            self.path / "checkpoints",
-            self.saver,
-            self._still_ours,
-            self._before_marker,
-        )
-        self.newest, self.lost, self.left, self.leaving = None, None, None, threading.Lock()
+        self.path = working_folder(self.url)  # for records, TensorBoard, eval.json
+        self.logger: MetricsLogger | SilentLogger = SilentLogger()
+        self.saved_at = time.monotonic()
+        self.newest: str | None = None  # the checkpoint that was submitted last
+        self.lost: Exception | None = None  # why it will not be saved
+        self.left: bool | None = None  # what leave() has returned
+        self.leaving = threading.Lock()
+        with workers.together():
+            self._open(take_over)
 
-    def prepare(self):
-        """Clear away what a killed predecessor left half-written; bring a gs:// run's records here."""
+    @on_rank_0
+    def _open(self, take_over: bool) -> None:
+        with writing_to(self.config):
+            self.lock = RunLock(storage.open_folder(self.url, deadline=LOCK_SECONDS), take_over)
+        self.home = storage.open_folder(self.url, SAVE_SECONDS)
+        self.uploaded: dict[str, tuple[int, int]] = {}
+        self.writer = BackgroundWriter()
+        self.checkpoints = CheckpointManager(
+            storage.open_folder(storage.join(self.url, "checkpoints"), SAVE_SECONDS),
+            self.config.checkpoint.keep_last_n,
+            self.path / "checkpoints",
+            self.writer,
+            self._verify_lock,
+            self._upload_records,
+        )
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            with self.workers.together():
+                self._check_seen_by_all()
+        except BaseException:
+            self.leave()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.leave()
+
+    def _check_seen_by_all(self) -> None:
+        """After a restart another host may have rank 0, and must not begin anew."""
+        if not storage.is_remote(self.url) and not Path(self.url).is_dir():
+            raise UserError(
+                f"logging.output_dir: {self.url} is a folder of one host, and the run has several: "
+                "give a gs:// path or a folder that all hosts share"
+            )
+
+    # ----- what an earlier start has left -----
+    def latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, or None."""
+        data = None
+        with self.workers.together():
+            if self.workers.rank == 0:
+                data = self.checkpoints.load_latest()
+        data = self.workers.broadcast_bytes(data)
+        return None if data is None else load_checkpoint(data)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has its evaluation."""
+        noted = self.workers.rank == 0 and self.checkpoints.metrics(step) is not None
+        return self.workers.any(noted)
+
+    @on_rank_0
+    def say_done(self, step: int, total_steps: int) -> None:
+        """For a training that has nothing left to do."""
+        newest = self.checkpoints.newest_text()
+        print(f"{self.url} has done step {step} of {total_steps} already: {newest}")
+
+    def begin(
+        self, config: Config, start: dict[str, Any], last_step: int, evaluated: bool
+    ) -> MetricsLogger | SilentLogger:
+        """Prepare the folder for this start, and note it. Returns the logger of this worker.
+
+        config: with the forward_dtype that is used. start: provenance.start_record. evaluated:
+        whether the checkpoint that the run goes on from has its evaluation.
+        """
+        with self.workers.together():
+            self._prepare(config, start, last_step, evaluated)
+        return self.logger
+
+    @on_rank_0
+    def _prepare(
+        self, config: Config, start: dict[str, Any], last_step: int, evaluated: bool
+    ) -> None:
         if storage.is_remote(self.url):
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
             for name in (METRICS_FILE, STARTS_FILE):
                 if name in self.home.list(name):
                     self.home.get(name, self.path / name)
-        for leftover in (self.path / "checkpoints").glob(".*.tmp"):
+        for leftover in (self.path / "checkpoints").glob(".*.tmp"):  # of a start that was killed
             leftover.unlink()
-
-    def note_start(self, record):
-        """Add a line to starts.jsonl."""
+        replace_file(self.path / "config.yaml", config_yaml(config))
         path = self.path / STARTS_FILE
-        replace_file(path, (path.read_text() if path.exists() else "") + json.dumps(record) + "\n")
+        earlier = path.read_text() if path.exists() else ""
+        replace_file(path, earlier + json.dumps(start) + "\n")
+        self.logger = MetricsLogger(
+            self.path, start["step"], evaluated, last_step, config.logging.tensorboard
+        )
 
-    def _still_ours(self):
-        self.lock.check(verify=True)  # what somebody who took the run over has written must stay
+    # ----- while the training goes on -----
+    def save_due(self) -> bool:
+        """Whether checkpoint.interval_minutes have passed since the last one; False off rank 0."""
+        minutes = self.config.checkpoint.interval_minutes
+        waited = time.monotonic() - self.saved_at
+        return self.workers.rank == 0 and minutes is not None and waited > 60 * minutes
 
-    def _before_marker(self):
-        self._still_ours()
-        self.upload()
-        self._still_ours()
+    def check(self, totals: dict[str, float]) -> None:
+        """Ends the training if a number is not finite, or another process has taken the run over.
 
-    def save(self, step, state):
-        """Save a checkpoint in the background. After `hurry` one may be lost: `leave` tells."""
+        totals: TrainState.wait(), the same on every worker.
+        """
+        if totals["first_not_finite"]:
+            self._stop_not_finite(int(totals["first_not_finite"]))
+        self._check_lock()
+
+    @on_rank_0
+    def _check_lock(self) -> None:
+        self.lock.check()
+
+    def save(self, step: int, state: dict[str, Any] | None) -> None:
+        """Save a checkpoint in the background, after the records up to it.
+
+        state: TrainState.state_dict(). After `hurry` a checkpoint may be lost: `leave` tells.
+        """
+        self.logger.flush()
+        self._save(step, state)
+        self.saved_at = time.monotonic()
+
+    @on_rank_0
+    def _save(self, step: int, state: dict[str, Any]) -> None:
         self.newest = self.checkpoints.url(step)
         try:
             self.checkpoints.save(step, state)
         except storage.StorageError as error:
             self.lost = error
         except UserError:
+            # A new owner of the run deletes half-written files: then the disk is not what failed.
             with contextlib.suppress(storage.StorageError):
-                self._still_ours()  # a new owner clears half-written files away: then the disk is not full
+                self._verify_lock()
             raise
 
-    def newest_text(self):
-        """For messages: where the last good checkpoint is, once all saves have succeeded."""
-        return (
-            f"the last good checkpoint is {self.newest}"
-            if self.newest
-            else self.checkpoints.newest_text()
+    @on_rank_0
+    def add_evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Note an evaluation in the marker of its checkpoint, in the background."""
+        self.logger.flush()
+        self.checkpoints.add_metrics(step, metrics)
+
+    def _stop_not_finite(self, step: int) -> NoReturn:
+        """Ends all workers: the loss or a gradient of `step` is not finite."""
+        newest = ""
+        if self.workers.rank == 0:
+            with contextlib.suppress(storage.StorageError):  # the loss is the news
+                self.writer.finish()
+            newest = self.checkpoints.newest_text()
+        self.workers.end_together(
+            UserError(
+                f"step {step}: the loss or a gradient is not finite; {newest}. Lower training.lr, "
+                "set training.grad_clip_norm, or use model.forward_dtype=float32"
+            )
         )
 
-    def upload(self):
-        """Bring the files of a gs:// run that have changed since the last time into the bucket; the checkpoints go by themselves."""
+    def _verify_lock(self) -> None:
+        self.lock.check(verify=True)  # what a new owner has written must stay
+
+    def _upload_records(self) -> None:
+        """Bring what has changed since the last time into the bucket; checkpoints go by
+        themselves."""
+        self._verify_lock()
         if not storage.is_remote(self.url):
             return
         for path in sorted(self.path.rglob("*")):
@@ -162,15 +275,26 @@ class RunFolder:
                 if self.uploaded.get(name) != version:
                     self.home.put(path, name)
                     self.uploaded[name] = version
+        self._verify_lock()
 
-    def close(self):
-        """Wait until the last save is in the folder, and upload the records. Raises StorageError where the storage does not
-        take them within ten minutes."""
-        give_up = time.monotonic() + 600
+    # ----- the end -----
+    @on_rank_0
+    def hurry(self) -> None:
+        """SIGTERM has come: from now on nothing waits long for a save that is running."""
+        self.writer.hurry(HURRY_SECONDS)
+        self.lock.stop()
+
+    @on_rank_0
+    def close(self) -> None:
+        """Wait until the last checkpoint and all records are in the folder, and give the lock back.
+
+        Raises StorageError if the storage does not take them within FINISH_SECONDS.
+        """
+        give_up = time.monotonic() + FINISH_SECONDS
         while True:
             try:
-                self.saver.finish()
-                self._before_marker()
+                self.writer.finish()
+                self._upload_records()
                 break
             except storage.StorageError:
                 if time.monotonic() > give_up:
@@ -178,25 +302,27 @@ class RunFolder:
                 time.sleep(1)
         self.lock.release()
 
-    def hurry(self):
-        """SIGTERM has come: from now on nothing waits long for a save under way."""
-        self.saver.hurry(HURRY_SECONDS)
-        self.lock.stop()
+    def leave(self) -> bool:
+        """As `close`, within the seconds that a preemption grants. Returns whether all is saved.
 
-    def leave(self):
-        """As `close`, within the seconds that a preemption grants: what is not in the folder by then is given up, with a
-        warning. Returns whether everything is there. May be called by several threads, and again."""
+        What is not in the folder by then is given up, with a warning. Any thread may call it, also
+        again.
+        """
+        return self.workers.rank != 0 or self._leave()
+
+    def _leave(self) -> bool:
         with self.leaving:
             if self.left is None:
                 error = self.lost
                 if error is None and self.lock.failure is None:
                     try:
-                        self.saver.finish(LEAVE_SECONDS)
+                        self.writer.finish(LEAVE_SECONDS)
                     except (RunFailure, UserError) as failure:
                         error = failure
                 if error is not None:
                     print(
-                        f"warning: {self.newest} (or its evaluation) is not saved: {error}; the run will go on from the checkpoint before",
+                        f"warning: {self.newest} (or its evaluation) is not saved: {error}; the "
+                        "run will go on from the checkpoint before",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -204,81 +330,19 @@ class RunFolder:
                 self.left = error is None
             return self.left
 
+    @on_rank_0
+    def say_end(self, step: int, total_steps: int, how: str, saved: bool = True) -> None:
+        """The last line of a training. saved: whether the last checkpoint is in the folder."""
+        text = f"step {step} of {total_steps}: {how}"
+        if saved:
+            newest = self.newest_text()
+            text += f"; {newest}; records: {storage.join(self.url, METRICS_FILE)}"
+        if step < total_steps:
+            text += "; the same command goes on from the last checkpoint"
+        self.logger.say(text)
 
-# ---------------------------------------------------------------------------------------------------------
-# What a training was started with
-# ---------------------------------------------------------------------------------------------------------
-def start_record(run, datasets, args):
-    """One line of starts.jsonl: the step and the seconds of training that this start goes on from, what was typed, the code, the
-    device, its workers, the versions, and which puzzles. run: train_tpu.Run; datasets: {split: dataset}."""
-    device, (commit, dirty) = run.device, code_version()
-    return {
-        "wall_time": time.time(),
-        "step": run.step,
-        "train_seconds": run.train_seconds,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "config_file": args.config,
-        "init_from": args.init_from,
-        "commit": commit,
-        "dirty": dirty,
-        "device": device.name,
-        "device_model": _device_model(device),
-        "world_size": device.world_size,
-        "accelerator_type": run.config.tpu.accelerator_type if device.name == "tpu" else None,
-        "hostname": socket.gethostname(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "torch_xla", "numpy")},
-        "parameters": trm_model.num_parameters(run.model),
-        "datasets": {
-            split: {"puzzles": dataset.num_puzzles, "sha256": dataset.fingerprint}
-            for split, dataset in datasets.items()
-        },
-    }
-
-
-def code_version(root=Path(__file__).parent):
-    """(commit, dirty) of the kit's code: from git; without a repository from $TRM_COMMIT or the file COMMIT, either of them a
-    commit as `git describe --always --dirty` writes it. dirty: whether files that git follows differ from it. (None, None) if unknown."""
-    text = os.environ.get("TRM_COMMIT") or ""
-    if (root / ".git").exists():
-        with contextlib.suppress(OSError):  # no git on this machine
-            text = (
-                subprocess.run(
-                    [
-                        "git",
-                        "-C",
-                        root,
-                        "describe",
-                        "--always",
-                        "--dirty",
-                        "--abbrev=40",
-                        "--exclude=*",
-                    ],
-                    text=True,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                ).stdout
-                or text
-            )
-    elif not text and (root / "COMMIT").exists():
-        text = (root / "COMMIT").read_text()
-    text = text.strip()
-    return (text.removesuffix("-dirty"), text.endswith("-dirty")) if text else (None, None)
-
-
-def _device_model(device):
-    if device.name == "cuda":
-        return torch.cuda.get_device_name()
-    if device.name == "tpu":
-        return f"TPU {device.generation.name}"
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    return platform.processor() or platform.machine()
-
-
-def _version(package):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
+    def newest_text(self) -> str:
+        """For messages on rank 0: the last checkpoint, once all saves have succeeded."""
+        if self.newest:
+            return f"the last good checkpoint is {self.newest}"
+        return self.checkpoints.newest_text()

@@ -14,9 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
-import threading
-import time
 import types
 import typing
 from pathlib import Path
@@ -475,101 +472,6 @@ class GCSFolder(_Folder):
                 pass
 
         self._call(name, attempt)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Saving while training goes on
-# ---------------------------------------------------------------------------------------------------------
-class BackgroundSaver:
-    """Runs one job at a time in a thread. A job that fails with StorageError is tried again every `retry_seconds`, until
-    it succeeds or a newer job takes its place; any other exception is raised by the next submit or finish.
-
-    A job is called without arguments, possibly several times. The thread is a daemon: a process that ends without
-    finish() drops what is outstanding, and a folder's methods leave nothing partial behind.
-    """
-
-    def __init__(self, retry_seconds=30.0):
-        self.retry_seconds = retry_seconds
-        self.changed = threading.Condition()
-        # job: outstanding, or None; attempting: it is being tried, or is about to be; failure: how its last attempt failed
-        self.job, self.attempting, self.failure, self.mistake = None, False, None, None
-        self.give_up = None  # when submit stops waiting for an earlier attempt
-
-    def submit(self, job):
-        """Start `job`, after waiting for an attempt at the earlier one to end; if that failed, this one takes its place.
-
-        Raises what an earlier job raised, other than StorageError, and StorageError when the attempt is under way for too
-        long after `hurry`; `job` is not started then.
-        """
-        with self.changed:
-            while self.attempting:
-                left = None if self.give_up is None else self.give_up - time.monotonic()
-                if left is not None and left <= 0:
-                    raise StorageError("the save before is still under way")
-                self.changed.wait(left)
-            self._raise_mistake()
-            waiting = self.job is not None
-            if waiting:
-                print(
-                    "warning: a newer save takes the place of the one that failed", file=sys.stderr
-                )
-            self.job, self.attempting, self.failure = job, True, None
-            if not waiting:
-                threading.Thread(target=self._work, name="saver", daemon=True).start()
-            self.changed.notify_all()
-
-    def hurry(self, seconds):
-        """From now on submit, also one that waits already, waits until `seconds` from now at the most."""
-        with self.changed:
-            self.give_up = time.monotonic() + seconds
-            self.changed.notify_all()
-
-    def finish(self, timeout=None):
-        """Wait until nothing is outstanding. A job that has failed is tried once more, at once.
-
-        Raises StorageError if that fails too, or an attempt is still under way after `timeout` seconds (the job stays
-        outstanding then), and what a job raised other than StorageError.
-        """
-        with self.changed:
-            if self.job is not None:
-                self.attempting = True
-                self.changed.notify_all()
-            ended = self.changed.wait_for(lambda: not self.attempting, timeout)
-            self._raise_mistake()
-            if not ended:
-                raise StorageError(f"the last save is still under way after {timeout:g} s")
-            if self.failure is not None:
-                raise self.failure
-
-    def _raise_mistake(self):
-        mistake, self.mistake = self.mistake, None
-        if mistake is not None:
-            raise mistake
-
-    def _work(self):
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.attempting, self.retry_seconds)
-                job, self.attempting = self.job, True
-            failure = None
-            try:
-                job()
-            except BaseException as error:  # raised again where submit or finish is called
-                failure = error
-            with self.changed:
-                self.attempting = False
-                self.changed.notify_all()
-                if not isinstance(failure, StorageError):
-                    if self.failure is not None and failure is None:
-                        print("the save that had failed has succeeded", file=sys.stderr)
-                    self.job, self.failure, self.mistake = None, None, failure
-                    return
-                if self.failure is None:
-                    print(
-                        f"warning: {failure}; training goes on, and the save is tried again every {self.retry_seconds:g} s",
-                        file=sys.stderr,
-                    )
-                self.failure = failure
 
 
 def cache_folder():

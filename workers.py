@@ -1,4 +1,5 @@
-"""Starting the workers of a run on this host, one process a device, and ending with one exit status."""
+"""Starting the workers of a run on this host, one process a device, and ending with one exit
+status."""
 
 import importlib.util
 import multiprocessing
@@ -12,8 +13,8 @@ import time
 
 import preemption
 import tpu_types
-from config import planned_workers
-from device import resolve_device
+from config import Config, batch_fault, planned_workers
+from device import Device, resolve_device
 from utils import UserError, run_cli
 
 END_TOGETHER_SECONDS = 60  # for the other workers to end by themselves once one has
@@ -22,18 +23,20 @@ END_TOGETHER_SECONDS = 60  # for the other workers to end by themselves once one
 def launch(function, config, *args):
     """Run function(rank, config, *args) once in every worker of this host; returns the exit status.
 
-    TPU (and XLA on the CPU): one process a device of this host; the command runs on each host of the slice. CUDA and CPU:
-    `training.num_workers` processes of this host, or, under torchrun, this process alone: one of its workers.
-    function returns an exit status (None: 0). The status of several workers is the first that was not 0.
-    Raises UserError where device = tpu and this host has no TPU.
+    TPU (and XLA on the CPU): one process a device of this host; the command runs on each host of
+    the slice. CUDA and CPU: `training.num_workers` processes of this host, or, under torchrun, this
+    process alone: one of its workers. function returns an exit status (None: 0). The status of
+    several workers is the first that was not 0. Raises UserError where device = tpu and this host
+    has no TPU.
     """
     preemption.listen()
     name = resolve_device(config.device)
     if name in ("tpu", "xla_cpu"):
         os.environ["PJRT_DEVICE"] = "TPU" if name == "tpu" else "CPU"
         count = local_tpu_processes() if name == "tpu" else 1
-        # as torch_xla.launch lays its processes out. Its pool answers the death of one by SIGTERM to the others, and
-        # drops their statuses and messages: what was a crash would look like a preemption
+        # as torch_xla.launch lays its processes out. Its pool answers the death of one by SIGTERM
+        # to the others, and drops their statuses and messages: what was a crash would look like a
+        # preemption
         environment = {"PJRT_LOCAL_PROCESS_COUNT": str(count)}
         return _supervise(function, count, environment, config, *args)
     count = planned_workers(config)
@@ -56,26 +59,26 @@ def launch(function, config, *args):
     return _supervise(function, count, environment, config, *args)
 
 
-def local_tpu_processes():
-    """How many processes this host's TPU chips want. Raises UserError where there are none."""
-    from torch_xla._internal import tpu
+def local_tpu_processes() -> int:
+    """How many processes this host's TPU chips want. Raises UserError if there are none."""
+    missing = "libtpu is not installed: pip install -r requirements-tpu.txt"
+    count = 0
+    if importlib.util.find_spec("libtpu"):
+        from torch_xla._internal import tpu  # an optional package
 
-    count = tpu.num_local_processes() if importlib.util.find_spec("libtpu") else 0
+        missing, count = "this host has no TPU chip", tpu.num_local_processes()
     if count < 1:
-        missing = (
-            "no TPU chip is seen on this host"
-            if importlib.util.find_spec("libtpu")
-            else "libtpu is not installed: pip install -r requirements-tpu.txt"
-        )
         raise UserError(
-            f"device = 'tpu': {missing}: run this on every host of a TPU slice, or use device=cpu or cuda"
+            f"device = 'tpu': {missing}: use device=cpu or device=cuda here; "
+            "analysis/tpu_report.py tells what a slice would do with this configuration, and "
+            "scripts/setup_tpu.sh asks Google Cloud for one"
         )
     return count
 
 
 def start_alone(device):
-    """Before a Device is made: this process is the only worker, of a TPU slice with one chip of this host. device: its name.
-    Raises UserError where that is tpu and this host has none."""
+    """Before a Device is made: this process is the only worker, of a TPU slice with one chip of
+    this host. device: its name. Raises UserError where that is tpu and this host has none."""
     if resolve_device(device) == "tpu":
         os.environ["PJRT_DEVICE"] = "TPU"
         local_tpu_processes()
@@ -84,41 +87,43 @@ def start_alone(device):
         tpu.configure_one_chip_topology()  # or its runtime would wait for the other hosts' processes
 
 
-def check_workers(config, device):
-    """Raises UserError where the workers that are there are not those of the configuration, or cannot share its batch."""
-    batch, parts = config.training.global_batch_size, config.training.grad_accumulation_steps
-    generation = tpu_types.slice_type(config.tpu.accelerator_type).generation
-    if device.name == "tpu" and device.generation != generation:
+def check_workers(config: Config, device: Device) -> None:
+    """Raises UserError if the workers that are here are not those of the configuration."""
+    slice_name, world_size = config.tpu.accelerator_type, device.workers.world_size
+    generation = tpu_types.slice_type(slice_name).generation
+    if device.generation and device.generation != generation:
         raise UserError(
-            f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: its chips are {generation.name}, and those of this host are "
-            f"{device.generation.name}: name the slice that this is"
+            f"tpu.accelerator_type = {slice_name!r}: its chips are {generation.name}, and those of "
+            f"this host are {device.generation.name}: name the slice that this is"
         )
-    if device.name == "tpu" and device.world_size != planned_workers(config, "tpu"):
+    planned = planned_workers(config, "tpu")
+    if device.name == "tpu" and world_size != planned:
         raise UserError(
-            f"tpu.accelerator_type = {config.tpu.accelerator_type!r}: it has {planned_workers(config, 'tpu')} chips, and {device.world_size} "
-            "are here: name this slice, and run the command on all of its hosts"
+            f"tpu.accelerator_type = {slice_name!r}: it has {planned} chips, and {world_size} are "
+            "here: name this slice, and run the command on all of its hosts"
         )
-    if batch % (device.world_size * parts):
+    if text := batch_fault(config, world_size):
+        batch = config.training.global_batch_size
         raise UserError(
-            f"training.global_batch_size = {batch}: must be divisible by workers x training.grad_accumulation_steps = "
-            f"{device.world_size} x {parts}: this many workers have been started"
+            f"training.global_batch_size = {batch}: {text}: this many workers have been started"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parent
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def _supervise(function, count, environment, *args):
-    # a process that has imported PyTorch, and nothing else, forks them: the import costs each of them seconds
+    # a process that has imported PyTorch, and nothing else, forks them: the import costs each of
+    # them seconds
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
     processes = [
         context.Process(target=_child, args=(environment, function, local_rank, *args))
         for local_rank in range(count)
     ]
-    preemption.let_others_end_it()
-    # a worker is born with these held back, until it listens, and so is that process. The tracker first: its start would let them
-    # through again
+    preemption.disable_immediate_exit()
+    # a worker is born with these held back, until it listens, and so is that process. The tracker
+    # first: its start would let them through again
     signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
     multiprocessing.resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -192,9 +197,9 @@ def _forward_sigterm(processes):
         time.sleep(1)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A worker
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def _child(environment, function, local_rank, *args):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     # before the TPU's runtime starts: it would put its own handler in the default one's place
@@ -234,6 +239,7 @@ def _global_rank(local_rank):
 
 
 def die_with_parent():
-    """End this process (status 1, nothing cleaned up) when the one that started it is gone, however it went."""
+    """End this process (status 1, nothing cleaned up) when the one that started it is gone, however
+    it went."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

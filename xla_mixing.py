@@ -1,32 +1,65 @@
-"""SwiGLU on XLA, forward and backward, written for how a TPU (first a v4) lays things out. The figures behind it: docs/tpu_step.md."""
+"""How a model computes on XLA: SwiGLU, forward and backward, in a form that suits a TPU's memory
+layout.
+
+It was written for a v4 first. The measurements behind it are in docs/tpu_step.md.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 import torch_xla
+from torch_xla.core.xla_model import optimization_barrier_
 
-from trm_model import cast
+import trm_model
+from layers import SwiGLUWeights, cast, rms_norm
 
 
-def contract(a, a_axes, b, b_axes):
-    """Sums of products over axes of a and b, float32; what is left are the other axes of a, then those of b."""
+def use(model: trm_model.TinyRecursiveModel) -> None:
+    """Let the model compute in XLA's form. Call it before the first step, on any device."""
+    network = model.L_level
+    network.recompute = recompute_after_barrier
+    for layer in network.layers:
+        for _, swiglu in layer.swiglus():
+            swiglu.mix = mix
+
+
+def mix(x: torch.Tensor, weights: SwiGLUWeights, axis: int) -> torch.Tensor:
+    """rms_norm(x + swiglu(x)) along `axis` of x [B, L, D]: `layers.mix` in XLA's form."""
+    mixed = SwiGLUFunction.apply(x, *weights, axis, torch.is_grad_enabled())
+    return rms_norm(x + mixed.transpose(axis, 2), x.dtype, axis)
+
+
+Axes = int | tuple[int, ...]
+
+
+def contract(a: torch.Tensor, a_axes: Axes, b: torch.Tensor, b_axes: Axes) -> torch.Tensor:
+    """Sums of products over the given axes of a and b, in float32.
+
+    The result has the other axes of a, then the other axes of b.
+    """
     axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
     if a.dtype == torch.float32:
-        return torch.tensordot(
-            a, b, axes
-        )  # for a TPU the function below has no other precision than bfloat16's
-    # XLA's CPU device has no products of bfloat16 in float32; a TPU's multiplier takes bfloat16 whatever these say
+        # On a TPU the function below always multiplies in bfloat16's precision.
+        return torch.tensordot(a, b, axes)
+    # XLA's CPU device cannot multiply bfloat16 into float32, hence the conversion. A TPU multiplies
+    # in bfloat16 all the same.
     a, b = a.float(), b.float()
+    no_batch_axes: tuple[list[int], list[int]] = ([], [])
     return torch_xla._XLAC._xla_dot_general(
-        a, b, (tuple(axes), ([], [])), preferred_element_type=torch.float32
+        a, b, (tuple(axes), no_batch_axes), preferred_element_type=torch.float32
     )
 
 
-class SwiGLU(torch.autograd.Function):
-    """down(silu(gate) * up) of x [B, M, N] along `axis`, which comes last in the result: float32, as the products add up.
+class SwiGLUFunction(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) of x [B, M, N] along `axis`, which comes last in the result.
 
-    Without a transpose or a reshape of x, and without rounding what the TPU's multiplier has added up in float32 before it is
-    used: the compiler lays both out badly. What the backward needs is rounded (keep), or it would not fit: the compiler would
-    rather keep the float32 than round it a second time.
+    The result is float32. There is no transpose and no reshape of x, and what the TPU has added up
+    in float32 is used before it is rounded: otherwise the compiler chooses slow layouts. Only what
+    the backward pass needs is rounded, or it would not fit into memory: the compiler keeps the
+    float32 values rather than round them a second time.
+
+    keep: whether a backward pass will follow.
     """
 
     @staticmethod
@@ -46,8 +79,18 @@ class SwiGLU(torch.autograd.Function):
         return x_grad.to(x.dtype).transpose(ctx.axis, 2), *weight_grads, None, None
 
 
-def swiglu_gradient(grad, x, weights, gate, up, axis):
-    """Float32 gradients of x (with `axis` last), gate, up and down weight. grad [B, M, d], gate and up [B, M, W] in x's dtype."""
+def swiglu_gradient(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weights: SwiGLUWeights,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    axis: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x (with `axis` last), gate, up and down weight, all float32.
+
+    grad: [B, M, d], of the result; gate and up: [B, M, W], the forward pass's; all in x's dtype.
+    """
     gate_weight, up_weight, down_weight = weights
     dtype, rest = x.dtype, 3 - axis
     gate, up = gate.float(), up.float()
@@ -59,6 +102,33 @@ def swiglu_gradient(grad, x, weights, gate, up, axis):
     x_grad = contract(gate_grad, 2, gate_weight, 0) + contract(up_grad, 2, up_weight, 0)
     return (
         x_grad,
-        *(contract(part, (0, 1), x, (0, rest)) for part in (gate_grad, up_grad)),
+        contract(gate_grad, (0, 1), x, (0, rest)),
+        contract(up_grad, (0, 1), x, (0, rest)),
         contract(grad, (0, 1), (swish * up).to(dtype), (0, 1)),
     )
+
+
+def recompute_after_barrier(
+    function: Callable[..., torch.Tensor], h: torch.Tensor, *rest
+) -> torch.Tensor:
+    """`trm_model.recompute` for XLA: the backward pass computes again when the gradient has
+    arrived.
+
+    Without the barrier the compiler would see that it has computed the same values before, and keep
+    those, or it would compute them again too early. Both need the memory that was to be saved.
+    """
+    return BarrierInBackward.apply(trm_model.recompute(function, h, *rest), h)
+
+
+class BarrierInBackward(torch.autograd.Function):
+    """Returns `result`. In the backward pass h may be used only after the gradient of `result`."""
+
+    @staticmethod
+    def forward(ctx, result, h):
+        ctx.h = h
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, grad):
+        optimization_barrier_([grad, ctx.h])
+        return grad, None

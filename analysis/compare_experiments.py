@@ -1,37 +1,53 @@
-"""Runs against a baseline: what differs, what it did to accuracy and cost, and the paper's number beside ours.
+"""Compare runs with a baseline: what differs, and what it did to accuracy and cost.
 
     python analysis/compare_experiments.py runs/e1_1 runs/e2_1 runs/e2_3
     python analysis/compare_experiments.py e1_1 --results_dir gs://my-bucket/runs --format markdown
-    python analysis/compare_experiments.py mini_e1_1 --results_dir analysis/sample_results --target 0.9 --format csv
+    python analysis/compare_experiments.py mini_e1_1 --results_dir analysis/sample_results \
+        --target 0.9 --format csv
 
-Seeds of one configuration make one row.
+The seeds of one configuration make one row. The paper's number stands beside ours.
 """
 
 import argparse
-import sys
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+import analysis_startup
+
+analysis_startup.require("pandas", "scipy", "tabulate")
 import numpy as np
 import pandas as pd
-import results  # first: it says which package is missing, and puts the top level on the path
+from paper import paper_result
+from results import load_runs
+from run_groups import Group, differences, find_group, group_runs, paired_test
+from study_statistics import Interval, accuracy_interval
 
 from utils import UserError, run_cli
 
 NOTES = """\
-Accuracies are exact accuracies in %: final over all test puzzles at the end of the training, of averaged (EMA) and raw weights; best the highest \
-evaluation during training. [low, high]: for one run Wilson's 95% interval over the puzzles; for several seeds (their number in brackets) the range over them \
-about their mean, and, of three seeds or more, t the 95% t interval of that mean.
-The best evaluation is chosen by the split it is measured on: where that is the test split, it flatters.
-McNemar: puzzles that only this run solves (+) and only the baseline solves (-) among the same test puzzles, and the exact two-sided p; runs of the same seed \
-are paired. p is not corrected for the number of comparisons.
-The target counts as reached at the first evaluation during training with that accuracy, so costs are known to within evaluation.interval_epochs; \
-they are means over the seeds that reached it."""
+Accuracies are exact accuracies in %. EMA and raw: over all test puzzles at the end of the \
+training, with averaged (EMA) and with raw weights. best: the highest evaluation during training. \
+[low, high]: for one run Wilson's 95% interval over the puzzles; for several seeds (their number \
+in brackets) the range over them about their mean, and, for three seeds or more, t the 95% t \
+interval of that mean.
+Only finished seeds are averaged. A row without a finished seed shows the run that has come \
+furthest.
+The best evaluation is chosen by the split it is measured on: where that is the test split, it \
+flatters.
+McNemar: puzzles that only this run solves (+) and only the baseline solves (-) among the same \
+test puzzles, and the exact two-sided p; runs of the same seed are paired. p is not corrected for \
+the number of comparisons.
+The target counts as reached at the first evaluation during training with that accuracy, so costs \
+are known to within evaluation.interval_epochs; they are means over the seeds that reached it.
+Chip-hours are hours times TPU chips or GPUs; a run on a CPU has none."""
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
+    """The command line. Raises UserError for a value that makes no sense."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "baseline",
@@ -61,169 +77,164 @@ def parse_args():
         )
     if not args.runs and not args.results_dir:
         raise UserError(
-            "no runs to compare with the baseline: name their folders after it, or give --results_dir"
+            "no runs to compare with the baseline: name their folders after it, or give "
+            "--results_dir"
         )
     return args
 
 
-def main():
+def main() -> None:
     args = parse_args()
     baseline, groups = chosen_groups(args)
     table = comparison(groups, baseline, args.target)
     if args.format == "csv":
         print(table.to_csv(index=False), end="")
         return
+    markdown = args.format == "markdown"
     for part in readable_parts(table, args.target):
-        print(
-            (
-                part.to_markdown(index=False)
-                if args.format == "markdown"
-                else part.to_string(index=False)
-            )
-            + "\n"
-        )
-    print(NOTES.replace("\n", "\n\n" if args.format == "markdown" else "\n"))
+        text = part.to_markdown(index=False) if markdown else part.to_string(index=False)
+        print(f"{text}\n")
+    print(NOTES.replace("\n", "\n\n" if markdown else "\n"))
 
 
-def chosen_groups(args):
-    """(the baseline's group, [groups, the baseline's first])."""
+def chosen_groups(args: argparse.Namespace) -> tuple[Group, list[Group]]:
+    """(the baseline's group, all groups to compare, of which the baseline's is the first)."""
     if args.results_dir:
-        found = results.group_runs(results.load_runs(args.results_dir))
-        baseline = results.find_group(found, args.baseline)
-        others = [results.find_group(found, name) for name in args.runs] or found
+        found = group_runs(load_runs(args.results_dir))
+        baseline = find_group(found, args.baseline)
+        others = [find_group(found, name) for name in args.runs] or found
     else:
-        runs = {run.url: run for run in results.load_runs(args.baseline)}
-        if len(found := results.group_runs(runs.values())) > 1:
+        runs = {run.url: run for run in load_runs(args.baseline)}
+        found = group_runs(runs.values())
+        if len(found) > 1:
             raise UserError(
-                f"{args.baseline}: it holds runs of several configurations ({', '.join(group.label for group in found)}): "
-                "the baseline is one: name its folder, or use --results_dir and its name there"
+                f"{args.baseline}: it holds runs of several configurations "
+                f"({', '.join(group.label for group in found)}): the baseline is one: name its "
+                "folder, or use --results_dir and its name there"
             )
         for place in args.runs:
-            runs |= {run.url: run for run in results.load_runs(place)}
-        others = results.group_runs(runs.values())
+            runs |= {run.url: run for run in load_runs(place)}
+        others = group_runs(runs.values())
         baseline = others[0]
     return baseline, [baseline, *(group for group in others if group is not baseline)]
 
 
-def comparison(groups, baseline, target=0.85):
-    """One row for each group, in numbers (accuracies 0 to 1): what --format csv prints."""
-    return pd.DataFrame(
-        [
-            {
-                "run": group.label,
-                "config": group.first.config_name,
-                "seeds": " ".join(str(run.seed) for run in group.runs),
-                "state": state(group),
-                "changes": "baseline" if group is baseline else changes(group, baseline),
-                **accuracy_columns("ema", [run.final("ema") for run in group.runs]),
-                **accuracy_columns("raw", [run.final("raw") for run in group.runs]),
-                **accuracy_columns("best", [run.best for run in group.runs]),
-                "difference": difference(group, baseline),
-                "mcnemar": "" if group is baseline else paired(group, baseline),
-                **costs(group, target),
-                **paper_columns(group),
-            }
-            for group in groups
-        ]
-    )
+# ------------------------------------------------------------------------------
+# In numbers
+# ------------------------------------------------------------------------------
+def comparison(groups: Sequence[Group], baseline: Group, target: float = 0.85) -> pd.DataFrame:
+    """One row for each group, in numbers (accuracies 0 to 1): what --format csv prints.
+
+    Every number is of the group's averaged runs (results.Group.averaged), whose seeds are in the
+    column `averaged`.
+    """
+    return pd.DataFrame([_row(group, baseline, target) for group in groups])
 
 
-def state(group):
-    unfinished = [run for run in group.runs if not run.finished]
-    if not unfinished:
-        return "finished"
-    return (
-        unfinished[0].state
-        if len(group.runs) == 1
-        else f"{len(unfinished)} of {len(group.runs)} seeds unfinished"
-    )
+def _row(group: Group, baseline: Group, target: float) -> dict[str, Any]:
+    is_baseline = group is baseline
+    best = [run.best for run in group.averaged if run.best is not None]
+    return {
+        "run": group.label,
+        "config": group.first.config_name,
+        "seeds": _seeds(group.runs),
+        "averaged": _seeds(group.averaged),
+        "state": group.state,
+        "changes": "baseline" if is_baseline else changes(group, baseline),
+        **_interval_columns("ema", group.accuracy("ema")),
+        **_interval_columns("raw", group.accuracy("raw")),
+        **_interval_columns("best", accuracy_interval(best)),
+        "difference": difference(group, baseline),
+        "mcnemar": "" if is_baseline else paired(group, baseline),
+        **costs(group, target),
+        **paper_columns(group),
+    }
 
 
-def changes(group, baseline):
-    return (
-        ", ".join(
-            f"{key.split('.', 1)[-1] if not key.startswith('dataset') else key} {_short(old)} -> {_short(new)}"
-            for key, (old, new) in results.differences(group, baseline).items()
-        )
-        or "none"
-    )
+def _seeds(runs: Iterable) -> str:
+    return " ".join(str(run.seed) for run in runs)
 
 
-def _short(value):
+def changes(group: Group, baseline: Group) -> str:
+    """The settings that differ from the baseline's, as "key old -> new, ..." or "none"."""
+    texts = []
+    for key, (old, new) in differences(group, baseline).items():
+        short_key = key if key.startswith("dataset") else key.split(".", 1)[-1]
+        texts.append(f"{short_key} {_short(old)} -> {_short(new)}")
+    return ", ".join(texts) or "none"
+
+
+def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def accuracy_columns(name, evaluations):
-    """The columns NAME, NAME_low, NAME_high, NAME_t_low, NAME_t_high, NAME_runs, NAME_count of evaluations with exact_accuracy and count, or None."""
-    found = [one for one in evaluations if one is not None]
-    if not found:
-        values, count = (np.nan,) * 5, None
-    elif len(found) == 1:
-        values, count = (
-            (
-                found[0]["exact_accuracy"],
-                *results.wilson(found[0]["exact_accuracy"], int(found[0]["count"])),
-                np.nan,
-                np.nan,
-            ),
-            int(found[0]["count"]),
-        )
-    else:
-        values, count = (
-            results.spread([one["exact_accuracy"] for one in found]),
-            int(min(one["count"] for one in found)),
-        )
-    return dict(
-        zip((name, f"{name}_low", f"{name}_high", f"{name}_t_low", f"{name}_t_high"), values)
-    ) | {f"{name}_runs": len(found), f"{name}_count": count}
+def _interval_columns(name: str, interval: Interval | None) -> dict[str, Any]:
+    """The columns NAME, NAME_low, NAME_high, NAME_t_low, NAME_t_high, NAME_runs, NAME_count."""
+    if interval is None:
+        keys = ("low", "high", "t_low", "t_high")
+        missing = dict.fromkeys((name, *(f"{name}_{key}" for key in keys)), np.nan)
+        return {**missing, f"{name}_runs": 0, f"{name}_count": None}
+    return {
+        name: interval.mean,
+        f"{name}_low": interval.low,
+        f"{name}_high": interval.high,
+        f"{name}_t_low": interval.t_low,
+        f"{name}_t_high": interval.t_high,
+        f"{name}_runs": interval.runs,
+        f"{name}_count": interval.count,
+    }
 
 
-def difference(group, baseline):
+def difference(group: Group, baseline: Group) -> float:
     """Mean final exact accuracy less the baseline's; NaN where one is missing."""
-    ours, theirs = group.accuracies(), baseline.accuracies()
-    return ours.mean() - theirs.mean() if len(ours) and len(theirs) else np.nan
+    ours, theirs = group.accuracy(), baseline.accuracy()
+    return ours.mean - theirs.mean if ours and theirs else np.nan
 
 
-def paired(group, baseline):
-    """McNemar's test of every run with the baseline's run of the same seed, as text; without a common seed, of the first runs."""
+def paired(group: Group, baseline: Group) -> str:
+    """McNemar's test of each averaged run with the baseline's of the same seed, as text.
+
+    Without a common seed it is the test of their first runs; without any test, the reason.
+    """
     ours, theirs = (
-        {run.seed: run for run in one.runs if run.final(run.weights)} for one in (group, baseline)
+        {run.seed: run for run in one.averaged if run.final()} for one in (group, baseline)
     )
     pairs = [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs]
     texts, reasons = [], []
     for run, other in pairs or [(group.first, baseline.first)]:
         try:
-            gained, lost, p = results.paired_test(run, other)
+            gained, lost, p = paired_test(run, other)
         except ValueError as reason:
             reasons.append(str(reason))
             continue
-        which = (
-            f"seed {run.seed}" if run.seed == other.seed else f"seeds {run.seed} and {other.seed}"
-        )
+        which = f"seeds {run.seed} and {other.seed}"
+        if run.seed == other.seed:
+            which = f"seed {run.seed}"
         texts.append(f"+{gained} -{lost} p={p:.2g} ({which})")
     return "; ".join(texts) or f"no test: {reasons[0]}"
 
 
-def costs(group, target):
-    """Steps and hours to the target (means over the seeds that reached it), and of the whole training (means over all seeds)."""
-    there = [row for run in group.runs if (row := run.reached(target)) is not None]
+def costs(group: Group, target: float) -> dict[str, Any]:
+    """What the training of the averaged runs cost, as means: to the target and as a whole.
 
-    def mean(values):
-        return pd.Series(list(values), dtype=float).mean()
-
+    The costs to the target are of those that reached it: `reached` of `runs`.
+    """
+    rows = [row for run in group.averaged if (row := run.reached(target)) is not None]
+    there = pd.DataFrame(rows, columns=["step", "hours", "chip_hours"]).astype(float)
     return {
         "reached": len(there),
-        "runs": len(group.runs),
-        "steps_to_target": mean(row.step for row in there),
-        "hours_to_target": mean(row.hours for row in there),
-        "chip_hours_to_target": mean(row.chip_hours for row in there),
-        "hours": mean(run.hours for run in group.runs),
-        "chip_hours": mean(run.chip_hours for run in group.runs),
+        "runs": len(group.averaged),
+        "steps_to_target": there.step.mean(),
+        "hours_to_target": there.hours.mean(),
+        "chip_hours_to_target": there.chip_hours.mean(),
+        "hours": group.mean("hours"),
+        "chip_hours": group.mean("chip_hours"),
     }
 
 
-def paper_columns(group):
-    entry, reason = results.paper_result(group.first)
+def paper_columns(group: Group) -> dict[str, Any]:
+    """The paper's number for this configuration, its table, and why it cannot be compared."""
+    entry, reason = paper_result(group.first)
     return {
         "paper": entry["exact_accuracy"] / 100 if entry else np.nan,
         "paper_table": entry["table"] if entry else None,
@@ -231,78 +242,79 @@ def paper_columns(group):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # For people
-# ---------------------------------------------------------------------------------------------------------
-def readable_parts(table, target):
+# ------------------------------------------------------------------------------
+def readable_parts(table: pd.DataFrame, target: float) -> list[pd.DataFrame]:
     """The comparison as three narrow tables of text: what differs; accuracy; cost and the paper."""
     rows = [row for _, row in table.iterrows()]
-    accuracy = pd.DataFrame(
-        [
-            {
-                "run": row.run,
-                "EMA": _accuracy(row, "ema"),
-                "raw": _accuracy(row, "raw"),
-                "best": _accuracy(row, "best"),
-                "difference": "-"
-                if pd.isna(row.difference) or row.changes == "baseline"
-                else f"{100 * row.difference:+.1f}",
-                "McNemar": row.mcnemar or "-",
-            }
-            for row in rows
-        ]
-    )
     goal = f"to {100 * target:g}%"
-    cost = pd.DataFrame(
-        [
-            {
-                "run": row.run,
-                f"steps {goal}": _reached(row, "steps_to_target", ",.0f"),
-                f"hours {goal}": _reached(row, "hours_to_target", ".3g"),
-                f"chip-hours {goal}": _reached(row, "chip_hours_to_target", ".3g"),
-                "hours": _number(row.hours),
-                "chip-hours": _number(row.chip_hours),
-                "paper": _paper(row),
-            }
-            for row in rows
-        ]
-    )
-    return [table[["run", "config", "seeds", "state", "changes"]], accuracy, cost]
+    accuracy = [
+        {
+            "run": row.run,
+            "EMA": _accuracy(row, "ema"),
+            "raw": _accuracy(row, "raw"),
+            "best": _accuracy(row, "best"),
+            "difference": _difference(row),
+            "McNemar": row.mcnemar or "-",
+        }
+        for row in rows
+    ]
+    cost = [
+        {
+            "run": row.run,
+            f"steps {goal}": _reached(row, "steps_to_target", ",.0f"),
+            f"hours {goal}": _reached(row, "hours_to_target", ".3g"),
+            f"chip-hours {goal}": _reached(row, "chip_hours_to_target", ".3g"),
+            "hours": _number(row.hours),
+            "chip-hours": _number(row.chip_hours),
+            "paper": _paper(row),
+        }
+        for row in rows
+    ]
+    setup = table[["run", "config", "seeds", "state", "changes"]]
+    return [setup, pd.DataFrame(accuracy), pd.DataFrame(cost)]
 
 
-def _number(value, form=".3g"):
+def _number(value: float, form: str = ".3g") -> str:
     return "-" if pd.isna(value) else format(value, form)
 
 
-def _accuracy(row, name):
+def _difference(row: Any) -> str:
+    if pd.isna(row.difference) or row.changes == "baseline":
+        return "-"
+    return f"{100 * row.difference:+.1f}"
+
+
+def _accuracy(row: Mapping[str, Any], name: str) -> str:
+    """Such as "85.0 [80.0, 90.0] (3) t [72.6, 97.4]"."""
     if pd.isna(row[name]):
         return "-"
-    text = (
-        f"{100 * row[name]:.1f} [{100 * row[f'{name}_low']:.1f}, {100 * row[f'{name}_high']:.1f}]"
+    mean, low, high, t_low, t_high = (
+        f"{100 * row[name + suffix]:.1f}" for suffix in ("", "_low", "_high", "_t_low", "_t_high")
     )
+    text = f"{mean} [{low}, {high}]"
     if row[f"{name}_runs"] > 1:
         text += f" ({row[f'{name}_runs']})"
-    return (
-        text
-        if pd.isna(row[f"{name}_t_low"])
-        else f"{text} t [{100 * row[f'{name}_t_low']:.1f}, {100 * row[f'{name}_t_high']:.1f}]"
-    )
+    if not pd.isna(row[f"{name}_t_low"]):
+        text += f" t [{t_low}, {t_high}]"
+    return text
 
 
-def _reached(row, name, form):
-    return _number(row[name], form) + (
-        f" ({row.reached} of {row.runs})"
-        if 0 < row.reached < row.runs and not pd.isna(row[name])
-        else ""
-    )
+def _reached(row: Any, name: str, form: str) -> str:
+    text = _number(row[name], form)
+    if 0 < row.reached < row.runs and not pd.isna(row[name]):
+        text += f" ({row.reached} of {row.runs})"
+    return text
 
 
-def _paper(row):
+def _paper(row: Any) -> str:
     if pd.isna(row.paper):
         return "-"
-    return f"{100 * row.paper:.1f} (Table {row.paper_table:g})" + (
-        f"; not comparable: {row.paper_not_comparable}" if row.paper_not_comparable else ""
-    )
+    text = f"{100 * row.paper:.1f} (Table {row.paper_table:g})"
+    if row.paper_not_comparable:
+        text += f"; not comparable: {row.paper_not_comparable}"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""One look for all figures: one column of a paper (3.3 in), fonts of 7 points and more, colours that colour-blind readers
-tell apart (Okabe and Ito 2008), and other markers and dashes besides, for print in black."""
+"""The style that all figures share, and what draws and saves them.
+
+A figure is one column of a paper wide (3.3 inches), its fonts have 7 points or more, and its
+colours can be told apart by colour-blind readers (Okabe and Ito 2008). Lines differ in marker and
+dashes, too, for print in black.
+"""
 
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from run_groups import Group
 
 WIDTH = 3.3  # inches
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -16,6 +26,9 @@ MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MAX_LINES = len(COLORS)  # lines of one figure; more go to further figures
 GREY = "#999999"
+TICKS = [1, 2, 2.5, 5, 10]  # multiples of a power of ten, as matplotlib has them
+EXACT = "exact accuracy (%)"
+INTERVALS = "Bars: one run, 95% Wilson interval over puzzles; several seeds, mean and range."
 
 matplotlib.rcParams.update(
     {
@@ -27,8 +40,9 @@ matplotlib.rcParams.update(
         "legend.fontsize": 7,
         "figure.titlesize": 7,
         "font.family": "DejaVu Sans",
+        # fonts in PDF and PostScript as TrueType, so that text can be selected and edited
         "pdf.fonttype": 42,
-        "ps.fonttype": 42,  # text that stays text
+        "ps.fonttype": 42,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.linewidth": 0.6,
@@ -50,25 +64,43 @@ matplotlib.rcParams.update(
 )
 
 
-@dataclass
-class Figure:
-    """fig: matplotlib's. caption: what it shows, of which runs, and what its intervals are. data: the numbers drawn."""
+class NoData(Exception):
+    """A figure has nothing to draw; the message says why."""
 
-    name: str
+
+@dataclass
+class Drawing:
+    """A figure without its name.
+
+    fig: matplotlib's. caption: what it shows, of which runs, and what its intervals are.
+    data: the numbers drawn.
+    """
+
     fig: matplotlib.figure.Figure
     caption: str
     data: pd.DataFrame
 
 
-def panels(rows=1, height=2.2, **options):
-    """(figure, [axes]) of one column's width; height: of a panel, in inches."""
-    fig = matplotlib.figure.Figure(
-        figsize=(WIDTH, height * rows)
-    )  # not pyplot's: no window, no state to free
+@dataclass
+class Figure(Drawing):
+    """A figure with the name of its files."""
+
+    name: str
+
+
+# ------------------------------------------------------------------------------
+# Parts of a figure
+# ------------------------------------------------------------------------------
+def panels(
+    rows: int = 1, height: float = 2.2, **options: Any
+) -> tuple[matplotlib.figure.Figure, list[Axes]]:
+    """(figure, [axes]) of one column's width; height: of each panel, in inches."""
+    # a figure of pyplot would open a window and would have to be closed
+    fig = matplotlib.figure.Figure(figsize=(WIDTH, height * rows))
     return fig, list(fig.subplots(rows, 1, squeeze=False, **options)[:, 0])
 
 
-def look(k):
+def line_style(k: int) -> dict[str, Any]:
     """Colour, marker and dashes of the k-th line."""
     return {
         "color": COLORS[k % MAX_LINES],
@@ -77,12 +109,27 @@ def look(k):
     }
 
 
-def note(ax, text):
-    """A remark that must not part from the figure, above it."""
+def bar_axis(ax: Axes, names: Sequence[str]) -> np.ndarray:
+    """Prepare the y axis for one horizontal bar a name, the first on top; returns their places."""
+    places = np.arange(len(names))
+    ax.set_yticks(places, names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(visible=False, axis="y")
+    return places
+
+
+def error_bars(rows: pd.DataFrame) -> np.ndarray:
+    """Lengths of error bars in percent, [2, N], from the columns exact_accuracy, low, high."""
+    accuracy = rows.exact_accuracy.to_numpy()
+    return 100 * np.maximum(0, [accuracy - rows.low.to_numpy(), rows.high.to_numpy() - accuracy])
+
+
+def note(ax: Axes, text: str) -> None:
+    """Write a remark above the axes, for what must not be lost where the caption is."""
     ax.set_title(textwrap.fill(text, 58), loc="left", color="#444444")
 
 
-def readable(number):
+def readable(number: float) -> str:
     """A number as people write it: 2.67e-4, 0.5, 768, 50k, 5.03M."""
     if 0 < number < 0.001:
         mantissa, exponent = f"{number:.2e}".split("e")
@@ -92,15 +139,23 @@ def readable(number):
     return f"{number / 1e3:.3g}k" if number >= 10_000 else f"{number:.4g}"
 
 
-def plain_log(axis):
+def plain_log(axis: Any) -> None:
     """Ticks at 1, 2, 5, 10, 20, ... on a logarithmic axis, in plain numbers."""
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: readable(value)))
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
-def ticks_at(ax, values):
-    """Ticks of a logarithmic x axis at `values` (sorted), in plain numbers; of two that are too near for both names, the smaller has one."""
+def whole_numbers(axis: Any) -> None:
+    """Ticks at whole numbers alone on a linear axis."""
+    axis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", steps=TICKS, integer=True))
+
+
+def ticks_at(ax: Axes, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic x axis at `values` (sorted), in plain numbers.
+
+    Where two are too near for both names, the larger has none.
+    """
     apart, names, last = 0.13 * math.log(values[-1] / values[0]), [], -math.inf
     for value in values:
         near = math.log(value) - last < apart
@@ -110,23 +165,47 @@ def ticks_at(ax, values):
     ax.set_xticks(values, names)
 
 
-def legend_below(fig, handles, labels):
+def legend_below(
+    fig: matplotlib.figure.Figure, handles: Sequence[Any], labels: Sequence[str]
+) -> None:
+    """Put a legend below the axes, for which the figure grows: the axes keep their height."""
     if not handles:
         return
     columns = 2 if max(map(len, labels)) <= 22 and len(labels) > 1 else 1
     labels = [textwrap.fill(label, 48) for label in labels]
-    inches = 0.14 * -(-sum(1 + label.count("\n") for label in labels) // columns) + 0.1
-    fig.set_figheight(fig.get_figheight() + inches)  # the axes keep their height
+    lines = sum(1 + label.count("\n") for label in labels)
+    fig.set_figheight(fig.get_figheight() + 0.14 * math.ceil(lines / columns) + 0.1)
     fig.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def save(figure, folder):
-    """Write NAME.png, NAME.pdf and NAME.csv (the numbers drawn) into a pathlib folder; returns the PNG's path."""
+# ------------------------------------------------------------------------------
+# Groups of a figure
+# ------------------------------------------------------------------------------
+def pages(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups in parts of at most MAX_LINES, of about the same length."""
+    count = math.ceil(len(groups) / MAX_LINES)
+    parts = np.array_split(np.arange(len(groups)), count) if groups else []
+    return [[groups[k] for k in part] for part in parts]
+
+
+def with_final(groups: Sequence[Group]) -> list[Group]:
+    """The groups with a final accuracy; raises NoData if there is none."""
+    found = [group for group in groups if group.accuracy()]
+    if not found:
+        raise NoData("no run has a final evaluation (eval.json)")
+    return found
+
+
+# ------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------
+def save(figure: Figure, folder: Path) -> Path:
+    """Write NAME.png, NAME.pdf and NAME.csv (the numbers drawn) into a folder.
+
+    Returns the path of the PNG. The same results give the same bytes.
+    """
     for suffix in ("png", "pdf"):
-        # no date in the file: the same results give the same bytes
-        figure.fig.savefig(
-            folder / f"{figure.name}.{suffix}",
-            metadata={"CreationDate": None} if suffix == "pdf" else None,
-        )
+        without_date = {"CreationDate": None} if suffix == "pdf" else None
+        figure.fig.savefig(folder / f"{figure.name}.{suffix}", metadata=without_date)
     figure.data.to_csv(folder / f"{figure.name}.csv", index=False)
     return folder / f"{figure.name}.png"

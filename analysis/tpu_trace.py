@@ -29,10 +29,11 @@ import tpu_hlo
 from torch_xla.core.xla_builder import create_placeholder_tensor
 
 import tpu_types
-import train_tpu
 import trm_model
 from config import load_config
 from device import Device, tree_map
+from mixing import num_kernels
+from train_state import TrainState, load_dataset, settle_forward_dtype
 from utils import UserError, run_cli
 from xla_program import changed_places, places
 
@@ -44,9 +45,8 @@ def main():
     folder = Path(sys.argv[1])
     config = load_config(folder / "config.yaml")
     dataset, known = training_puzzles(config)
-    device = TracedDevice(
-        tpu_types.slice_type(config.tpu.accelerator_type), config.model.forward_dtype
-    )
+    device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type))
+    config = settle_forward_dtype(config, device)
     run = traced_run(config, device, dataset)
     batch = run.loader.batch(0)
     device.follow(run)
@@ -66,7 +66,7 @@ def main():
     # ----- host time -----
     per_step = host_milliseconds(run, batch, dataset)
     per_evaluation_step = milliseconds(lambda: trace_evaluation(run, dataset, keep=False))
-    per_chip = config.training.global_batch_size // device.world_size
+    per_chip = config.training.global_batch_size // device.workers.world_size
     trace = {
         "programs": programs,
         "host_ms_per_step": statistics.median(per_step),
@@ -86,16 +86,16 @@ def main():
 
 
 def train_step(run, batch):
-    train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, batch)), trm_model.act_step)
+    run.train_step(run.device.put(run.host_batch(batch)))
     run.device.end_step()
 
 
 class TracedDevice(Device):
     """The first worker of a tpu_types.Slice. Where another device would compile and run what is pending, this one keeps the program."""
 
-    def __init__(self, slice_, forward_dtype="bfloat16"):
-        super().__init__("xla_cpu", forward_dtype)
-        self.rank, self.world_size, self.generation = 0, slice_.chips, slice_.generation
+    def __init__(self, slice_):
+        super().__init__("xla_cpu")
+        self.workers.world_size, self.generation = slice_.chips, slice_.generation
         self.programs = []
 
     def follow(self, run):
@@ -112,16 +112,16 @@ class TracedDevice(Device):
 
 
 def traced_run(config, device, dataset):
-    """train_tpu.Run with placeholders for all that it holds on the device."""
+    """TrainState with placeholders for all that it holds on the device."""
     device.torch, xla = torch.device("meta"), device.torch
     with torch.device("meta"):
-        run = train_tpu.Run(config, device, dataset)
+        run = TrainState(config, device, dataset)
     device.torch = xla
     if config.training.pallas_kernels:
-        import pallas_kernels
+        import pallas_mixing
 
         for model in (run.model, run.ema.module) if run.ema else (run.model,):
-            pallas_kernels.use(model, device.generation)
+            pallas_mixing.use(model, device.generation)
     for tensor in run.tensors():
         become_placeholder(tensor)
     return run
@@ -129,13 +129,9 @@ def traced_run(config, device, dataset):
 
 def in_kernel(model):
     """{"token mixing", "channel mixing": whether it is a kernel}; of self-attention only the latter."""
-    layer = model.L_level.layers[0]
-    swiglus = (
-        [("token mixing", layer.mlp_t), ("channel mixing", layer.mlp)]
-        if layer.mixes_by_mlp
-        else [("channel mixing", layer.mlp)]
-    )
-    return {what: swiglu.in_kernel is not None for what, swiglu in swiglus}
+    names = {1: "token mixing", 2: "channel mixing"}
+    swiglus = model.L_level.layers[0].swiglus()
+    return {names[axis]: num_kernels(swiglu) == 1 for axis, swiglu in swiglus}
 
 
 def become_placeholder(tensor):
@@ -166,7 +162,7 @@ def host_milliseconds(run, batch, dataset):
     costs the host by the number of its tensors, whatever is in them: so it is that of the same model at the least width, number of
     cycles and batch, which the CPU computes meanwhile; the batch of the run itself comes on top."""
     model, training = run.config.model, run.config.training
-    small = train_tpu.Run(
+    small = TrainState(
         dataclasses.replace(
             run.config,
             model=dataclasses.replace(
@@ -183,14 +179,14 @@ def host_milliseconds(run, batch, dataset):
         Device("xla_cpu"),
         dataset,
     )
-    step, few = train_tpu.replayed_step(small, trm_model.act_step), small.loader.batch(0)
+    few = small.loader.batch(0)
 
     def timed():
-        step(small.device.put(train_tpu.host_batch(small, few)))
+        small.run_step(small.device.put(small.host_batch(few)))
         small.step += 1
 
     steps = milliseconds(timed, lambda: small.device.fetch(small.totals))
-    batches = milliseconds(lambda: small.device.put(train_tpu.host_batch(run, batch)))
+    batches = milliseconds(lambda: small.device.put(run.host_batch(batch)))
     return [sum(both) for both in zip(steps, batches)]
 
 
@@ -231,10 +227,10 @@ def trace_evaluation(run, dataset, keep=True):
 # The puzzles: the dataset's where it is on this machine, otherwise as many of 9x9 as the configuration expects
 # ---------------------------------------------------------------------------------------------------------
 def training_puzzles(config):
-    """(what train_tpu.Run needs of a dataset, where it comes from)."""
+    """(what TrainState needs of a dataset, where it comes from)."""
     path, count = config.data.dataset_path, config.data.expected_puzzles
     if (Path(path) / "train" / "dataset.json").exists():
-        return train_tpu.load_dataset(config, "train"), path
+        return load_dataset(config, "train"), path
     if count is None:
         raise UserError(
             f"data.expected_puzzles = null: {path} is not on this machine: set the number of training puzzles that it has"

@@ -33,9 +33,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sudoku_sources import Split, csv_splits, generate_splits, rows_as_bytes
+
 import sudoku
 from storage import sync_folder
-from sudoku_sources import Split, csv_splits, generate_splits, rows_as_bytes
 from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli
 
 HUB_REPO = "sapientinc/sudoku-extreme"

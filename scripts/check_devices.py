@@ -27,6 +27,7 @@ import torch
 import workers
 from config import load_config
 from device import Device, resolve_device
+from train_state import TrainState, settle_forward_dtype
 from utils import RunFailure, run_cli
 
 LENGTH = 1 << 20  # float32 numbers in the all-reduce: 4 MB
@@ -72,18 +73,24 @@ def check_worker(rank, config, steps, deadline):
     """Join the other workers, as training does, and sum a number of each over all. deadline: by time.monotonic(), or None."""
     if deadline:
         faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic()), exit=True)
-    device = Device(config.device, config.model.forward_dtype)
-    device.on_all(lambda: workers.check_workers(config, device))
-    device.on_all(lambda: check_sum(device))
+    device = Device(config.device)
+    config = settle_forward_dtype(config, device)
+    rank, world_size = device.workers.rank, device.workers.world_size
+    with device.workers.together():
+        workers.check_workers(config, device)
+    wrong = check_sum(device)
+    with device.workers.together():
+        if wrong:
+            raise RunFailure(wrong)
     print(
-        f"worker {device.rank} of {device.world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right",
+        f"worker {rank} of {world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right",
         flush=True,
     )
     if steps:
-        passed("all-reduce", f"the sum over {device.world_size} worker(s) is right")
+        passed("all-reduce", f"the sum over {world_size} worker(s) is right")
         check_steps(config, device)
     faulthandler.cancel_dump_traceback_later()
-    device.leave()
+    device.workers.leave()
 
 
 def passed(name, text):
@@ -93,14 +100,15 @@ def passed(name, text):
 
 
 def check_sum(device):
-    """Raises RunFailure where the sum over all workers, of rank + 1 in float32, is not what it must be in every element."""
-    (total,) = device.all_reduce([device.put(torch.full((LENGTH,), device.rank + 1.0))])
+    """What is wrong with the sum over all workers of rank + 1 in float32, or None."""
+    rank, world_size = device.workers.rank, device.workers.world_size
+    (total,) = device.workers.all_reduce([device.put(torch.full((LENGTH,), rank + 1.0))])
     device.end_step()
-    expected = device.world_size * (device.world_size + 1) / 2
+    expected = world_size * (world_size + 1) / 2
     wrong = device.fetch(total) != expected
     if wrong.any():
-        raise RunFailure(
-            f"{socket.gethostname()}: worker {device.rank} got a wrong sum over the {device.world_size} workers in {int(wrong.sum())} of "
+        return (
+            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} workers in {int(wrong.sum())} of "
             f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask for another"
         )
 
@@ -129,7 +137,7 @@ def of_least_size(config):
 
 
 def made_up_puzzles():
-    """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what train_tpu.Run needs of a dataset."""
+    """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what TrainState needs of a dataset."""
     import numpy as np
 
     import sudoku
@@ -166,10 +174,11 @@ def check_steps(config, device):
     passed("step", as_text(plain))
     fast = train_steps(config, device, dataset, kernels=True)
     # rank 0 alone has the reason why kernels are not used
-    warning = device.broadcast_bytes(fast.warning.encode()).decode()
+    warning = device.workers.broadcast_bytes(fast.warning.encode()).decode()
     if warning:
         raise RunFailure(warning)
-    device.on_all(lambda: compare(plain, fast))
+    with device.workers.together():
+        compare(plain, fast)
     if fast.kernels:
         passed("kernels", f"{as_text(fast)}; losses, gradients and states agree with those without")
     else:
@@ -186,14 +195,14 @@ def train_steps(config, device, dataset, kernels):
     chips' peak in FLOP/s, None on a CPU."""
     import benchmark
 
-    import train_tpu
     import trm_model
+    from mixing import num_kernels
 
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, pallas_kernels=kernels)
     )
     with contextlib.redirect_stderr(io.StringIO()) as heard:
-        run = train_tpu.Run(config, device, dataset)
+        run = TrainState(config, device, dataset)
     print(heard.getvalue(), end="", file=sys.stderr, flush=True)
     lines = [
         line
@@ -207,15 +216,12 @@ def train_steps(config, device, dataset, kernels):
         compiles=[],
         executions=[],
         warning="".join(lines),
-        kernels=sum(bool(getattr(module, "in_kernel", None)) for module in run.model.modules()),
-    )
-    step = train_tpu.replayed_step(
-        run, device.compiled(trm_model.act_step, config.training.compile)
+        kernels=num_kernels(run.model),
     )
     batch_size, counted = config.training.global_batch_size, device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
-            seconds, _ = benchmark.train_steps(run, step, batches, 1)
+            seconds, _ = benchmark.train_steps(run, batches, 1)
             sums = dict(
                 zip(
                     (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"),
@@ -246,7 +252,9 @@ def train_steps(config, device, dataset, kernels):
     )
     has_peak = device.name in ("tpu", "cuda")
     measured.peak = (
-        device.peak_flops(run.model.forward_dtype)[0] * device.world_size if has_peak else None
+        device.peak_flops(run.model.forward_dtype)[0] * device.workers.world_size
+        if has_peak
+        else None
     )
     if any(measured.compiles[1:]):
         raise RunFailure(

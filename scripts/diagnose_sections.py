@@ -267,7 +267,7 @@ def check_packages(args):
 
     config = read_config(args)
     from device import resolve_device
-    from run_folder import code_version
+    from provenance import code_version
 
     commit, dirty = code_version()
     print(

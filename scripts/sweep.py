@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Run the cells of a study, configuration x seed, one after another or several at once.
 
-    bash scripts/launch_sweep.sh configs/e2_2_*.yaml --local --seeds 0 1 2 bash
-    scripts/launch_sweep.sh configs/e2_2_*.yaml --slices trm-a:v4-64
-    trm-b:v6e-16:europe-west4-a:spot
+    bash scripts/launch_sweep.sh configs/e2_2_*.yaml --local --seeds 0 1 2
+    bash scripts/launch_sweep.sh configs/e2_2_*.yaml --slices trm-a:v4-64 trm-b:v6e-16:spot
 
 The same command goes on where it was stopped: the folders of the runs tell how far they are
 (sweep_state.py).

@@ -119,7 +119,7 @@ def command(cell: Cell, slot: Slice | None, flags: list[str]) -> list[str]:
 def check_datasets(cells: list[Cell]) -> None:
     """Raises UserError, one line for every configuration whose dataset is missing, damaged or not
     the planned one."""
-    from train_tpu import load_datasets  # takes seconds, as it imports PyTorch
+    from train_state import load_datasets  # takes seconds, as it imports PyTorch
 
     wrong = []
     for path, cell in {cell.path: cell for cell in cells}.items():

@@ -86,18 +86,16 @@ def configs_on(path, changes, slices):
     """(configuration as it is on the first slice, {name: (project, accelerator type, zone)} of all
     slices, bucket) of a configuration file with overrides; without slices {} and "". Raises
     UserError, a line for every reason why it cannot run on one of the slices."""
-    # Not settled: what "auto" becomes is up to the machine that trains, and this one needs no
-    # PyTorch to launch.
     if not slices:
-        return load_config(path, changes, settle=False), {}, ""
+        return load_config(path, changes), {}, ""
     config, places, bucket, wrong = None, {}, "", {}
     for one in slices:
         words = [*changes, *one.overrides]
         try:
-            loaded = load_config(path, words, settle=False)
+            loaded = load_config(path, words)
             if loaded.device == "auto":
                 # On a slice this is tpu: the batch has to divide by its chips.
-                load_config(path, [*words, "device=tpu"], settle=False)
+                load_config(path, [*words, "device=tpu"])
             settings = tpu_settings.slice_settings(loaded, words, ["project"])
         except UserError as error:
             wrong.setdefault(str(error).removeprefix(f"{path}: "), []).append(one.name)

@@ -79,8 +79,7 @@ def main():
         help="status 0 if these files of a run say that it is finished, 1 if not",
     )
     args = parser.parse_intermixed_args()
-    # not settled: what "auto" becomes is up to the machine that trains, and needs PyTorch
-    config = load_config(args.config, args.overrides, settle=False)
+    config = load_config(args.config, args.overrides)
     if args.finished:
         files = [
             path.read_bytes() if (path := Path(name)).exists() else b"" for name in args.finished

@@ -1,146 +1,122 @@
-"""The TPU kernels, interpreted on the CPU: against the model's own operations, and as a run takes them up. tests/test_pallas_kernels.py
-runs this in a process of its own: one that has started jax may not fork, as other tests do."""
+"""The TPU kernels, interpreted on the CPU: what they compute, and when a run uses them.
+
+tests/test_pallas_kernels.py runs this in a process of its own: a process that has started jax must
+not fork, as other tests do.
+"""
 
 import contextlib
 import functools
-import importlib.util
 import io
 import sys
 import unittest
 from types import SimpleNamespace
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import torch
+import torch_xla
 
+import mixing
+import pallas_kernels
+import pallas_mixing
 import tpu_types
-import train_tpu
 import trm_model
+import xla_mixing
+from collectives import Workers
 from device import Device
-from tests.helpers import ROOT, XLATest
+from layers import SwiGLU, swiglu
+from tests.helpers import XLATest
 from tests.test_model import admitted, no_minimum, small_model
-from trm_model import SwiGLU
 
-HAS_JAX = importlib.util.find_spec("jax") is not None
+# tests/__init__.py puts analysis/ on the path
+import tpu_hlo  # isort: skip
+
 BATCH, LENGTH, DIM = 6, 19, 32
-V4, V6E = (
-    tpu_types.GENERATIONS["v4"],
-    tpu_types.GENERATIONS["v6e"],
-)  # of two cores a chip, and of one
+# with two cores a chip, and with one
+V4, V6E = tpu_types.GENERATIONS["v4"], tpu_types.GENERATIONS["v6e"]
 
 
 @functools.cache
 def compiled(function, chip):
-    import jax
-
     return jax.jit(functools.partial(function, chip=chip, interpret=True))
 
 
 def interpreted(function, chip, *tensors):
-    """pallas_kernels.call without a TPU: jax interprets the kernel."""
-    import jax.numpy as jnp
+    """pallas_mixing.call without a TPU: jax interprets the kernel."""
 
-    results = compiled(function, chip)(
-        *(
-            jnp.asarray(
-                tensor.detach().cpu().float().numpy(), str(tensor.dtype).removeprefix("torch.")
-            )
-            for tensor in tensors
-        )
-    )
-    return [
-        torch.tensor(result.astype(jnp.float32).tolist()).to(
-            tensors[0].device, getattr(torch, str(result.dtype))
-        )
-        for result in results
-    ]
+    def to_jax(tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return jnp.asarray(tensor.detach().cpu().float().numpy(), dtype)
+
+    def to_torch(result):
+        tensor = torch.tensor(result.astype(jnp.float32).tolist())
+        return tensor.to(tensors[0].device, getattr(torch, str(result.dtype)))
+
+    return [to_torch(result) for result in compiled(function, chip)(*map(to_jax, tensors))]
 
 
 def random_input(seed, dtype=torch.float32, count=BATCH):
     return torch.randn(count, LENGTH, DIM, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@unittest.skipUnless(HAS_JAX, "jax is not installed here")
 class Kernels(unittest.TestCase):
-    """float32, where two ways to the same number are close."""
+    """In float32, where two ways to the same number give nearly the same one."""
 
     def close(self, ours, plain, tolerance=1e-5):
         self.assertEqual(ours.shape, plain.shape)
         self.assertLess(((ours - plain).norm() / plain.norm()).item(), tolerance)
 
     def mixing(self, axis):
-        """(SwiGLU, its halved weights, input that needs a gradient, output, gradient of the output)."""
-        swiglu = SwiGLU((None, LENGTH, DIM)[axis], 4, torch.Generator().manual_seed(axis))
+        """(SwiGLU, its weights with a halved gate, input, output, gradient of the output)."""
+        module = SwiGLU((None, LENGTH, DIM)[axis], 4, torch.Generator().manual_seed(axis))
         x, grad = random_input(3).requires_grad_(), random_input(4)
-        gate, up, down = swiglu.weights()
-        return swiglu, (0.5 * gate, up, down), x, swiglu(x, swiglu.weights(), axis), grad
+        gate, up, down = module.weights()
+        return module, (0.5 * gate, up, down), x, module(x, module.weights(), axis), grad
 
     def test_token_mixing_and_its_gradient(self):
-        import pallas_kernels
-
-        swiglu, weights, x, out, grad = self.mixing(1)
+        module, weights, x, out, grad = self.mixing(1)
         self.close(interpreted(pallas_kernels.token_mixing, V4, x, *weights)[0], out)
         x_grad, *sums = interpreted(pallas_kernels.token_mixing_gradient, V4, x, grad, *weights)
-        plain, gate_up, down = torch.autograd.grad(out, (x, *swiglu.parameters()), grad)
+        plain, gate_up, down = torch.autograd.grad(out, (x, *module.parameters()), grad)
         self.close(x_grad, plain)
         for ours, plain in zip(sums, (*gate_up.chunk(2), down)):
-            self.assertEqual(len(ours), 2)  # the cores' shares
+            self.assertEqual(len(ours), 2)  # one sum for each core
             self.close(ours.sum(0), plain)
 
     def test_channel_mixing_and_what_it_keeps(self):
-        import pallas_kernels
-
-        swiglu, weights, x, out, _ = self.mixing(2)
+        module, weights, x, out, _ = self.mixing(2)
         self.close(interpreted(pallas_kernels.channel_mixing, V4, x, *weights)[0], out)
         ours, gate, up, scale = interpreted(pallas_kernels.channel_mixing_kept, V4, x, *weights)
         self.close(ours, out)
         self.close(gate, 2 * x @ weights[0].T)
         self.close(up, x @ weights[1].T)
-        self.close(
-            scale,
-            (x + swiglu.mixed(x, swiglu.weights(), 2))
-            .square()
-            .mean(-1, keepdim=True)
-            .add(1e-5)
-            .rsqrt(),
-        )
+        mixed = x + swiglu(x, module.weights(), 2)
+        self.close(scale, mixed.square().mean(-1, keepdim=True).add(1e-5).rsqrt())
 
     def test_a_width_that_is_taken_in_parts(self):
-        import pallas_kernels
-
         _, weights, x, out, _ = self.mixing(2)
         with mock.patch.object(pallas_kernels, "WIDTH_A_TIME", 100):
-            in_parts = functools.partial(
-                pallas_kernels.channel_mixing
-            )  # another function, or an earlier trace would be used
+            # a new function, or the trace of another test would be used
+            in_parts = functools.partial(pallas_kernels.channel_mixing)
             self.close(interpreted(in_parts, V4, x, *weights)[0], out)
 
     def test_any_number_of_examples(self):
-        import pallas_kernels
-
-        swiglu, weights, *_ = self.mixing(1)
-        for count, cores, chip in (
-            (1, 1, V4),
-            (3, 1, V4),
-            (6, 2, V4),
-            (12, 2, V4),
-            (20, 2, V4),
-            (16, 1, V6E),
-        ):
+        module, weights, *_ = self.mixing(1)
+        for count, cores, chip in ((1, 1, V4), (3, 1, V4), (12, 2, V4), (20, 2, V4), (16, 1, V6E)):
             with self.subTest(count=count, chip=chip.name):
                 x = random_input(3, count=count).requires_grad_()
-                out, grad = swiglu(x, swiglu.weights(), 1), random_input(4, count=count)
+                out, grad = module(x, module.weights(), 1), random_input(4, count=count)
                 self.close(interpreted(pallas_kernels.token_mixing, chip, x, *weights)[0], out)
                 x_grad, *sums = interpreted(
                     pallas_kernels.token_mixing_gradient, chip, x, grad, *weights
                 )
-                plain, gate_up, _ = torch.autograd.grad(out, (x, *swiglu.parameters()), grad)
+                plain, gate_up, _ = torch.autograd.grad(out, (x, *module.parameters()), grad)
                 self.assertEqual(len(sums[0]), cores)
                 self.close(x_grad, plain)
                 self.close(sums[0].sum(0), gate_up.chunk(2)[0])
 
-    def test_examples_a_pass_are_as_many_as_fit(self):
-        from pallas_kernels import fits
-
+    def test_which_sizes_fit_into_a_core(self):
         for length, dim, width, axis, on_v4, on_v6e in (
             (97, 512, 1536, 2, True, True),
             (97, 768, 2048, 2, True, True),
@@ -152,44 +128,42 @@ class Kernels(unittest.TestCase):
             (97, 96, 256, 2, False, False),
         ):
             with self.subTest(length=length, dim=dim, axis=axis):
-                self.assertEqual(
-                    (fits(length, dim, width, axis, V4), fits(length, dim, width, axis, V6E)),
-                    (on_v4, on_v6e),
-                )
+                fits = [pallas_kernels.fits(length, dim, width, axis, chip) for chip in (V4, V6E)]
+                self.assertEqual(fits, [on_v4, on_v6e])
 
 
-@unittest.skipUnless(
-    HAS_JAX and importlib.util.find_spec("torch_xla"), "jax or torch_xla is not installed here"
-)
+class TPUWithoutChips(Device):
+    """What mixing.py takes for a v4: a CPU."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.name, self.is_xla, self.generation = "tpu", True, V4
+
+    def end_step(self):
+        pass
+
+
+def tensordot(a, a_axes, b, b_axes):
+    """xla_mixing.contract on the CPU."""
+    axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
+    return torch.tensordot(a.float(), b.float(), axes)
+
+
 class Training(unittest.TestCase):
-    """On the CPU, where XLA's contractions are torch.tensordot's."""
-
     def setUp(self):
-        import xla_mixing
-
-        patch = mock.patch.object(
-            xla_mixing,
-            "contract",
-            lambda a, a_axes, b, b_axes: torch.tensordot(
-                a.float(),
-                b.float(),
-                tuple([axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)),
-            ),
-        )
+        patch = mock.patch.object(xla_mixing, "contract", tensordot)
         patch.start()
         self.addCleanup(patch.stop)
 
     def gradients(self, model, carry):
+        """Loss, next state and all gradients of a training step."""
         rows = model.puzzle_rows(carry).requires_grad_()
-        loss, _, new_carry = trm_model.act_step(model, carry, rows, no_minimum(carry))
-        return [
-            t.detach()
-            for t in (loss, new_carry.z_H, *torch.autograd.grad(loss, [*model.parameters(), rows]))
-        ]
+        loss, _, after = trm_model.act_step(model, carry, rows, no_minimum(carry))
+        gradients = torch.autograd.grad(loss, [*model.parameters(), rows])
+        return [tensor.detach() for tensor in (loss, after.z_H, *gradients)]
 
     def check_same(self, **changes):
-        import pallas_kernels
-
+        """Gradients with kernels are the same as without. Returns how often each was called."""
         model = small_model(L_layers=2, H_cycles=2, **changes)
         carry = admitted(model)
         plain, calls = self.gradients(model, carry), []
@@ -200,28 +174,19 @@ class Training(unittest.TestCase):
 
         with (
             mock.patch.object(pallas_kernels, "fits", lambda *_: True),
-            mock.patch.object(pallas_kernels, "call", call),
+            mock.patch.object(pallas_mixing, "call", call),
         ):
-            pallas_kernels.use(model, V6E)
-            self.assertFalse(
-                any(module.in_kernel for module in model.modules() if isinstance(module, SwiGLU))
-            )  # this model is float32
+            pallas_mixing.use(model, V6E)
+            self.assertEqual(mixing.num_kernels(model), 0)  # this model computes in float32
             for module in model.modules():
-                module.in_kernel = V6E
+                module.mix = pallas_mixing.KernelMix(V6E)
             for ours, theirs in zip(self.gradients(model, carry), plain, strict=True):
                 self.assertLess(((ours - theirs).norm() / theirs.norm()).item(), 2e-5)
-        return [
-            calls.count(f"{name}")
-            for name in (
-                "token_mixing",
-                "token_mixing_gradient",
-                "channel_mixing",
-                "channel_mixing_kept",
-            )
-        ]
+        names = ("token_mixing", "token_mixing_gradient", "channel_mixing", "channel_mixing_kept")
+        return [calls.count(name) for name in names]
 
     def test_the_same_gradients(self):
-        # two layers, three calls of the network a cycle, one cycle without gradient and one with
+        # two layers, three calls of the network in a cycle, one cycle without gradient, one with
         for changes, calls in (
             (dict(), [12, 6, 6, 6]),
             (dict(mlp_t=False, pos_encodings="rope"), [0, 0, 6, 6]),
@@ -230,48 +195,45 @@ class Training(unittest.TestCase):
             with self.subTest(**changes):
                 self.assertEqual(self.check_same(**changes), calls)
 
-    def used(self, call, device=None, training=True):
-        """What train_tpu.use_kernels makes of a TPU on which `call` is what a kernel does: (each SwiGLU in a kernel?, what it says)."""
-        import pallas_kernels
+    def chosen(self, call, device=None, training=True):
+        """What choose_mixing does on a TPU where `call` is what a kernel does.
 
-        device = device or Device("cpu")
-        device.name, device.generation = "tpu", V4
+        Returns (whether every SwiGLU is a kernel, what was printed on stderr).
+        """
         model = small_model(forward_dtype="bfloat16")
-        config = SimpleNamespace(
-            training=SimpleNamespace(
-                pallas_kernels=True, global_batch_size=8, grad_accumulation_steps=2
-            ),
-            evaluation=SimpleNamespace(batch_size=6),
+        training_config = SimpleNamespace(
+            pallas_kernels=True, global_batch_size=8, grad_accumulation_steps=2
         )
+        config = SimpleNamespace(training=training_config, evaluation=SimpleNamespace(batch_size=6))
         with (
             mock.patch.object(pallas_kernels, "fits", lambda *_: True),
-            mock.patch.object(pallas_kernels, "call", call),
-            contextlib.redirect_stderr(io.StringIO()) as said,
+            mock.patch.object(pallas_mixing, "call", call),
+            contextlib.redirect_stderr(io.StringIO()) as printed,
         ):
-            train_tpu.use_kernels(model, config, device, training)
-        used = {module.in_kernel == V4 for module in model.modules() if isinstance(module, SwiGLU)}
-        self.assertEqual(len(used), 1)
-        return used.pop(), said.getvalue()
+            mixing.choose_mixing(model, config, device or TPUWithoutChips(), training)
+        mixes = {module.mix for module in model.modules() if isinstance(module, SwiGLU)}
+        self.assertIn(mixes, ({pallas_mixing.KernelMix(V4)}, {xla_mixing.mix}))
+        self.assertIs(model.L_level.recompute, xla_mixing.recompute_after_barrier)
+        return mixes == {pallas_mixing.KernelMix(V4)}, printed.getvalue()
 
-    def test_a_run_on_a_tpu_uses_kernels_that_compute_the_same_there(self):
+    def test_a_run_on_a_tpu_uses_kernels_that_compute_the_right_numbers(self):
         called = set()
 
         def call(function, chip, x, *rest):
             called.add((function.__name__, len(x)))
             return interpreted(function, chip, x, *rest)
 
-        self.assertEqual(self.used(call), (True, ""))
-        forward = {
-            (name, size) for name in ("token_mixing", "channel_mixing") for size in (4, 6)
-        }  # a training batch in two parts, an evaluation's
+        self.assertEqual(self.chosen(call), (True, ""))
+        # a training batch in two parts, and an evaluation's
+        forward = {(name, n) for name in ("token_mixing", "channel_mixing") for n in (4, 6)}
         self.assertEqual(
             called, forward | {("token_mixing_gradient", 4), ("channel_mixing_kept", 4)}
         )
         called.clear()
-        self.assertEqual(self.used(call, training=False), (True, ""))
+        self.assertEqual(self.chosen(call, training=False), (True, ""))
         self.assertEqual(called, {("token_mixing", 6), ("channel_mixing", 6)})
 
-    def test_and_no_others(self):
+    def test_it_does_not_use_kernels_that_do_not(self):
         for broken, size in (
             ("token_mixing", 4),
             ("token_mixing", 6),
@@ -285,100 +247,79 @@ class Training(unittest.TestCase):
                 factor = 1.05 if (function.__name__, len(x)) == (broken, size) else 1
                 return [factor * result for result in interpreted(function, chip, x, *rest)]
 
-            def refused(function, chip, x, *rest):
-                if (function.__name__, len(x)) == (broken, size):
-                    raise TypeError("INTERNAL: Mosaic failed\nto compile")
-                return interpreted(function, chip, x, *rest)
-
             with self.subTest(broken=broken, size=size):
-                used, said = self.used(slightly_wrong)
+                used, printed = self.chosen(slightly_wrong)
                 self.assertFalse(used)
                 self.assertRegex(
-                    said,
-                    rf"^warning: the TPU kernels are not used.* axis {1 + ('channel' in broken)}.*{size} examples: 0\.\d+ \(relative\) off",
-                )
-                used, said = self.used(refused)
-                self.assertFalse(used)
-                self.assertRegex(
-                    said, r"^warning: .*: INTERNAL: Mosaic failed \(training.pallas_kernels=false"
+                    printed,
+                    r"^warning: the TPU kernels are not used.* "
+                    rf"axis {1 + ('channel' in broken)}.*{size} examples: 0\.\d+ \(relative\) off",
                 )
 
-    def test_all_workers_do_without_them_where_one_has_none(self):
-        class Other(Device):
-            def start_vote(self, votes):
-                self.cast = int(votes)
-                votes += self.others
+    def test_it_does_not_use_kernels_that_the_compiler_refuses(self):
+        def refused(*_):
+            raise TypeError("INTERNAL: Mosaic failed\nto compile")
 
-            def wait_for_vote(self, work):
-                pass
+        used, printed = self.chosen(refused)
+        self.assertFalse(used)
+        self.assertRegex(
+            printed, r"^warning: .*: INTERNAL: Mosaic failed \(training.pallas_kernels=false"
+        )
 
-        device = Other("cpu")
-        device.world_size = 2
-        for device.others, used, says in (
-            (0, True, "^$"),
-            (1, False, "^warning: .* do not work on another worker"),
+    def test_no_worker_uses_them_if_they_do_not_work_on_one(self):
+        class TwoWorkers(Workers):
+            def any(self, flag):
+                self.vote = flag
+                return flag or self.other_vote
+
+        device = TPUWithoutChips()
+        device.workers = TwoWorkers(0, 1)
+        device.workers.world_size = 2
+        for device.workers.other_vote, used, warning in (
+            (False, True, "^$"),
+            (True, False, "^warning: .* do not work on another worker"),
         ):
-            self.assertEqual(self.used(interpreted, device)[0], used)
-            self.assertRegex(self.used(interpreted, device)[1], says)
-            self.assertEqual(device.cast, 0)
-        device.others = 0
-        import pallas_kernels  # before it cannot be
-
-        with mock.patch.dict(sys.modules, {"jax": None}):
-            del sys.modules["pallas_kernels"]
-            self.addCleanup(sys.modules.__setitem__, "pallas_kernels", pallas_kernels)
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                config = SimpleNamespace(
-                    training=SimpleNamespace(
-                        pallas_kernels=True, global_batch_size=4, grad_accumulation_steps=1
-                    ),
-                    evaluation=SimpleNamespace(batch_size=4),
-                )
-                train_tpu.use_kernels(small_model(), config, device)
-        self.assertRegex(said.getvalue(), r"^warning: .*jax.*\(training.pallas_kernels=false")
-        self.assertEqual(device.cast, 1)  # and tells the others
+            found, printed = self.chosen(interpreted, device)
+            self.assertEqual(found, used)
+            self.assertRegex(printed, warning)
+            self.assertFalse(device.workers.vote)
+        device.workers.other_vote = False
+        with mock.patch.dict(sys.modules, {"pallas_mixing": None}):  # as without jax
+            found, printed = self.chosen(interpreted, device)
+        self.assertFalse(found)
+        self.assertRegex(printed, r"^warning: .*pallas_mixing.*\(training.pallas_kernels=false")
+        self.assertTrue(device.workers.vote)  # and the other worker does not use them either
 
 
-@unittest.skipUnless(HAS_JAX, "jax is not installed here")
 class Traced(XLATest):
     def test_traced_for_a_tpu(self):
-        """The program has the kernel, with what it costs, as one operation."""
-        import torch_xla
-
-        import pallas_kernels
-
-        sys.path.insert(0, str(ROOT / "analysis"))
-        import tpu_hlo
-
-        swiglu = SwiGLU(LENGTH, 4, torch.Generator().manual_seed(0)).to(self.device)
+        """In the program a kernel is one operation, with its cost."""
+        module = SwiGLU(LENGTH, 4, torch.Generator().manual_seed(0)).to(self.device)
         x = random_input(0, torch.bfloat16).to(self.device).requires_grad_()
-        out = pallas_kernels.TokenMixing.apply(x, *swiglu.weights(), V4)
+        out = pallas_mixing.TokenMixing.apply(x, *module.weights(), V4)
         (grad,) = torch.autograd.grad(out.float().sum(), x)
         text = torch_xla._XLAC._get_xla_tensors_hlo([out, grad])
         self.assertEqual(text.count('custom_call_target="tpu_custom_call"'), 2)
         self.assertEqual(tpu_hlo.product_flops(text), (1 + 3) * 2 * BATCH * DIM * 3 * LENGTH * 256)
 
     def test_the_check_of_a_run_is_one_program(self):
-        import pallas_kernels
-
         def zeros(function, chip, *tensors):
-            _, shapes, dtypes = pallas_kernels._traced(
-                function, chip, tuple((tuple(t.shape), t.dtype) for t in tensors)
-            )
+            dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+            given = tuple(zip([tuple(tensor.shape) for tensor in tensors], dtypes))
+            _, results = pallas_kernels.exported(function, chip, given)
             return [
-                torch.zeros(shape, dtype=dtype, device=self.device)
-                for shape, dtype in zip(shapes, dtypes)
+                torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+                for shape, dtype in results
             ]
 
         device, model = Device("xla_cpu"), small_model(forward_dtype="bfloat16")
         device.generation = V4
         with (
             mock.patch.object(pallas_kernels, "fits", lambda *_: True),
-            mock.patch.object(pallas_kernels, "call", zeros),
+            mock.patch.object(pallas_mixing, "call", zeros),
         ):
-            self.assertIn(
-                "backward, 4 examples: 1 (relative) off", pallas_kernels.fault(model, device, 4, 6)
-            )
+            error = pallas_mixing.find_error(model, device, 4, 6)
+        self.assertIn("backward, 4 examples: 1 (relative) off", error)
         counters = device.counters()
         self.assertEqual((counters["xla_compiles"], counters["xla_executions"]), (1, 1))
 

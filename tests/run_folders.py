@@ -57,7 +57,7 @@ def write_run(
     solved=None,
     raw=None,
     steps=None,
-    looks=(0.25, 0.5, 1),
+    evaluations=(0.25, 0.5, 1),
     starts=({},),
     config=None,
     count=None,
@@ -67,7 +67,7 @@ def write_run(
     """A run in `folder` (a pathlib path) of 400 steps (`steps`: so far; the final evaluation only at the end).
 
     overrides: as on the command line. solved: [N] bool, the outcome with the weights that count (raw: of the raw ones besides the
-    averaged, if both are wanted). looks: exact accuracy of the evaluations during training, in parts of the final one. starts: changes to START.
+    averaged, if both are wanted). evaluations: exact accuracy of the evaluations during training, in parts of the final one. starts: changes to START.
     """
     folder.mkdir(parents=True)
     if config is None:
@@ -104,8 +104,8 @@ def write_run(
         }
         for step in sorted({*range(max(1, total // 10), steps, max(1, total // 10)), steps})
     ]
-    for k, part in enumerate(looks, 1):
-        if (step := k * total // len(looks)) <= steps:
+    for k, part in enumerate(evaluations, 1):
+        if (step := k * total // len(evaluations)) <= steps:
             records.append(
                 {
                     "step": step,

@@ -20,6 +20,7 @@ import checkpoint_manager
 import evaluation
 import preemption
 import run_folder
+import train_state
 import train_tpu
 import workers
 from utils import run_cli
@@ -27,10 +28,10 @@ from utils import run_cli
 PAUSES = json.loads(os.environ["TRM_TEST_PAUSES"])
 # host_batch: what each step begins with; train_step itself is called once on XLA
 PLACES = {
-    "train_step": (train_tpu, "host_batch"),
+    "train_step": (train_state.TrainState, "host_batch"),
     "evaluate": (evaluation, "evaluate"),
     "save": (checkpoint_manager.torch, "save"),
-    "upload": (run_folder.RunFolder, "_before_marker"),
+    "upload": (run_folder.RunFolder, "_upload_records"),
 }
 
 

@@ -16,8 +16,8 @@ from tests.helpers import ROOT, TINY, FolderTest, write_config
 
 
 class SweepTest(FolderTest):
-    """Sweeps over configs a, b, ... in self.folder, with the fake training; the runs and the ledger
-    are in self.out."""
+    """Sweeps over configs a, b, ... in self.folder, with the fake training; the runs are in
+    self.out."""
 
     def setUp(self):
         super().setUp()

@@ -1,6 +1,7 @@
 """Reading run folders: numbers that are the files', seeds, intervals, tests, the comparison with a baseline and with the paper."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,14 +21,19 @@ from tests.run_folders import DATASETS, solved_first, write_run
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import compare_experiments
+import paper
 import results
+import run_groups
+import study_statistics
+import tables
 
 from config import load_config
+from evaluation import unpack_solved
 from utils import run_cli
 
 
 def groups_in(folder):
-    return results.group_runs(results.load_runs(folder))
+    return run_groups.group_runs(results.load_runs(folder))
 
 
 class AnalysisCommandTest(FolderTest):
@@ -100,12 +106,14 @@ class RealRuns(CommandTest):
             [run.state for group in self.groups for run in group.runs],
             ["finished"] * 3 + ["unfinished: step 45 of 60"],
         )
-        self.assertEqual(results.differences(*self.groups[1::-1]), {"training.ema": (True, False)})
+        self.assertEqual(
+            run_groups.differences(*self.groups[1::-1]), {"training.ema": (True, False)}
+        )
         self.assertEqual(self.run_of("e1_1_seed1").config_name, "tiny")
         self.assertEqual({run.train_puzzles for group in self.groups for run in group.runs}, {80})
 
     def test_final_numbers_are_those_of_eval_json(self):
-        table = results.evaluations_table(self.groups)
+        table = tables.evaluations_table(self.groups)
         expected = [
             (
                 name,
@@ -158,7 +166,7 @@ class RealRuns(CommandTest):
             )
             looks = [r for r in records if r["split"] == "test" and r["count"] == 20]
             self.assertEqual(
-                run.looks[["step", "exact_accuracy"]].values.tolist(),
+                run.evaluations[["step", "exact_accuracy"]].values.tolist(),
                 [[r["step"], r["exact_accuracy"]] for r in looks],
             )
             self.assertEqual(len(looks), 3 if name == "e1_1_seed0" else 2)
@@ -171,17 +179,17 @@ class RealRuns(CommandTest):
     def test_chip_hours_count_the_workers_of_each_start(self):
         run, starts = self.run_of("stopped"), self.content("stopped", "starts.jsonl")
         self.assertEqual([(s["step"], s["world_size"]) for s in starts], [(0, 1), (25, 2)])
+        on_chips = dataclasses.replace(run, starts=[{**s, "device": "cuda"} for s in starts])
         until = starts[1]["train_seconds"]
-        self.assertAlmostEqual(3600 * run.chip_hours, until + 2 * (3600 * run.hours - until))
-        self.assertAlmostEqual(3600 * run.train.chip_hours.iloc[0], 3600 * run.train.hours.iloc[0])
+        self.assertAlmostEqual(3600 * on_chips.chip_hours, until + 2 * (3600 * run.hours - until))
         self.assertEqual(run.device, f"cpu, {starts[0]['device_model']}, 2 workers")
 
     def test_mcnemar_of_two_trainings(self):
         outcomes = [
-            results.unpack_solved(self.content(name, "eval.json")["results"][0]["solved"], 50)
+            unpack_solved(self.content(name, "eval.json")["results"][0]["solved"], 50)
             for name in ("e1_1_seed0", "e2_1")
         ]
-        gained, lost, _ = results.paired_test(self.run_of("e2_1"), self.run_of("e1_1_seed0"))
+        gained, lost, _ = run_groups.paired_test(self.run_of("e2_1"), self.run_of("e1_1_seed0"))
         self.assertEqual(
             (gained, lost),
             (int((outcomes[1] & ~outcomes[0]).sum()), int((outcomes[0] & ~outcomes[1]).sum())),
@@ -325,16 +333,28 @@ class MadeRuns(FolderTest):
         """Of three starts the second was void: the third went on from an earlier step."""
         run = self.load(
             starts=(
-                {"world_size": 4},
-                {"step": 200, "train_seconds": 7200.0, "world_size": 8},
-                {"step": 100, "train_seconds": 3600.0, "world_size": 2},
+                {"device": "tpu", "world_size": 4},
+                {"device": "tpu", "step": 200, "train_seconds": 7200.0, "world_size": 8},
+                {"device": "tpu", "step": 100, "train_seconds": 3600.0, "world_size": 2},
             )
         )
         self.assertAlmostEqual(run.hours, 4)
         self.assertAlmostEqual(run.chip_hours, 4 * 1 + 2 * 3)
-        self.assertTrue(
-            np.isnan(self.load(["training.seed=1"], starts=({"train_seconds": 3600.0},)).chip_hours)
-        )  # what was before is not known
+        np.testing.assert_allclose(run.train.chip_hours.iloc[[0, -1]], (0.4 * 4, 10))
+        lost = {"device": "tpu", "train_seconds": 3600.0}  # what was before it is not known
+        self.assertTrue(np.isnan(self.load(["training.seed=1"], starts=(lost,)).chip_hours))
+
+    def test_a_cpu_has_no_chip_hours(self):
+        for seed, starts in enumerate(
+            (
+                ({"device": "cpu"},),
+                ({"device": "xla_cpu"},),
+                ({"device": "cpu"}, {"device": "tpu", "step": 200, "train_seconds": 7200.0}),
+            )
+        ):
+            run = self.load([f"training.seed={seed}"], starts=starts)
+            self.assertTrue(np.isnan(run.chip_hours) and run.train.chip_hours.isna().all())
+            self.assertAlmostEqual(run.hours, 4)
 
     def test_grouping(self):
         for name, overrides, starts in (
@@ -366,14 +386,16 @@ class MadeRuns(FolderTest):
             ],
         )
         self.assertIn("a_seed1_again is left out: ", said.getvalue())
-        self.assertEqual(results.differences(groups[1], groups[0]), {"training.lr": (1e-4, 2e-4)})
-        self.assertEqual(list(results.differences(groups[2], groups[0])), ["dataset.test"])
         self.assertEqual(
-            results.differences(groups[3], groups[0]), {"init_from": (None, "weights.pt")}
+            run_groups.differences(groups[1], groups[0]), {"training.lr": (1e-4, 2e-4)}
         )
-        self.assertIs(results.find_group(groups, "a_seed1"), groups[0])
+        self.assertEqual(list(run_groups.differences(groups[2], groups[0])), ["dataset.test"])
+        self.assertEqual(
+            run_groups.differences(groups[3], groups[0]), {"init_from": (None, "weights.pt")}
+        )
+        self.assertIs(run_groups.find_group(groups, "a_seed1"), groups[0])
         self.user_error(
-            lambda: results.find_group(groups, "e"),
+            lambda: run_groups.find_group(groups, "e"),
             "'e': there is no such run: the runs are a_seed0, b, c/a_seed0, d",
         )
 
@@ -388,7 +410,9 @@ class MadeRuns(FolderTest):
         groups = groups_in(self.runs)
 
         def labels(*keys):
-            return [[group.label for group in family] for family in results.families(groups, *keys)]
+            return [
+                [group.label for group in family] for family in run_groups.families(groups, *keys)
+            ]
 
         self.assertEqual(labels(("model.H_cycles",)), [["base", "t2"]])
         self.assertEqual(labels(("model.H_cycles", "model.L_cycles")), [["base", "t2", "t2n2"]])
@@ -398,7 +422,7 @@ class MadeRuns(FolderTest):
         )
 
     def test_reached(self):
-        run = self.load(solved=solved_first(0.9), looks=(0.5, 1, 0.2, 1))
+        run = self.load(solved=solved_first(0.9), evaluations=(0.5, 1, 0.2, 1))
         self.assertEqual(
             (run.reached(0.85).step, run.reached(0.85).hours, run.best.step), (200, 2.0, 200)
         )
@@ -410,13 +434,13 @@ class Settings(unittest.TestCase):
         path = ROOT / "configs" / "mini" / "mini_e1_1.yaml"
         for dtype in ("float32", "bfloat16"):
             run = load_config(path, [f"model.forward_dtype={dtype}"])
-            self.assertEqual(results.other_settings(run, load_config(path, settle=False)), [])
-            study = load_config(ROOT / "configs" / "e1_1.yaml", settle=False)
+            self.assertEqual(paper.other_settings(run, load_config(path)), [])
+            study = load_config(ROOT / "configs" / "e1_1.yaml")
             self.assertEqual(
-                f"model.forward_dtype {dtype}" in results.other_settings(run, study),
+                f"model.forward_dtype {dtype}" in paper.other_settings(run, study),
                 dtype == "float32",
             )
-            self.assertIn("model.hidden_size 64", results.other_settings(run, study))
+            self.assertIn("model.hidden_size 64", paper.other_settings(run, study))
 
 
 class Statistics(unittest.TestCase):
@@ -426,7 +450,9 @@ class Statistics(unittest.TestCase):
             (0.0, 20, 0.0, 0.161125),
             (0.5, 100, 0.403832, 0.596168),
         ):
-            np.testing.assert_allclose(results.wilson(accuracy, count), (low, high), atol=1e-6)
+            np.testing.assert_allclose(
+                study_statistics.wilson(accuracy, count), (low, high), atol=1e-6
+            )
 
     def test_mcnemar(self):
         def outcomes(both, gained, lost, none):
@@ -440,16 +466,16 @@ class Statistics(unittest.TestCase):
             (outcomes(3, 0, 0, 2), (0, 0, 1.0)),
             (outcomes(0, 5, 5, 0), (5, 5, 1.0)),
         ):
-            self.assertEqual(results.mcnemar(*pair)[:2], expected[:2])
-            self.assertAlmostEqual(results.mcnemar(*pair)[2], expected[2])
+            self.assertEqual(study_statistics.mcnemar(*pair)[:2], expected[:2])
+            self.assertAlmostEqual(study_statistics.mcnemar(*pair)[2], expected[2])
 
     def test_spread(self):
         np.testing.assert_allclose(
-            results.spread([1, 2, 3]),
+            study_statistics.spread([1, 2, 3]),
             (2, 1, 3, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5),
             atol=1e-6,
         )
-        np.testing.assert_equal(results.spread([1, 2]), (1.5, 1, 2, np.nan, np.nan))
+        np.testing.assert_equal(study_statistics.spread([1, 2]), (1.5, 1, 2, np.nan, np.nan))
 
 
 class Comparison(AnalysisCommandTest):
@@ -462,7 +488,10 @@ class Comparison(AnalysisCommandTest):
             )
         better = solved_first(0.95)
         better[:3] = False  # 40 puzzles less are missed, and 3 more
-        write_run(self.runs / "better", ["model.H_cycles=4"], better, looks=(0.5, 1))
+        chip = {"device": "cuda", "device_model": "NVIDIA H100"}
+        write_run(
+            self.runs / "better", ["model.H_cycles=4"], better, evaluations=(0.5, 1), starts=(chip,)
+        )
         write_run(self.runs / "elsewhere", ["model.H_cycles=5"], solved_first(0.9), digest="c" * 64)
         write_run(self.runs / "running", ["model.H_cycles=6"], steps=160)
 
@@ -503,7 +532,7 @@ class Comparison(AnalysisCommandTest):
         )
         np.testing.assert_allclose(
             table.loc["better", ["ema_low", "ema_high"]].astype(float),
-            results.wilson(377 / 400, 400),
+            study_statistics.wilson(377 / 400, 400),
         )
         self.assertIn(
             "no test: they were tested on other puzzles", table.loc["elsewhere", "mcnemar"]
@@ -536,7 +565,7 @@ class Comparison(AnalysisCommandTest):
             "0.99",
         )[1]
         self.assertIn("| better | better", markdown)
-        self.assertRegex(markdown, r"\| better +\| - +\| - +\| - +\| +4 \| +4 \| - ")
+        self.assertRegex(markdown, r"\| better +\| - +\| - +\| - +\| +4 \| 4 +\| - ")
         self.assertNotIn("elsewhere", markdown)
         table = pd.read_csv(
             io.StringIO(
@@ -593,7 +622,7 @@ class Paper(FolderTest):
         return results.load_runs(folder)[0]
 
     def test_comparable_only_with_the_papers_data_and_settings(self):
-        entry, reason = results.paper_result(
+        entry, reason = paper.paper_result(
             self.run_of(
                 "e2_1_seed3",
                 "training.seed=3",
@@ -611,24 +640,24 @@ class Paper(FolderTest):
             ),
             (self.run_of("mini_e2_1"), "generated puzzles and a smaller network"),
         ):
-            entry, reason = results.paper_result(run)
+            entry, reason = paper.paper_result(run)
             self.assertEqual(entry["exact_accuracy"], 79.9)
             self.assertIn(says, reason)
-        self.assertEqual(results.paper_result(self.run_of("quickstart")), (None, None))
+        self.assertEqual(paper.paper_result(self.run_of("quickstart")), (None, None))
 
     def test_every_configuration_that_it_names_is_there_and_fits(self):
         """The file's settings are what the configurations say."""
         named = {
             name: entry["setting"]
-            for entry in results.paper()["results"]
+            for entry in paper.paper()["results"]
             for name in entry.get("configs", [])
         }
         self.assertEqual(set(named), {"e1_1", "e2_2_t3n6", "e2_1", "e2_3", "e2_2_t2n2"})
-        base = results.model_and_training(load_config(ROOT / "configs" / "base_sudoku_tpu.yaml"))
+        base = run_groups.model_and_training(load_config(ROOT / "configs" / "base_sudoku_tpu.yaml"))
         changes = {
             name: {
                 key: value
-                for key, value in results.model_and_training(
+                for key, value in run_groups.model_and_training(
                     load_config(ROOT / "configs" / f"{name}.yaml")
                 ).items()
                 if value != base[key]

@@ -20,6 +20,7 @@ from tests.test_analysis import AnalysisCommandTest, groups_in
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import plot_results
+import plot_scaling
 import plot_style
 import report
 
@@ -339,14 +340,14 @@ class Study(unittest.TestCase):
 class Parts(unittest.TestCase):
     def test_power_law_is_exact_where_there_is_one(self):
         x = np.array([1.0, 2, 4, 8])
-        exponent, low, high, band = plot_results.power_law(x, 0.3 * x**-0.5)
+        exponent, low, high, band = plot_scaling.power_law(x, 0.3 * x**-0.5)
         np.testing.assert_allclose((exponent, low, high), -0.5)
         np.testing.assert_allclose(band(np.array([16.0])), np.full((3, 1), 0.075))
 
     def test_interval_of_the_exponent_covers_it_19_times_of_20(self):
         stream, x, covered, banded = np.random.default_rng(0), np.array([1.0, 2, 4, 8, 16]), 0, 0
         for _ in range(1000):
-            _, low, high, band = plot_results.power_law(
+            _, low, high, band = plot_scaling.power_law(
                 x, 0.5 * x**-0.3 * np.exp(0.1 * stream.standard_normal(5))
             )
             covered += low <= -0.3 <= high
@@ -357,7 +358,7 @@ class Parts(unittest.TestCase):
 
     def test_frontier(self):
         self.assertEqual(
-            plot_results.frontier(np.array([1, 2, 2, 3, 4]), np.array([5, 6, 7, 7, 8])).tolist(),
+            plot_scaling.frontier(np.array([1, 2, 2, 3, 4]), np.array([5, 6, 7, 7, 8])).tolist(),
             [True, False, True, False, True],
         )
 
@@ -398,6 +399,8 @@ class Few(AnalysisCommandTest):
                 "scaling_data",
                 "scaling_learning_rate_and_batch",
                 "accuracy_by_rating",
+                "learning_curves_chip_hours",
+                "pareto_chip_hours",
             },
         )
         self.assertIn(
@@ -425,7 +428,7 @@ class Few(AnalysisCommandTest):
         }
         self.assertEqual(set(reasons), set(plot_results.FIGURES) - drawn)
         self.assertIn(
-            "starts.jsonl tells the number of chips", reasons["learning_curves_chip_hours"]
+            "none was trained on TPU chips or GPUs", reasons["learning_curves_chip_hours"]
         )
         self.assertEqual(reasons["final_accuracy"], "no run has a final evaluation (eval.json)")
 
@@ -496,7 +499,10 @@ class Few(AnalysisCommandTest):
             self.mistake(says, module, *flags)
         self.assertFalse((self.folder / "x").exists())
         for script in ("plot_results", "compare_experiments", "report"):
-            hidden = f"import sys; sys.modules['pandas'] = None; sys.argv = ['x', '--help']; import runpy; runpy.run_path('analysis/{script}.py', run_name='__main__')"
+            hidden = (
+                "import runpy, sys; sys.modules['pandas'] = None; sys.path.insert(0, 'analysis'); "
+                f"runpy.run_path('analysis/{script}.py', run_name='__main__')"
+            )
             done = subprocess.run(
                 [sys.executable, "-c", hidden], cwd=ROOT, text=True, capture_output=True
             )
@@ -505,7 +511,8 @@ class Few(AnalysisCommandTest):
                 (
                     2,
                     "",
-                    "error: pandas is not installed: pip install -r requirements-analysis.txt (and requirements.txt)\n",
+                    f"error: pandas not installed for {sys.executable}: {sys.executable} -m pip "
+                    "install -r requirements-analysis.txt\n",
                 ),
             )
 

@@ -11,13 +11,14 @@ from unittest import mock
 
 import torch
 
-import train_tpu
 import trm_model
+from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager
 from config import load_config
 from device import Device
-from storage import BackgroundSaver, open_folder
+from storage import open_folder
 from tests.helpers import ROOT, TINY, FolderTest, XLATest, random_pairs, write_config, write_split
+from train_state import TrainState, load_datasets
 from utils import run_cli
 
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -40,10 +41,10 @@ class BenchmarkTest(FolderTest):
         self.json = self.folder / "figures.json"
 
     def run_in_process(self, *overrides):
-        """(train_tpu.Run, datasets) of the tiny configuration on the CPU."""
+        """(TrainState, datasets) of the tiny configuration on the CPU."""
         config = load_config(self.path, overrides)
-        datasets = train_tpu.load_datasets(config)
-        return train_tpu.Run(config, Device("cpu"), datasets["train"]), datasets
+        datasets = load_datasets(config)
+        return TrainState(config, Device("cpu"), datasets["train"]), datasets
 
     def main(self, *args):
         """(status, stdout, stderr) of the command, in this process."""
@@ -142,7 +143,10 @@ class OnTheCPU(BenchmarkTest):
             ),
         ):
             run, _ = self.run_in_process(*overrides)
+            run.forward = compiled = mock.Mock()  # compiled products would not be seen
             products = benchmark.step_products(run, run.loader.batch(0))
+            compiled.assert_not_called()
+            self.assertIs(run.forward, compiled)
             flops = sum(
                 2 * count * torch.Size(a.shape).numel() * b.shape[-1]
                 for (a, b), count in products.items()
@@ -199,7 +203,7 @@ class OnTheCPU(BenchmarkTest):
     def test_a_checkpoint_is_whole_when_the_clock_stops(self):
         run, _ = self.run_in_process()
         checkpoints = CheckpointManager(
-            open_folder(str(self.folder / "c")), 1, self.folder / "c", BackgroundSaver()
+            open_folder(str(self.folder / "c")), 1, self.folder / "c", BackgroundWriter()
         )
         for step in (0, 7):
             run.step = step
@@ -238,14 +242,18 @@ class OnTheCPU(BenchmarkTest):
 
     def test_without_a_tpu(self):
         with mock.patch.dict("os.environ"):
-            status, out, err = self.main("--config", self.path, "device=tpu")
+            status, out, err = self.main(
+                "--config", self.path, "device=tpu", "training.global_batch_size=32"
+            )
         self.assertEqual((status, err.count("\n"), out), (2, 1, ""), err)
         self.assertIn("error: device = 'tpu': ", err)
 
 
 class OnXLA(XLATest, BenchmarkTest):
     def test_the_command(self):
-        with mock.patch.object(train_tpu, "train_step", wraps=train_tpu.train_step) as traced:
+        with mock.patch.object(
+            TrainState, "train_step", autospec=True, side_effect=TrainState.train_step
+        ) as traced:
             status, out, err = self.main(
                 "--config", self.path, "--repeats", 2, "device=xla_cpu", "--json", self.json
             )

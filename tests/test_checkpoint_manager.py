@@ -19,8 +19,9 @@ from unittest import mock
 import torch
 
 import storage
+from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager, fetch_file, load_checkpoint
-from storage import BackgroundSaver, StorageError, join, open_folder
+from storage import StorageError, join, open_folder
 from tests.gcs_server import BUCKET, Fault, GCSTest, Handler
 from tests.helpers import ROOT, FolderTest
 from utils import RunFailure
@@ -124,24 +125,26 @@ class CheckpointTest:
             open_folder(url, deadline=10),
             keep_last_n,
             self.staging(url),
-            BackgroundSaver(retry_seconds=9999),
+            BackgroundWriter(retry_seconds=9999),
         )
 
     def saved(self, *steps):
         for step in steps:
             self.manager.save(step, some_state(step))
-            self.manager.saver.finish()
+            self.manager.writer.finish()
             self.assertEqual(self.staged(), [])
 
     def noted(self, step, accuracy):
         self.manager.add_metrics(step, {"exact_accuracy": accuracy})
-        self.manager.saver.finish()
+        self.manager.writer.finish()
 
     def attempted(self):
         """Wait until the saver has nothing under way."""
-        with self.manager.saver.changed:
+        with self.manager.writer.changed:
             self.assertTrue(
-                self.manager.saver.changed.wait_for(lambda: not self.manager.saver.attempting, 30)
+                self.manager.writer.changed.wait_for(
+                    lambda: self.manager.writer.storage_error or not self.manager.writer.jobs, 30
+                )
             )
 
     @contextlib.contextmanager
@@ -229,7 +232,7 @@ class SavingAndFinding(CheckpointTest):
         self.saved(9, 10, 100)
         self.assertEqual(self.load()["step"], 100)
         self.manager.save(100, {"step": 100, "second": True})
-        self.manager.saver.finish()
+        self.manager.writer.finish()
         self.assertEqual(self.silent(self.load), {"step": 100, "second": True})
         self.assertEqual(
             self.silent(lambda: self.load(self.open(keep_last_n=1))), {"step": 100, "second": True}
@@ -238,15 +241,15 @@ class SavingAndFinding(CheckpointTest):
     def test_saving_the_same_step_while_its_save_is_under_way(self):
         with self.held() as go_on:
             self.manager.save(1, some_state(1))
-            submit = self.manager.saver.submit
+            submit = self.manager.writer.submit_newest
             with mock.patch.object(
-                self.manager.saver, "submit", lambda job: (go_on.set(), submit(job))
+                self.manager.writer, "submit_newest", lambda job: (go_on.set(), submit(job))
             ):  # staged, and not submitted yet
                 self.manager.save(1, {"step": 1, "second": True})
         self.assertEqual(self.silent(self.load), {"step": 1, "second": True})
         with self.held():  # the first one's file is gone long since: not to be tidied up now
             self.manager.save(1, {"step": 1, "third": True})
-        self.manager.saver.finish()
+        self.manager.writer.finish()
         self.assertEqual(self.silent(self.load), {"step": 1, "third": True})
         self.assertEqual((self.files(), self.staged()), (self.names(1), []))
 
@@ -265,7 +268,7 @@ class SavingAndFinding(CheckpointTest):
         self.assertIsNone(self.manager.metrics(1))
         self.assertIsNone(self.manager.best_marker())
         self.manager.add_metrics(1, {"exact_accuracy": 0.5, "count": 7})
-        self.manager.saver.finish()
+        self.manager.writer.finish()
         self.assertEqual(self.open().metrics(1), {"exact_accuracy": 0.5, "count": 7})
         self.assertIsNone(self.manager.metrics(2))
         self.assertIsNone(self.manager.metrics(3))
@@ -369,15 +372,16 @@ import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from checkpoint_manager import CheckpointManager
-from storage import BackgroundSaver, open_folder
+from background_writer import BackgroundWriter
+from storage import open_folder
 from utils import run_cli
 def main():
     folder = open_folder({self.manager.folder.url!r})
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-    manager = CheckpointManager(folder, 3, {str(self.manager.staging)!r}, BackgroundSaver())
+    manager = CheckpointManager(folder, 3, {str(self.manager.staging)!r}, BackgroundWriter())
     manager.save(2, {{"model": torch.ones(100_000)}})
-    manager.saver.finish()
+    manager.writer.finish()
 run_cli(main)
 """
         for limit in self.limits:
@@ -500,7 +504,7 @@ class Damage(CheckpointTest):
             (self.manager.staging / name).write_bytes(b"{")
         self.newest(2)
         self.manager.save(3, some_state(3))
-        self.manager.saver.finish()
+        self.manager.writer.finish()
         self.newest(3)
         self.assertEqual(self.staged(), leftovers)  # none of its own
         self.assertEqual(
@@ -528,25 +532,25 @@ class Damage(CheckpointTest):
 
             manager = self.open(1, name=f"run{kill_at}")
             manager.save(2, some_state(2))
-            manager.saver.finish()
+            manager.writer.finish()
             with contextlib.ExitStack() as stack:
                 for owner, name in self.deadly:
                     stack.enter_context(
                         mock.patch.object(owner, name, deadly(getattr(owner, name)))
                     )
                 done = 0
-                for act in (lambda: manager.save(3, some_state(3)), manager.saver.finish):
+                for act in (lambda: manager.save(3, some_state(3)), manager.writer.finish):
                     with contextlib.suppress(Killed):
                         act()
                         done += 1
                 with contextlib.suppress(Killed):
-                    manager.saver.finish()  # whatever came of it, the thread has ended
+                    manager.writer.finish()  # whatever came of it, the thread has ended
             again = self.open(1, name=f"run{kill_at}")
             found = self.silent(lambda: self.load(again))
             seen.append(found["step"])
             self.same(found, some_state(found["step"]))
             again.save(3, some_state(3))  # the resumed run gets there again
-            again.saver.finish()
+            again.writer.finish()
             self.assertEqual(self.silent(lambda: self.load(again))["step"], 3)
             self.assertEqual(
                 again.folder.list().keys(), {*self.names(3)}
@@ -610,7 +614,7 @@ class BeforeTheMarker(CheckpointTest):
             raise RunFailure("another training has taken this run over")
 
         for tell in (
-            self.manager.saver.finish,
+            self.manager.writer.finish,
             lambda: self.manager.save(3, some_state(3)),
             lambda: self.noted(1, 0.5),
         ):
@@ -635,7 +639,7 @@ class BeforeTheMarker(CheckpointTest):
         self.saved(1)
         self.manager.before_payload = mock.Mock(side_effect=RunFailure("taken over"))
         self.manager.save(1, some_state(5))
-        self.assertRaisesRegex(RunFailure, "taken over", self.manager.saver.finish)
+        self.assertRaisesRegex(RunFailure, "taken over", self.manager.writer.finish)
         self.newest(1)
         self.assertEqual((self.files(), self.staged()), (self.names(1), []))
 
@@ -656,7 +660,7 @@ class BeforeTheMarker(CheckpointTest):
         with mock.patch.object(
             self.manager.folder, "take", side_effect=AssertionError("the payload is there already")
         ):
-            self.warned(self.manager.saver.finish)
+            self.warned(self.manager.writer.finish)
         self.newest(2)
 
 
@@ -714,27 +718,27 @@ class Unreachable(CheckpointTest, GCS):
         warnings = self.failed(2)
         self.assertIn("Connection refused; training goes on", warnings)
         self.assertEqual(warnings.count("\n"), 1)
-        self.assertRaisesRegex(StorageError, "Connection refused", self.manager.saver.finish)
+        self.assertRaisesRegex(StorageError, "Connection refused", self.manager.writer.finish)
         self.proxy.accept()
         self.newest(1)
         self.assertEqual(self.files(), self.names(1))
-        _, said = self.warned(self.manager.saver.finish)
+        _, said = self.warned(self.manager.writer.finish)
         self.assertIn("has succeeded", said)
         self.newest(2)
         self.assertEqual((self.files(), self.staged()), (self.names(1, 2), []))
 
     def test_retried_by_itself(self):
-        saver = self.manager.saver
+        saver = self.manager.writer
         saver.retry_seconds = 0.01
         self.proxy.refuse()
 
         def outlive():
             self.manager.save(2, some_state(2))
             with saver.changed:
-                self.assertTrue(saver.changed.wait_for(lambda: saver.failure, 30))
+                self.assertTrue(saver.changed.wait_for(lambda: saver.storage_error, 30))
             self.proxy.accept()
             with saver.changed:
-                self.assertTrue(saver.changed.wait_for(lambda: saver.job is None, 30))
+                self.assertTrue(saver.changed.wait_for(lambda: not saver.jobs, 30))
 
         self.warned(outlive)
         self.newest(2)
@@ -747,7 +751,7 @@ class Unreachable(CheckpointTest, GCS):
         self.assertEqual(len(self.staged()), 1)  # 3's
         self.proxy.accept()
         self.newest(1)
-        self.warned(self.manager.saver.finish)
+        self.warned(self.manager.writer.finish)
         self.newest(3)
         self.assertEqual((self.files(), self.staged()), (self.names(1, 3), []))
 
@@ -759,7 +763,7 @@ class Unreachable(CheckpointTest, GCS):
         )
         self.proxy.accept()
         self.newest(1)
-        self.warned(self.manager.saver.finish)
+        self.warned(self.manager.writer.finish)
         self.newest(2)
         self.assertEqual(self.open().metrics(2), {"exact_accuracy": 0.5})
         self.assertEqual(self.staged(), [])
@@ -781,7 +785,7 @@ class Unreachable(CheckpointTest, GCS):
                 self.same(found, some_state(found["step"]))
                 before = self.proxy.count("POST", "/upload/")
                 if first % 2:
-                    self.warned(self.manager.saver.finish)
+                    self.warned(self.manager.writer.finish)
                     self.assertLessEqual(self.proxy.count("POST", "/upload/") - before, 2)
                     self.assertEqual(self.silent(lambda: self.load(self.manager))["step"], 3)
                 else:
@@ -801,8 +805,8 @@ class Unreachable(CheckpointTest, GCS):
         before = self.proxy.count("POST", "/upload/")
         self.failed(2)
         for _ in range(2):
-            self.assertRaises(StorageError, self.manager.saver.finish)
-        self.warned(self.manager.saver.finish)
+            self.assertRaises(StorageError, self.manager.writer.finish)
+        self.warned(self.manager.writer.finish)
         self.assertEqual(self.proxy.count("POST", "/upload/") - before, 2)  # payload and marker
         self.newest(2)
 
@@ -816,7 +820,7 @@ class Unreachable(CheckpointTest, GCS):
         self.newest(1)
         self.assertEqual(self.files(), self.names(1))
         go_on.set()
-        self.manager.saver.finish()
+        self.manager.writer.finish()
         self.newest(2)
 
     def test_killed_while_it_uploads(self):
@@ -824,10 +828,11 @@ class Unreachable(CheckpointTest, GCS):
 import sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from checkpoint_manager import CheckpointManager
-from storage import BackgroundSaver, open_folder
-manager = CheckpointManager(open_folder(sys.argv[1]), 3, sys.argv[2], BackgroundSaver())
+from background_writer import BackgroundWriter
+from storage import open_folder
+manager = CheckpointManager(open_folder(sys.argv[1]), 3, sys.argv[2], BackgroundWriter())
 manager.save(2, {{"model": torch.ones(100_000)}})
-manager.saver.finish()
+manager.writer.finish()
 """
         go_on = threading.Event()
         self.addCleanup(go_on.set)
@@ -882,7 +887,7 @@ manager.saver.finish()
         for method, path in (("POST", "/upload/"), ("DELETE", "checkpoint_step_2")):
             for tell in (
                 lambda: self.manager.save(3, some_state(3)),
-                self.manager.saver.finish,
+                self.manager.writer.finish,
                 lambda: self.noted(1, 0.5),
             ):
                 fault = self.proxy.fail(
@@ -933,7 +938,7 @@ manager.saver.finish()
             self.manager.save(
                 2, {"step": 2, "big": torch.ones(3 << 20)}
             )  # past 8 MiB: begun by POST, sent by PUT
-            self.manager.saver.finish()
+            self.manager.writer.finish()
         self.assertEqual(
             [(method, name) for method, name, _ in done],
             [
@@ -976,10 +981,10 @@ class Fetching(CheckpointTest, GCS):
             self.assertEqual(path.read_bytes(), url.encode())
         # nor does it come in the place of a run's own
         local = CheckpointManager(
-            open_folder(self.folder / "local"), 3, self.folder / "local", BackgroundSaver()
+            open_folder(self.folder / "local"), 3, self.folder / "local", BackgroundWriter()
         )
         local.save(1, some_state(1))
-        local.saver.finish()
+        local.writer.finish()
         self.assertEqual(local.resolve(urls[0]).read_bytes(), urls[0].encode())
         self.same(self.silent(lambda: self.load(local)), some_state(1))
 

@@ -25,7 +25,7 @@ from config import load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from evaluation import PER_PUZZLE_KEYS, evaluate, unpack_solved
-from run_folder import code_version
+from provenance import code_version
 from tests.helpers import ROOT, CommandTest, FolderTest, random_pairs, write_split
 from utils import STREAM_EVAL_SUBSET, random_stream
 
@@ -35,14 +35,15 @@ import sys
 at = int(sys.argv[1])
 sys.argv = ["train_tpu.py", *sys.argv[2:]]
 import torch, train_tpu, utils
-step = train_tpu.train_step
+from train_state import TrainState
+step = TrainState.train_step
 
 def poisoned(run, *rest):
     if run.step + 1 == at:
         with torch.no_grad():
             run.model.lm_head.weight.fill_(torch.nan)
     step(run, *rest)
-train_tpu.train_step = poisoned
+TrainState.train_step = poisoned
 utils.run_cli(train_tpu.main)
 """
 
@@ -67,7 +68,7 @@ class Training(CommandTest):
             "to step 60 of 60 (6 epochs of 80 puzzles), evaluation every 20",
             "device cpu, 1 worker(s), batch 8 (8 a worker)",
             "TFLOP/s",
-            "step     60  loss",
+            "step     60 of 60  loss",
             "evaluation: ",
             "step 60 of 60: finished",
             "checkpoint_step_60.pt",
@@ -282,7 +283,7 @@ class Training(CommandTest):
         os.close(parent)
         self.assertEqual(process.wait(60), 0, shown)
         self.assertIn("| 60/60 [", shown.decode())
-        self.assertIn("step     60  loss", shown.decode())
+        self.assertIn("step     60 of 60  loss", shown.decode())
 
 
 class PerPuzzle(FolderTest):

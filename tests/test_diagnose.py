@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import http.server
 import io
 import math
@@ -26,8 +27,10 @@ import check_devices
 import diagnose
 import diagnose_sections
 
+import layers
 from config import load_config
 from device import Device
+from layers import SwiGLU
 from utils import RunFailure
 
 PARTS = [
@@ -497,17 +500,17 @@ class Steps(FolderTest):
         )
 
     def spoilt(self, spoil):
-        """spoil(model) in place of train_tpu.use_kernels, where there shall be kernels."""
+        """spoil(model) in place of train_state.choose_mixing, where there shall be kernels."""
 
         def instead(model, config, device):
             if config.training.pallas_kernels:
                 spoil(model)
 
-        return mock.patch("train_tpu.use_kernels", instead)
+        return mock.patch("train_state.choose_mixing", instead)
 
     def test_kernels_that_compute_something_else(self):
         def wrong(model):
-            for swiglu in [module for module in model.modules() if hasattr(module, "in_kernel")]:
+            for swiglu in [module for module in model.modules() if isinstance(module, SwiGLU)]:
                 swiglu.down_proj.weight.data *= -1.0
 
         with self.spoilt(wrong):
@@ -536,13 +539,11 @@ class Steps(FolderTest):
     def test_kernels_that_are_used_and_said(self):
         def use(model):
             for module in model.modules():
-                if hasattr(module, "in_kernel"):
-                    module.named = True
+                if isinstance(module, SwiGLU):
+                    module.mix = functools.partial(layers.mix)
+                    module.mix.chip = "v4"  # as a kernel's
 
-        def named(module, name, default):
-            return getattr(module, "named", default)
-
-        with self.spoilt(use), mock.patch("check_devices.getattr", named, create=True):
+        with self.spoilt(use):
             self.assertRegex(
                 self.check().splitlines()[1],
                 r"^\[PASS\] kernels: loss .*; kernels in [1-9]\d* SwiGLUs; "

@@ -26,13 +26,13 @@ from config import load_config
 from tests.helpers import ROOT, random_pairs, write_split
 from tests.slice import SliceTest, installed_commands
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLOUD = "<!-- needs the cloud -->"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # written by runs and builds, not files of the repository
 WRITTEN = {"config.yaml", "report.md"}
 # commands of a shell, or of Google's and pip's, of which only the files that they name are looked at (gcloud's flags: GCloud)
-OTHER = {"export", ".", "pip", "gcloud", "cd", "git", "tensorboard"}
+OTHER = {"export", ".", "pip", "gcloud", "cd", "git", "tensorboard", "ruff", "mypy"}
 
 
 class Command:
@@ -263,7 +263,9 @@ class Names(unittest.TestCase):
             text = document.read_text()
             self.assertEqual(text.count("```") % 2, 0, document)
             self.assertLessEqual(
-                {block[1] for block in FENCE.finditer(text)}, {"bash", "yaml", "text"}, document
+                {block[1] for block in FENCE.finditer(text)},
+                {"bash", "yaml", "text", "mermaid"},
+                document,
             )  # what a shell runs is never missed
             self.assertEqual(
                 len(re.findall("<!--[^>]*cloud", text)),

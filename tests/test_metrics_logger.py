@@ -22,6 +22,7 @@ def training(step, loss=1.5):
         "cell_accuracy": 0.5,
         "mean_steps": 3.25,
         "lr": 1e-4,
+        "steps_per_second": 2.0,
         "examples_per_second": 1234.5,
         "wall_time": 1000.0 + step,
     }
@@ -65,7 +66,7 @@ class Records(LoggerTest):
         records = [training(10), training(20, 1 / 3), evaluation(20)]
         said = self.logged(*records)
         self.assertEqual(self.records(), records)
-        self.assertEqual(said.splitlines(), [console_line(r) for r in records])
+        self.assertEqual(said.splitlines(), [console_line(r, 100) for r in records])
         self.assertEqual([p.name for p in self.folder.iterdir()], ["metrics.jsonl"])
 
     def test_every_record_is_on_its_way_at_once(self):
@@ -167,6 +168,13 @@ class Console(LoggerTest):
             "step     10  loss 1.5000  exact 25.0%  cells 50.0%  steps 3.2  lr 1.0e-04  1,234 ex/s",
         )
         self.assertEqual(
+            console_line(training(10), 3000),
+            "step     10 of 3,000  loss 1.5000  exact 25.0%  cells 50.0%  steps 3.2  lr 1.0e-04  1,234 ex/s  25 min left",
+        )
+        nobody = dict.fromkeys(("exact_accuracy", "cell_accuracy", "mean_steps"))
+        self.assertIn("exact -  cells -  steps -  lr", console_line(training(10) | nobody, 10))
+        self.assertNotIn("left", console_line(training(10), 10))
+        self.assertEqual(
             console_line(evaluation(20)),
             "step     20  test (ema weights, 12,345 puzzles)  exact 87.50%  cells 95.00%  halting head 90.0%  1,234 puzzles/s",
         )
@@ -183,7 +191,7 @@ class Console(LoggerTest):
             logger.advance(60)
             self.assertEqual((logger.bar.n, logger.bar.total), (60, 100))
             logger.close()
-        self.assertIn(console_line(training(50)), terminal.getvalue())
+        self.assertIn(console_line(training(50), 100), terminal.getvalue())
         self.assertEqual(stdout.getvalue(), "")
 
 

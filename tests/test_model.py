@@ -43,6 +43,15 @@ def small_model(seed=0, **changes):
     return TinyRecursiveModel(ModelConfig(**{**SMALL, **changes}), SEQ, VOCAB, IDS, seed)
 
 
+def on_device(model, device):
+    """The model on a device, with XLA's form of its computation if that is an XLA device."""
+    if str(device).startswith("xla"):
+        import xla_mixing  # needs torch_xla
+
+        xla_mixing.use(model)
+    return model.to(device)
+
+
 def example_batch(count=8, seed=0):
     inputs, labels = random_pairs(4, count, seed)
     identifiers = np.arange(count) % IDS

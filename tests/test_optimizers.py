@@ -8,7 +8,6 @@ import unittest
 import numpy as np
 import torch
 
-import train_tpu
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, bias_correction, lr_at
 from config import ModelConfig, load_config
@@ -16,6 +15,7 @@ from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
+from train_state import TrainState
 
 torch.set_num_threads(
     1
@@ -47,16 +47,12 @@ class AdamATan2Test(unittest.TestCase):
         ):
             expected = [p.detach().numpy().astype(np.float64) for p in params]
             m, v = [0 * p for p in expected], [0 * p for p in expected]
-            optimizer, (beta1, beta2), decay = (
-                AdamATan2(params, 0.0, **settings),
-                settings["betas"],
-                settings["weight_decay"],
-            )
+            optimizer = AdamATan2(params, **settings)
+            (beta1, beta2), decay = settings.values()
             for t in range(1, 8):
                 lr = 0.01 * t
                 set_grads(params, t)
-                optimizer.param_groups[0]["lr"] = torch.tensor(lr) if t % 2 else lr
-                optimizer.step()
+                optimizer.step(torch.tensor(lr) if t % 2 else lr)
                 for k, p in enumerate(params):
                     g = p.grad.numpy().astype(np.float64)
                     expected[k] *= 1 - lr * decay
@@ -82,38 +78,36 @@ class AdamATan2Test(unittest.TestCase):
     def test_size_of_the_first_update(self):
         """atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|) at the first step, whatever the scale of g; zero stays zero."""
         p = torch.nn.Parameter(torch.zeros(4))
-        optimizer = AdamATan2([p], 0.5)
+        optimizer = AdamATan2([p])
         p.grad = torch.tensor([1e-12, -1e12, 3.0, 0.0])
-        optimizer.step()
+        optimizer.step(0.5)
         update = 0.5 / 0.1 * math.atan2(0.1, 1)
         np.testing.assert_allclose(p.detach().numpy(), [-update, update, -update, 0], rtol=1e-5)
 
     def test_state_dict_continues_bit_for_bit(self):
         params, twin = random_params(), random_params()
-        optimizer = AdamATan2(params, 0.01, weight_decay=0.1)
+        optimizer = AdamATan2(params, weight_decay=0.1)
         for t in range(3):
             set_grads(params, t)
-            optimizer.step()
+            optimizer.step(0.01)
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
-        again = AdamATan2(twin, 0.01, weight_decay=0.1)
+        again = AdamATan2(twin, weight_decay=0.1)
         again.load_state_dict(torch.load(file, weights_only=True))
         for mine, theirs in zip(params, twin):
             theirs.data.copy_(mine.data)
         for t in range(3, 6):
             for each, each_optimizer in ((params, optimizer), (twin, again)):
                 set_grads(each, t)
-                each_optimizer.step()
+                each_optimizer.step(0.01)
         for mine, theirs in zip(params, twin):
             self.assertTrue(torch.equal(mine, theirs))
         self.assertEqual(optimizer.state[params[0]]["step"].item(), 6)
 
     def test_refuses_another_models_state(self):
         with self.assertRaises(ValueError):
-            AdamATan2(random_params(), 0.01).load_state_dict(
-                AdamATan2(random_params()[:2], 0.01).state_dict()
-            )
+            AdamATan2(random_params()).load_state_dict(AdamATan2(random_params()[:2]).state_dict())
 
 
 class PuzzleEmbedding(unittest.TestCase):
@@ -243,22 +237,20 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
 
     def run_of(self, *overrides):
         config = load_config(self.path, overrides)
-        return train_tpu.Run(config, Device("cpu"), self.dataset)
+        return TrainState(config, Device("cpu"), self.dataset)
 
     def steps(self, run, count, watch=None):
         """`count` training steps as the loop takes them. watch(run): called where the optimizer's step would begin."""
         batches, optimizer_step = iter(run.loader), run.optimizer.step
 
-        def step():
+        def step(lr):
             if watch:
                 watch(run)
-            optimizer_step()
+            optimizer_step(lr)
 
         run.optimizer.step = step
         for _ in range(count):
-            train_tpu.train_step(
-                run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step
-            )
+            run.train_step(run.device.put(run.host_batch(next(batches))))
             run.step += 1
         batches.close()
         return run
@@ -373,9 +365,7 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
             run.model.lm_head.weight[0, 0] = math.nan
         batches = iter(run.loader)
         for _ in range(2):
-            train_tpu.train_step(
-                run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step
-            )
+            run.train_step(run.device.put(run.host_batch(next(batches))))
             run.step += 1
         batches.close()
         self.assertEqual(run.totals[-1].item(), 3)

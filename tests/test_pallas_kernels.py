@@ -30,7 +30,7 @@ class Kernels(unittest.TestCase):
     @unittest.skipUnless(installed("jax", "torch_xla"), "jax and torch_xla are not installed here")
     def test_they_compute_what_the_model_does(self):
         output = self.output("unittest", "tests.kernel_cases")
-        self.assertRegex(output, r"Ran 11 tests in .*\n\nOK$")
+        self.assertRegex(output, r"Ran 12 tests in .*\n\nOK$")
 
     @unittest.skipUnless(installed("jax", "libtpu"), "jax and libtpu are not installed here")
     def test_they_compile_with_the_installed_libtpu(self):

@@ -22,6 +22,7 @@ from device import Device
 from ema_distributed import EMADistributed
 from tests import exact
 from tests.helpers import XLATest
+from tests.test_model import on_device
 from trm_model import CHECKPOINT_PREFIX, Carry
 
 PARITY_DIR = Path(
@@ -68,7 +69,7 @@ class Recording:
             prefix
         )  # H_init and L_init stand in init/ only
         assert trm_model.load_named_state(model, state, "recording") == []
-        return model.to(self.device)
+        return on_device(model, self.device)
 
     def tensors(self, prefix):
         return {
@@ -145,17 +146,18 @@ class Parity:
         tolerance: to the recording, or None: both are held against float64."""
         for recording in self.each():
             arrays, batch = recording.arrays, recording.batch("eval/")
-            model, on_device = recording.model("init/"), recording.model("init/").to(device)
+            model = recording.model("init/")
+            there = on_device(recording.model("init/"), device)
             carry = model.empty_carry(recording.meta["model"]["batch_size"])
             for k in range(4):
                 carry = model.admit(carry, batch)
                 start = Carry(*(t.to(device) for t in carry))
                 with torch.no_grad():
-                    _, _, logits, q_halt = on_device.supervision_step(
-                        start, on_device.puzzle_rows(start)
+                    _, _, logits, q_halt = there.supervision_step(
+                        start, there.puzzle_rows(start)
                     )
                     result = trm_model.evaluation_step(
-                        on_device, start, {k: t.to(device) for k, t in batch.items()}
+                        there, start, {k: t.to(device) for k, t in batch.items()}
                     )[1]
                     z_H, z_L, _, _ = model.supervision_step(carry, model.puzzle_rows(carry))
                 lm_loss, q_halt_loss = result[3].sum(), result[4].sum()
@@ -242,9 +244,8 @@ class ParityTest(Parity, unittest.TestCase):
         for recording in self.each():
             train, arrays = recording.meta["train"], recording.arrays
             model = recording.model("init/")
-            optimizer = AdamATan2(
-                model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"]
-            )
+            betas = train["beta1"], train["beta2"]
+            optimizer = AdamATan2(model.parameters(), betas, train["weight_decay"])
             puzzle_optimizer = PuzzleEmbeddingSGD(
                 model.puzzle_emb.weights, train["puzzle_emb_weight_decay"]
             )
@@ -255,8 +256,7 @@ class ParityTest(Parity, unittest.TestCase):
                 )
                 for name, p in model.named_parameters():
                     p.grad = torch.tensor(arrays[f"{prefix}grad/{CHECKPOINT_PREFIX}{name}"])
-                optimizer.param_groups[0]["lr"] = float(arrays[prefix + "lr"])
-                optimizer.step()
+                optimizer.step(float(arrays[prefix + "lr"]))
                 row_sums = puzzle_optimizer.row_sums(
                     recording.integers(prefix + "carry_after/puzzle_identifiers"),
                     torch.tensor(arrays[prefix + "grad_puzzle_rows"]),
@@ -283,9 +283,8 @@ class ParityTest(Parity, unittest.TestCase):
             train, arrays = recording.meta["train"], recording.arrays
             model = recording.model("init/")
             ema = EMADistributed(model, train["ema_rate"], Device("cpu"))
-            optimizer = AdamATan2(
-                model.parameters(), 0.0, (train["beta1"], train["beta2"]), train["weight_decay"]
-            )
+            betas = train["beta1"], train["beta2"]
+            optimizer = AdamATan2(model.parameters(), betas, train["weight_decay"])
             puzzle_optimizer = PuzzleEmbeddingSGD(
                 model.puzzle_emb.weights, train["puzzle_emb_weight_decay"]
             )
@@ -296,10 +295,7 @@ class ParityTest(Parity, unittest.TestCase):
                 self.assertLess(abs(loss.item() - recorded), 0.01 * recorded, f"loss of step {t}")
                 for name, p in model.named_parameters():
                     p.grad = grads[name]
-                optimizer.param_groups[0]["lr"] = lr_at(
-                    t, train["lr"], train["warmup"], 10_000, 1.0
-                )
-                optimizer.step()
+                optimizer.step(lr_at(t, train["lr"], train["warmup"], 10_000, 1.0))
                 puzzle_optimizer.step(
                     *puzzle_optimizer.row_sums(carry.puzzle_identifiers, row_grads),
                     lr_at(t, train["puzzle_emb_lr"], train["warmup"], 10_000, 1.0),
@@ -431,7 +427,7 @@ def deep_model(H_cycles, L_cycles, hidden_size, mlp_t):
 def results(model, carry, device):
     """A training step's results on a device, by the names of exact.step."""
     rows = model.puzzle_rows(carry).to(device).requires_grad_()
-    carry, model = Carry(*(tensor.to(device) for tensor in carry)), copy.deepcopy(model).to(device)
+    carry, model = Carry(*(tensor.to(device) for tensor in carry)), on_device(copy.deepcopy(model), device)
     logits, q_halt = model.supervision_step(carry, rows)[2:]
     loss, metrics, after = trm_model.act_step(model, carry, rows, torch.zeros_like(carry.steps))
     names, weights = zip(*model.named_parameters())

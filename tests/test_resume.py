@@ -13,7 +13,7 @@ import torch
 
 from checkpoint_manager import load_checkpoint
 from data_loader_tpu import SudokuDatasetTPU
-from run_folder import code_version
+from provenance import code_version
 from tests.helpers import ROOT, CommandTest
 
 # the real command, which kills itself with SIGKILL at the count-th time that it comes to a point
@@ -21,7 +21,7 @@ DRIVER = """
 import io, os, signal, sys
 point, count = sys.argv[1], int(sys.argv[2])
 sys.argv = ["train_tpu.py", *sys.argv[3:]]
-import torch, checkpoint_manager, evaluation, metrics_logger, train_tpu, utils
+import torch, checkpoint_manager, evaluation, metrics_logger, train_state, train_tpu, utils
 
 def arrive():
     global count
@@ -55,7 +55,7 @@ def half_a_line(self, record, log=metrics_logger.MetricsLogger.log):
     log(self, record)
 
 if point == "step":
-    before(train_tpu, "train_step")
+    before(train_state.TrainState, "train_step")
 elif point == "half a payload":
     checkpoint_manager.torch.save = half_a_file
 elif point == "between payload and marker":

@@ -39,7 +39,7 @@ if pause:
 try:
     with contextlib.redirect_stderr(io.StringIO()):
         lock = run_lock.RunLock(folder, take_over, beat_seconds)
-except UserError as error:
+except utils.UserError as error:
     print("refused:", error, flush=True)
     sys.exit()
 print("held", flush=True)
@@ -47,7 +47,7 @@ for command in sys.stdin:
     try:
         eval(command)
         print("fine", flush=True)
-    except RunFailure as error:
+    except utils.RunFailure as error:
         print("lost:", error, flush=True)
 """
 

@@ -16,12 +16,13 @@ import numpy as np
 import sudoku
 import trm_model
 from analysis import solve
+from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager
 from config import load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from evaluation import evaluate
-from storage import BackgroundSaver, open_folder
+from storage import open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, TINY, CommandTest, FolderTest, random_pairs, write_config
 from utils import UserError
@@ -243,7 +244,7 @@ class FromABucket(GCSTest):
             "ema": None,
             "model": trm_model.named_state(model),
         }
-        saver = BackgroundSaver()
+        saver = BackgroundWriter()
         CheckpointManager(
             open_folder(f"{self.url}/run/checkpoints"), 1, self.folder / "staging", saver
         ).save(20, state)

@@ -18,8 +18,9 @@ from pathlib import Path
 from unittest import mock
 
 import storage
+from background_writer import BackgroundWriter
 from dataset_cache import local_dataset
-from storage import BackgroundSaver, StorageError, join, open_folder
+from storage import StorageError, join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, FolderTest
 
@@ -495,14 +496,14 @@ class Job:
 
 class Background(unittest.TestCase):
     def setUp(self):
-        self.saver = BackgroundSaver(retry_seconds=9999)
+        self.saver = BackgroundWriter(retry_seconds=9999)
 
     def test_training_waits_only_for_the_job_before(self):
         first, second = Job(held=True), Job()
-        self.saver.submit(first)  # comes back although the job has not ended
+        self.saver.submit_newest(first)  # comes back although the job has not ended
         self.assertTrue(first.begun.wait(30))
         with ThreadPoolExecutor(1) as thread:
-            submitted = thread.submit(self.saver.submit, second)
+            submitted = thread.submit(self.saver.submit_newest, second)
             self.assertFalse(submitted.done() or second.begun.wait(0.05))
             first.go_on.set()
             submitted.result(30)
@@ -519,16 +520,20 @@ class Background(unittest.TestCase):
         )
 
     def failed_once(self, job):
-        self.saver.submit(job)
+        self.saver.submit_newest(job)
         with self.saver.changed:
-            self.assertTrue(self.saver.changed.wait_for(lambda: not self.saver.attempting, 30))
+            self.assertTrue(
+                self.saver.changed.wait_for(
+                    lambda: self.saver.storage_error or not self.saver.jobs, 30
+                )
+            )
 
     def test_a_failed_save_is_tried_again_by_itself(self):
         self.saver.retry_seconds = 0.01
         job = Job(*[StorageError("gs://b/a: out of reach")] * 3)
 
         def save():
-            self.saver.submit(job)
+            self.saver.submit_newest(job)
             self.assertTrue(job.done.wait(30))
             self.saver.finish()
 
@@ -551,7 +556,7 @@ class Background(unittest.TestCase):
     def test_a_newer_save_takes_the_place_of_a_failed_one(self):
         old, new = Job(StorageError("out of reach")), Job()
         _, _, err = printed(
-            lambda: (self.failed_once(old), self.saver.submit(new), self.saver.finish())
+            lambda: (self.failed_once(old), self.saver.submit_newest(new), self.saver.finish())
         )
         self.assertIn("a newer save takes the place of the one that failed", err)
         self.assertEqual((old.calls, new.calls), (1, 1))
@@ -564,15 +569,15 @@ class Background(unittest.TestCase):
         ):
             never = Job()
             self.failed_once(Job(error))
-            self.assertRaises(type(error), self.saver.submit, never)
+            self.assertRaises(type(error), self.saver.submit_newest, never)
             self.assertEqual(never.calls, 0)
-            self.saver.submit(Job(error))
+            self.saver.submit_newest(Job(error))
             self.assertRaises(type(error), self.saver.finish)
             self.saver.finish()  # told once
 
     def test_finish_waits_no_longer_than_its_timeout(self):
         job = Job(held=True)
-        self.saver.submit(job)
+        self.saver.submit_newest(job)
         self.assertRaisesRegex(
             StorageError, "still under way after 0.05 s", lambda: self.saver.finish(0.05)
         )
@@ -582,7 +587,7 @@ class Background(unittest.TestCase):
 
     def test_the_process_can_end(self):
         code = (
-            "import storage, threading\nsaver = storage.BackgroundSaver()\nsaver.submit(print)\nsaver.finish()\n"
+            "import background_writer, threading\nsaver = background_writer.BackgroundWriter()\nsaver.submit(print)\nsaver.finish()\n"
             "saver.submit(threading.Event().wait)\n"
         )
         subprocess.run(

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("TRM_REAL_DATA_DIR", ROOT.parent / "shared" / "data"))
 
 sys.path.insert(0, str(ROOT))
-import sudoku
 import sudoku_sources
+
+import sudoku
 
 
 def count_by_brute_force(puzzle, limit):

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "build_sudoku_dataset.py"
 
 sys.path.insert(0, str(ROOT))
-import sudoku
 import sudoku_sources
+
+import sudoku
 from utils import run_cli
 
 spec = importlib.util.spec_from_file_location("build_sudoku_dataset", SCRIPT)

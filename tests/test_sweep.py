@@ -281,7 +281,7 @@ class Launcher(SweepTest):
         (path,) = self.configs("a")
         text = Path(path).read_text().replace("forward_dtype: float32", "forward_dtype: auto")
         Path(path).write_text(text)
-        ours = load_config(path, settle=False)
+        ours = load_config(path)
         for theirs in ("bfloat16", "float32", "auto"):
             stored = dataclasses.asdict(ours)
             stored["model"]["forward_dtype"] = theirs

@@ -104,7 +104,7 @@ class Slices(GCSTest, SweepTest):
         return [tuple(attempt[key] for key in keys) for attempt in self.attempts(name)]
 
     def test_slices_of_several_kinds(self):
-        """Each is asked for as its word says, and the ledger tells what ran where."""
+        """Each is asked for as its word says, and attempts.json tells what ran where."""
         kinds = ("s1:queued", "s2:spot:v4-16:europe-west4-a")
         output = self.sweep(
             *self.configs("abcd"), "--slices", *kinds, "tpu.zone=us-east1-d", "--", "--queued"

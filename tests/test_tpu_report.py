@@ -402,9 +402,8 @@ class TraceTest(XLATest):
         import torch_xla
         import tpu_trace
 
-        import train_tpu
-        import trm_model
         from device import Device
+        from train_state import TrainState
 
         def pending(run):
             tensors = run.tensors()
@@ -424,28 +423,22 @@ class TraceTest(XLATest):
             )
         dataset, _ = tpu_trace.training_puzzles(config)
         device = Device("xla_cpu")
-        device.rank, device.world_size = 0, 8
-        run = train_tpu.Run(config, device, dataset)
-        train_tpu.train_step(
-            run, device.put(train_tpu.host_batch(run, run.loader.batch(0))), trm_model.act_step
-        )
+        device.workers.rank, device.workers.world_size = 0, 8
+        run = TrainState(config, device, dataset)
+        run.train_step(device.put(run.host_batch(run.loader.batch(0))))
         trained = pending(run)
         device.end_step()
         traced_device = tpu_trace.TracedDevice(tpu_types.slice_type("v4-16"))
         traced = tpu_trace.traced_run(config, traced_device, dataset)
         traced_device.follow(traced)
-        train_tpu.train_step(
-            traced,
-            traced_device.put(train_tpu.host_batch(traced, run.loader.batch(0))),
-            trm_model.act_step,
-        )
+        traced.train_step(traced_device.put(traced.host_batch(run.loader.batch(0))))
         self.assertEqual(pending(traced), trained)
         self.assertEqual(len(re.findall(r" all-reduce\(", trained)), 1)
         traced_device.end_step()
         # another run of theirs, replayed: what it gives away
-        again = train_tpu.Run(config, device, dataset)
-        step = train_tpu.replayed_step(again, trm_model.act_step)
-        step(device.put(train_tpu.host_batch(again, run.loader.batch(0))))
+        again = TrainState(config, device, dataset)
+        step = again.run_step
+        step(device.put(again.host_batch(run.loader.batch(0))))
         donated = [k for k, (place, _) in enumerate(step.arguments) if place in step.changed]
         parameters = len(list(traced.model.parameters()))
         # weights, their averages, three tensors of optimizer state each, the puzzle embedding; of the carry and the sums some at least

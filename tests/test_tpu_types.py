@@ -316,7 +316,7 @@ class ReadersTest(FolderTest):
         )
 
     def test_a_run_knows_its_chips(self):
-        chips = SimpleNamespace(name="tpu", generation=V6E, world_size=4)
+        chips = SimpleNamespace(name="tpu", generation=V6E, workers=SimpleNamespace(world_size=4))
         workers.check_workers(self.config("device=tpu", "tpu.accelerator_type=v6e-4"), chips)
         other = self.config("device=tpu", "tpu.accelerator_type=v4-8")
         self.user_error(

@@ -15,14 +15,14 @@ from tests.helpers import ROOT, CommandTest
 RECORDER = """
 import os, sys
 sys.argv[0] = "train_tpu.py"
-import torch, train_tpu, utils
+import torch, train_state, train_tpu, utils
 
 class Recorder:
     def __init__(self, folder):
         self.folder = folder
 
     def __call__(self, rank, config, args):
-        create = train_tpu.create_optimizer
+        create = train_state.create_optimizer
         def recording(config, model):
             optimizer, puzzle_optimizer = create(config, model)
             step, count = optimizer.step, [0]
@@ -33,7 +33,7 @@ class Recorder:
                 step()
             optimizer.step = recorded
             return optimizer, puzzle_optimizer
-        train_tpu.create_optimizer = recording
+        train_state.create_optimizer = recording
         return worker(rank, config, args)
 
 worker = train_tpu.train_worker

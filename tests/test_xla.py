@@ -13,13 +13,14 @@ from unittest import mock
 
 import torch
 
-import train_tpu
+import layers
 import trm_model
 from checkpoint_manager import load_checkpoint
 from config import load_config
 from device import Device
 from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
-from tests.test_model import admitted, no_minimum, small_model
+from tests.test_model import admitted, no_minimum, on_device, small_model
+from train_state import TrainState, load_dataset
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import tpu_hlo
@@ -201,12 +202,13 @@ class Products(XLATest):
         import torch_xla
 
         config = load_config(self.path, list(overrides))
-        device = Device("xla_cpu", config.model.forward_dtype)
-        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-        batch = device.put(train_tpu.host_batch(run, run.loader.batch(0)))
+        device = Device("xla_cpu")
+        device.set_matmul_precision(config.model.forward_dtype)
+        run = TrainState(config, device, load_dataset(config, "train"))
+        batch = device.put(run.host_batch(run.loader.batch(0)))
         torch_xla.sync()
         found = []
-        train_tpu.train_step(run, batch, trm_model.act_step)
+        run.train_step(batch)
         found += products(
             torch_xla._XLAC._get_xla_tensors_hlo(
                 [*run.model.parameters(), run.model.puzzle_emb.weights, run.totals, *run.carry]
@@ -270,13 +272,15 @@ class Products(XLATest):
 # the steps of tests/xla_replicas.py on the plain CPU
 ONE_WORKER = """
 import sys
-import torch, train_tpu, trm_model, utils
+import torch
+from config import load_config
 from device import Device
+from train_state import TrainState, load_dataset
 config = load_config(sys.argv[1], sys.argv[3:])
-run = train_tpu.Run(config, Device("cpu"), train_tpu.load_dataset(config, "train"))
+run = TrainState(config, Device("cpu"), load_dataset(config, "train"))
 start, batches, seen = [p.detach().clone() for p in run.model.parameters()], iter(run.loader), []
 for _ in range(4):
-    train_tpu.train_step(run, run.device.put(train_tpu.host_batch(run, next(batches))), trm_model.act_step)
+    run.train_step(run.device.put(run.host_batch(next(batches))))
     run.step += 1
     seen.append({"totals": run.totals, "weights": [p.detach().clone() for p in run.model.parameters()],
                  "ema": [p.clone() for p in run.ema.module.parameters()], "halted": run.carry.halted, "z_H": run.carry.z_H})
@@ -299,18 +303,18 @@ class ReplayTest(XLATest):
         """Everything that a run holds after each of six steps, with a new interval in the middle; and how often a step was traced."""
         config = load_config(self.path, ["training.lr_warmup_steps=4", *overrides])
         device, seen, traced = Device("xla_cpu"), [], []
-        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+        run = TrainState(config, device, load_dataset(config, "train"))
 
         def function(batch):
             traced.append(batch)
-            train_tpu.train_step(run, batch, trm_model.act_step)
+            run.train_step(batch)
 
         step, batches = (
             device.traced_once(function, run.tensors) if replayed else function,
             iter(run.loader),
         )
         for _ in range(6):
-            step(device.put(train_tpu.host_batch(run, next(batches))))
+            step(device.put(run.host_batch(next(batches))))
             device.end_step()
             run.step += 1
             seen.append(device.fetch(run.tensors()))
@@ -344,11 +348,11 @@ class ReplayTest(XLATest):
     def test_a_changed_tensors_memory_goes_to_its_successor(self):
         config = load_config(self.path, [])
         device = Device("xla_cpu")
-        run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-        step, batches = train_tpu.replayed_step(run, trm_model.act_step), iter(run.loader)
-        step(device.put(train_tpu.host_batch(run, next(batches))))
+        run = TrainState(config, device, load_dataset(config, "train"))
+        step, batches = run.run_step, iter(run.loader)
+        step(device.put(run.host_batch(next(batches))))
         old = [tensor.detach() for tensor in run.model.parameters()]
-        step(device.put(train_tpu.host_batch(run, next(batches))))
+        step(device.put(run.host_batch(next(batches))))
         batches.close()
         for tensor in old:
             with self.assertRaisesRegex(RuntimeError, "HasValue"):  # it has no memory any more
@@ -368,7 +372,7 @@ class ReplayTest(XLATest):
                     model.puzzle_rows(carry).to(self.device).requires_grad_(),
                     trm_model.Carry(*(t.to(self.device) for t in carry)),
                 )
-                model.to(self.device)
+                on_device(model, self.device)
                 loss, _, after = trm_model.act_step(model, carry, rows, no_minimum(carry))
                 results.append(
                     [
@@ -388,10 +392,12 @@ class ReplayTest(XLATest):
 
     def test_swiglu_in_bfloat16(self):
         """Value and gradients of both axes: as near to those in float64 as the plain computation on the CPU is."""
+        import xla_mixing
+
         torch.manual_seed(0)
         x, grad = torch.randn(3, 40, 24).bfloat16(), torch.randn(3, 40, 24)
         for axis, dim in ((1, 40), (2, 24)):
-            swiglu, errors = trm_model.SwiGLU(dim, 4.0, torch.Generator().manual_seed(1)), {}
+            swiglu, errors = layers.SwiGLU(dim, 4.0, torch.Generator().manual_seed(1)), {}
             for name, device, dtype in (
                 ("exact", "cpu", torch.float64),
                 ("plain", "cpu", torch.bfloat16),
@@ -401,7 +407,9 @@ class ReplayTest(XLATest):
                 if name == "exact":
                     module.double()
                 given = x.clone().to(device, dtype).requires_grad_()
-                result = module.mixed(given, module.weights(), axis).transpose(axis, -1)
+                if name == "xla":
+                    module.mix = xla_mixing.mix
+                result = module(given, module.weights(), axis)
                 result.backward(grad.to(result))
                 errors[name] = [
                     t.detach().cpu().double()
@@ -429,13 +437,13 @@ class StepOfAReplica(XLATest):
             for rank in (0, 5):
                 config = load_config(path, [f"training.ema_strategy={strategy}"])
                 device = Device("xla_cpu")
-                device.rank, device.world_size = rank, 8
-                run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
-                batch = device.put(train_tpu.host_batch(run, next(iter(run.loader))))
+                device.workers.rank, device.workers.world_size = rank, 8
+                run = TrainState(config, device, load_dataset(config, "train"))
+                batch = device.put(run.host_batch(next(iter(run.loader))))
                 device.end_step = lambda: programs.setdefault(
                     rank, self.program(run)
                 )  # what would be compiled
-                train_tpu.train_step(run, batch, trm_model.act_step)
+                run.train_step(batch)
                 device.end_step()
                 Device.end_step(
                     device

@@ -15,10 +15,9 @@ import torch
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime
 
-import train_tpu
-import trm_model
 from config import load_config
 from device import Device, tree_map
+from train_state import TrainState, load_dataset
 
 STEPS = 4
 
@@ -35,16 +34,16 @@ def main():
         )
 
     config = load_config(sys.argv[1], sys.argv[3:])
-    run = train_tpu.Run(config, device, train_tpu.load_dataset(config, "train"))
+    run = TrainState(config, device, load_dataset(config, "train"))
     run.carry = spread(run.carry)
     batches, seen = iter(run.loader), []
     for _ in range(STEPS):
-        batch = device.put(train_tpu.host_batch(run, next(batches)))
+        batch = device.put(run.host_batch(next(batches)))
         batch = {
             **spread({name: t for name, t in batch.items() if name != "scalars"}),
             "scalars": batch["scalars"],
         }
-        train_tpu.train_step(run, batch, trm_model.act_step)
+        run.train_step(batch)
         run.carry = spread(run.carry)
         device.end_step()
         run.step += 1

@@ -1,0 +1,137 @@
+"""The test modules side by side, each in a process of its own: what scripts/run_tests.sh calls.
+
+    python -m tests.suite [--fast] [--jobs N]
+
+It needs nothing but Python's standard library, and prints one line for each module as it ends, the
+whole output of each that fails, and at the end the tests that took longest.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# the seconds that a module takes on an idle machine, if more than 10: what takes longest begins
+# first, so that the last process to end is a short one
+SECONDS = {}
+# what is tested without the cloud, a TPU's compiler or figures, with requirements.txt alone:
+# modules, or classes in them
+FAST = [
+    "test_architecture",
+    "test_config",
+    "test_data_loader",
+    "test_end_to_end",
+    "test_metrics_logger",
+    "test_model",
+    "test_old_run",
+    "test_optimizers",
+    "test_parity.ParityTest",
+    "test_processes",
+    "test_sudoku",
+]
+SLOWEST_SHOWN = 20
+MODULE_MINUTES = 15
+
+
+class TimedResult(unittest.TextTestResult):
+    """Also writes the seconds of each test to the file that $TRM_TEST_TIMES names."""
+
+    def startTest(self, test):
+        self.began = time.monotonic()
+        super().startTest(test)
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        with open(os.environ["TRM_TEST_TIMES"], "a") as file:
+            file.write(f"{time.monotonic() - self.began:.3f} {test.id()}\n")
+
+
+def run_here(name):
+    """Run one module in this process."""
+    runner = unittest.TextTestRunner(resultclass=TimedResult)
+    unittest.main(None, argv=["unittest", f"tests.{name}"], testRunner=runner)
+
+
+def run_module(name, times):
+    """Run one module in a process; returns (whether it passed, its seconds, its output)."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "tests.suite", "--module", name]
+    environment = {**os.environ, "TRM_TEST_TIMES": str(times)}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60 * MODULE_MINUTES,
+        )
+        output, passed = done.stdout, done.returncode == 0
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"") + f"\nended after {MODULE_MINUTES} minutes\n".encode()
+        passed = False
+    text = output.decode(errors="replace")
+    if passed and not re.search("^Ran [1-9]", text, re.MULTILINE):
+        return False, time.monotonic() - began, text + "no test ran\n"
+    return passed, time.monotonic() - began, text
+
+
+def summary(output):
+    """unittest's last lines in one: how many tests ran, and how many were skipped."""
+    count = re.search(r"^Ran (\d+) tests?", output, re.MULTILINE)
+    skipped = re.search(r"\bskipped=(\d+)", output)
+    return (f"{count[1]} tests" if count else "no test") + (
+        f", {skipped[1]} skipped" if skipped else ""
+    )
+
+
+def run_modules(names, jobs):
+    """Run the modules, `jobs` of them at a time; returns the names of those that failed."""
+    began = time.monotonic()
+    names = sorted(names, key=lambda name: (-SECONDS.get(name, 10), name))
+    failed = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+    ):
+        times = Path(folder) / "times"
+        times.touch()
+        running = {pool.submit(run_module, name, times): name for name in names}
+        for future in concurrent.futures.as_completed(running):
+            name, (passed, seconds, output) = running[future], future.result()
+            if not passed:
+                failed.append(name)
+                print(f"----- {name}\n{output}-----")
+            word = "passed" if passed else "FAILED"
+            print(f"{word} {seconds:6.1f} s  {name} ({summary(output)})", flush=True)
+        lines = sorted(times.read_text().splitlines(), key=lambda line: -float(line.split()[0]))
+    print("the tests that took longest:", *lines[:SLOWEST_SHOWN], sep="\n  ")
+    print(f"{len(names)} modules in {time.monotonic() - began:.0f} s")
+    return sorted(failed)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="tests.suite", allow_abbrev=False)
+    parser.add_argument("--fast", action="store_true", help="only the modules of FAST")
+    parser.add_argument("--jobs", type=int, help="modules at a time (default: one for each core)")
+    parser.add_argument("--module", help="run this one here (used by the suite itself)")
+    args = parser.parse_args()
+    if args.module:
+        return run_here(args.module)
+    jobs = args.jobs or min(4, max(2, len(os.sched_getaffinity(0))))
+    names = FAST if args.fast else [path.stem for path in (ROOT / "tests").glob("test_*.py")]
+    if failed := run_modules(names, jobs):
+        sys.exit(f"failed: {' '.join(failed)}")
+    print("all passed")
+
+
+if __name__ == "__main__":
+    main()

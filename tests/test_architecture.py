@@ -1,0 +1,317 @@
+"""The rules of the house: what may import what, and how long a function and a line may be.
+
+What does not keep a rule yet stands in DEBTS, and an entry that is no longer needed fails, too: so
+that dictionary can only become shorter, until it is empty.
+"""
+
+import ast
+import functools
+import re
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST_FUNCTION = 60
+LONGEST_LINE = 100
+
+# {module: what it must not import, directly or by what it imports}
+APART = {
+    "trm_model": {"storage", "checkpoint_manager"},
+    "config": {"torch", "torch_xla"},
+    "utils": {"torch", "torch_xla"},
+    "startup": {"torch", "torch_xla", "numpy", "yaml"},
+}
+# packages that a function may import where it needs them: {name: why not at the top}
+OPTIONAL = {
+    "PIL": "requirements-analysis.txt; only for an animation",
+    "google": "takes a second, and a run in a folder of this machine does without",
+    "google_crc32c": "comes with google",
+    "huggingface_hub": "only for a download",
+    "jax": "requirements-tpu.txt; its compiler is wanted in one process only",
+    "matplotlib": "requirements-analysis.txt; only for an animation",
+    "packaging": "where it is missing, a message says so",
+    "requests": "comes with google",
+    "tensorboardX": "only where a configuration asks for it",
+    "torch_xla": "absent where no TPU is; its import can claim the chips",
+    "tqdm": "only on a terminal",
+    "urllib3": "comes with google",
+}
+# {(file, what it imports inside a function, or "*" for anything): why not at the top}
+INSIDE = {
+    ("scripts/diagnose_sections.py", "*"): "hosts may be broken: each section imports its own"
+}
+# {rule: what does not keep it yet}
+DEBTS = {
+    "no circle among the root modules": ["pallas_kernels", "trm_model", "xla_mixing"],
+    "no import inside a function without a reason": [
+        "analysis/tpu_compile.py imports numpy",
+        "analysis/tpu_trace.py imports pallas_kernels",
+        "device.py imports xla_program",
+        "pallas_kernels.py imports xla_mixing",
+        "scripts/check_devices.py imports benchmark",
+        "scripts/check_devices.py imports numpy",
+        "scripts/check_devices.py imports sudoku",
+        "scripts/check_devices.py imports trm_model",
+        "scripts/sweep.py imports train_state",
+        "train_state.py imports pallas_kernels",
+        "trm_model.py imports pallas_kernels",
+        "trm_model.py imports xla_mixing",
+        "workers.py imports torch",
+    ],
+    "no function over 60 lines": [
+        "analysis/benchmark.py main",
+        "analysis/solve.py draw_frame",
+        "analysis/tpu_report.py examine",
+        "analysis/tpu_report.py full_text",
+        "analysis/tpu_report.py parse_args",
+        "scripts/build_sudoku_dataset.py parse_args",
+        "scripts/check_devices.py train_steps",
+        "scripts/sweep.py _run_cell",
+        "scripts/sweep.py main",
+        "tests/exact.py step",
+        "tests/package_index.py __init__",
+        "tests/run_folders.py write_run",
+        "tests/test_analysis_figures.py make_study",
+        "tests/test_config.py test_impossible_combinations",
+        "tests/test_gcs_runs.py test_killed_and_resumed_on_another_host_then_used",
+        "tests/test_rehearsal.py test_the_whole_day",
+        "tests/test_scripts.py test_dry_run_executes_nothing",
+        "tests/test_scripts.py test_from_start_to_results",
+        "tests/test_scripts.py test_missing_and_wrong",
+        "tests/test_tpu_report.py test_a_small_configuration_alone_and_after_one_that_is_too_large",
+    ],
+    "no line over 100 characters": [
+        "adam_atan2.py",
+        "analysis/benchmark.py",
+        "analysis/compare_experiments.py",
+        "analysis/plot_results.py",
+        "analysis/plot_style.py",
+        "analysis/report.py",
+        "analysis/results.py",
+        "analysis/solve.py",
+        "analysis/tpu_compile.py",
+        "analysis/tpu_hlo.py",
+        "analysis/tpu_kernels.py",
+        "analysis/tpu_report.py",
+        "analysis/tpu_trace.py",
+        "checkpoint_manager.py",
+        "data_loader_tpu.py",
+        "dataset_cache.py",
+        "ema_distributed.py",
+        "pallas_kernels.py",
+        "run_lock.py",
+        "scripts/build_sudoku_dataset.py",
+        "scripts/check_devices.py",
+        "scripts/check_environment.py",
+        "scripts/diagnose.py",
+        "scripts/diagnose_sections.py",
+        "scripts/sudoku_sources.py",
+        "scripts/sweep.py",
+        "scripts/sweep_arguments.py",
+        "scripts/sweep_slices.py",
+        "scripts/tpu_settings.py",
+        "startup.py",
+        "storage.py",
+        "sudoku.py",
+        "tests/compile_kernels.py",
+        "tests/exact.py",
+        "tests/gcs_server.py",
+        "tests/helpers.py",
+        "tests/host_tools.py",
+        "tests/kernel_cases.py",
+        "tests/metadata_server.py",
+        "tests/package_index.py",
+        "tests/run_folders.py",
+        "tests/slice.py",
+        "tests/slow_train.py",
+        "tests/sweeps.py",
+        "tests/test_analysis.py",
+        "tests/test_analysis_figures.py",
+        "tests/test_benchmark.py",
+        "tests/test_checkpoint_manager.py",
+        "tests/test_cloud_faults.py",
+        "tests/test_commands.py",
+        "tests/test_config.py",
+        "tests/test_data_loader.py",
+        "tests/test_diagnose.py",
+        "tests/test_docs.py",
+        "tests/test_environment.py",
+        "tests/test_faults.py",
+        "tests/test_gcs_runs.py",
+        "tests/test_keep_alive.py",
+        "tests/test_metrics_logger.py",
+        "tests/test_model.py",
+        "tests/test_old_run.py",
+        "tests/test_optimizers.py",
+        "tests/test_pallas_kernels.py",
+        "tests/test_parity.py",
+        "tests/test_preemption.py",
+        "tests/test_rehearsal.py",
+        "tests/test_resume.py",
+        "tests/test_run_lock.py",
+        "tests/test_scripts.py",
+        "tests/test_solve.py",
+        "tests/test_storage.py",
+        "tests/test_sudoku.py",
+        "tests/test_sudoku_dataset.py",
+        "tests/test_sweep.py",
+        "tests/test_sweep_slices.py",
+        "tests/test_tpu_report.py",
+        "tests/test_tpu_types.py",
+        "tests/test_workers.py",
+        "tests/test_xla.py",
+        "tests/xla_replicas.py",
+        "tpu_types.py",
+        "trm_model.py",
+        "utils.py",
+        "workers.py",
+        "xla_mixing.py",
+        "xla_program.py",
+    ],
+}
+
+
+def python_files():
+    """{path in the repository: its parsed content}, of the product and its tests."""
+    paths = [
+        path
+        for folder in ("", "scripts", "analysis", "tests", "tests/programs")
+        for path in sorted((ROOT / folder).glob("*.py"))
+    ]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+
+
+FILES = python_files()
+ROOT_MODULES = {name.removesuffix(".py") for name in FILES if "/" not in name}
+SCRIPTS = {Path(name).stem for name in FILES if name.startswith(("scripts/", "analysis/"))}
+
+
+def imported(node):
+    """The modules that an import statement names; [] for any other node."""
+    if isinstance(node, ast.Import):
+        return [name.name for name in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module]
+    return []
+
+
+def functions(tree):
+    return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def imports_inside(name):
+    """What the functions of a file, or of a root module, import: the first part of each name."""
+    tree = FILES[name if name.endswith(".py") else f"{name}.py"]
+    return {
+        module.split(".")[0]
+        for function in functions(tree)
+        for node in ast.walk(function)
+        for module in imported(node)
+    }
+
+
+@functools.cache
+def imports_at_the_top(module):
+    """What a root module imports when it is imported itself: the first part of each name."""
+    found, waiting = set(), list(FILES[f"{module}.py"].body)
+    while waiting:
+        node = waiting.pop()
+        found |= {name.split(".")[0] for name in imported(node)}
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def reached(module, edges):
+    """All that `module` imports, directly or not; edges: {root module: what it imports}."""
+    found, waiting = set(), [module]
+    while waiting:
+        new = edges.get(waiting.pop(), set()) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def circles():
+    """Imports inside functions count: they hide a circle, and do not open it."""
+    edges = {name: imports_at_the_top(name) | imports_inside(name) for name in ROOT_MODULES}
+    return {name for name in ROOT_MODULES if name in reached(name, edges)}
+
+
+def not_apart():
+    edges = {name: imports_at_the_top(name) for name in ROOT_MODULES}
+    return {
+        f"{name} imports {other}"
+        for name, others in APART.items()
+        for other in others & reached(name, edges)
+    }
+
+
+def inside_without_reason():
+    return {
+        f"{name} imports {module}"
+        for name in FILES
+        if not name.startswith("tests/")
+        for module in imports_inside(name) - set(OPTIONAL)
+        if not {(name, module), (name, "*")} & set(INSIDE)
+    }
+
+
+def imports_of_scripts():
+    forbidden = SCRIPTS - ROOT_MODULES | {"scripts", "analysis", "tests"}
+    return {
+        f"{name} imports {other}"
+        for name in ROOT_MODULES
+        for other in (imports_at_the_top(name) | imports_inside(name)) & forbidden
+    }
+
+
+def long_functions():
+    return {
+        f"{name} {function.name}"
+        for name, tree in FILES.items()
+        for function in functions(tree)
+        if function.end_lineno - function.lineno + 1 > LONGEST_FUNCTION
+    }
+
+
+def long_lines():
+    """A line with a long URL may be longer: a URL cannot be broken."""
+    return {
+        name
+        for name in FILES
+        for line in (ROOT / name).read_text().splitlines()
+        if len(line) > LONGEST_LINE and not re.search(r"https?://\S{40}", line)
+    }
+
+
+RULES = {
+    "no circle among the root modules": circles,
+    "modules that stay apart": not_apart,
+    "no import inside a function without a reason": inside_without_reason,
+    "no root module imports scripts, analysis or tests": imports_of_scripts,
+    f"no function over {LONGEST_FUNCTION} lines": long_functions,
+    f"no line over {LONGEST_LINE} characters": long_lines,
+}
+
+
+class Rules(unittest.TestCase):
+    def test_rules_are_kept(self):
+        for rule, broken in RULES.items():
+            with self.subTest(rule):
+                found = sorted(broken() - set(DEBTS.get(rule, ())))
+                self.assertFalse(found, f"{rule}; against it: {found}")
+
+    def test_debts_and_exceptions_are_needed(self):
+        self.assertEqual(set(DEBTS) - set(RULES), set())
+        paid = {rule: sorted(set(debts) - RULES[rule]()) for rule, debts in DEBTS.items()}
+        paid = {rule: debts for rule, debts in paid.items() if debts}
+        self.assertEqual(paid, {}, "these keep their rules now: take them out of DEBTS")
+        used = {(name, module) for name in FILES for module in imports_inside(name)}
+        used |= {(name, "*") for name, _ in used}
+        self.assertEqual(set(INSIDE) - used, set(), "take these out of INSIDE")
+        self.assertEqual(set(OPTIONAL) - {module for _, module in used}, set())
+
+
+if __name__ == "__main__":
+    unittest.main()
