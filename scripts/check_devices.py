@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Check that all chips of a slice are seen, and that an all-reduce over them gives the right sum. Run it on every host at once.
+"""Check that all chips of a slice are seen, and that an all-reduce over them gives the right sum.
+Run it on every host at once.
 
-python scripts/check_devices.py --config configs/e1_1.yaml
-python scripts/check_devices.py --config configs/quickstart.yaml training.num_workers=2     # two workers of this CPU
-python scripts/check_devices.py --config configs/quickstart.yaml --steps                    # and train a few steps
+python scripts/check_devices.py --config configs/e1_1.yaml python scripts/check_devices.py --config
+configs/quickstart.yaml training.num_workers=2     # two workers of this CPU python
+scripts/check_devices.py --config configs/quickstart.yaml --steps                    # and train a
+few steps
 """
 
 import argparse
@@ -33,10 +35,11 @@ from utils import RunFailure, run_cli
 LENGTH = 1 << 20  # float32 numbers in the all-reduce: 4 MB
 STEPS = 6  # trained under --steps; the first one compiles
 PUZZLES = 1000  # made up for them
-# Relative, between steps with the TPU kernels and steps without, which differ in the order of bfloat16's roundings. Of the
-# state that a step hands on: where each of the 84 SwiGLUs of configs/e1_1.yaml is off by the usual 0.004, they add up to
-# 0.34 at most; states that have nothing to do with each other are 1.4 apart. The loss alone would not tell: at the start
-# it is that of guessing
+# Relative, between steps with the TPU kernels and steps without, which differ in the order of
+# bfloat16's roundings. Of the state that a step hands on: where each of the 84 SwiGLUs of
+# configs/e1_1.yaml is off by the usual 0.004, they add up to 0.34 at most; states that have nothing
+# to do with each other are 1.4 apart. The loss alone would not tell: at the start it is that of
+# guessing
 LOSS_TOLERANCE, NORM_TOLERANCE, STATE_TOLERANCE = 0.02, 0.1, 0.4
 
 
@@ -70,7 +73,8 @@ def main():
 
 
 def check_worker(rank, config, steps, deadline):
-    """Join the other workers, as training does, and sum a number of each over all. deadline: by time.monotonic(), or None."""
+    """Join the other workers, as training does, and sum a number of each over all. deadline: by
+    time.monotonic(), or None."""
     if deadline:
         faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic()), exit=True)
     device = Device(config.device)
@@ -83,7 +87,8 @@ def check_worker(rank, config, steps, deadline):
         if wrong:
             raise RunFailure(wrong)
     print(
-        f"worker {rank} of {world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right",
+        f"worker {rank} of {world_size} on {socket.gethostname()}: device {device.name}, the "
+        f"all-reduce is right",
         flush=True,
     )
     if steps:
@@ -108,16 +113,19 @@ def check_sum(device):
     wrong = device.fetch(total) != expected
     if wrong.any():
         return (
-            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} workers in {int(wrong.sum())} of "
-            f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask for another"
+            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} "
+            f"workers in {int(wrong.sum())} of "
+            f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of "
+            f"{expected:g}: delete the slice and ask for another"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --steps
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def of_least_size(config):
-    """The configuration at the least width, number of cycles and batch: what a CPU trains in seconds."""
+    """The configuration at the least width, number of cycles and batch: what a CPU trains in
+    seconds."""
     model, training = config.model, config.training
     batch = (
         8
@@ -137,7 +145,8 @@ def of_least_size(config):
 
 
 def made_up_puzzles():
-    """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what TrainState needs of a dataset."""
+    """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what TrainState
+    needs of a dataset."""
     import numpy as np
 
     import sudoku
@@ -166,9 +175,9 @@ def made_up_puzzles():
 
 
 def check_steps(config, device):
-    """Train STEPS steps of the configuration without the TPU kernels, then with them, from the same weights on the same
-    batches. Raises RunFailure where a loss is not finite, a step after the first compiles again, the kernels do not work
-    here, or the two disagree."""
+    """Train STEPS steps of the configuration without the TPU kernels, then with them, from the same
+    weights on the same batches. Raises RunFailure where a loss is not finite, a step after the
+    first compiles again, the kernels do not work here, or the two disagree."""
     dataset = made_up_puzzles()
     plain = train_steps(config, device, dataset, kernels=False)
     passed("step", as_text(plain))
@@ -184,15 +193,16 @@ def check_steps(config, device):
     else:
         passed(
             "kernels",
-            f"this configuration uses none on this device; the same steps again agree ({as_text(fast)})",
+            f"this configuration uses none on this device; the same steps again agree "
+            f"({as_text(fast)})",
         )
 
 
 def train_steps(config, device, dataset, kernels):
-    """Train STEPS steps as train_tpu.py does. Returns what was measured. One entry a step: losses, norms (of all
-    gradients), seconds, compiles, executions. state: [z_H, z_L] of the carry after the first step, float32; kernels: in how
-    many SwiGLUs; warning: that they are not used where they should be; examples and FLOPs a step; and all
-    chips' peak in FLOP/s, None on a CPU."""
+    """Train STEPS steps as train_tpu.py does. Returns what was measured. One entry a step: losses,
+    norms (of all gradients), seconds, compiles, executions. state: [z_H, z_L] of the carry after
+    the first step, float32; kernels: in how many SwiGLUs; warning: that they are not used where
+    they should be; examples and FLOPs a step; and all chips' peak in FLOP/s, None on a CPU."""
     import benchmark
 
     import trm_model
@@ -258,7 +268,8 @@ def train_steps(config, device, dataset, kernels):
     )
     if any(measured.compiles[1:]):
         raise RunFailure(
-            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: {measured.compiles}, "
+            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: "
+            f"{measured.compiles}, "
             f"kernels: {kernels}): each compile takes as long as the first step"
         )
     return measured
@@ -269,10 +280,13 @@ def as_text(measured):
     median = statistics.median(later)
     share = f", {measured.flops / median / measured.peak:.1%} of the peak" if measured.peak else ""
     return (
-        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm {measured.norms[0]:.4g}; "
-        f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms ({1e3 * min(later):.1f} to "
+        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm "
+        f"{measured.norms[0]:.4g}; "
+        f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms "
+        f"({1e3 * min(later):.1f} to "
         f"{1e3 * max(later):.1f}; {measured.examples / median:,.0f} examples/s{share}); "
-        f"compiles {measured.compiles}, executions {measured.executions}; kernels in {measured.kernels} SwiGLUs"
+        f"compiles {measured.compiles}, executions {measured.executions}; kernels in "
+        f"{measured.kernels} SwiGLUs"
     )
 
 
@@ -282,8 +296,10 @@ def compare(plain, fast):
         off = float((ours - theirs).norm() / theirs.norm())
         if not off <= STATE_TOLERANCE:
             raise RunFailure(
-                f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off what it is "
-                f"without, and not within {STATE_TOLERANCE}: train with training.pallas_kernels=false"
+                f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off "
+                f"what it is "
+                f"without, and not within {STATE_TOLERANCE}: train with "
+                f"training.pallas_kernels=false"
             )
     compared = (
         ("loss", fast.losses, plain.losses, LOSS_TOLERANCE),
@@ -295,7 +311,8 @@ def compare(plain, fast):
             if not off <= tolerance:
                 raise RunFailure(
                     f"step {number + 1}: the {what} is {ours[number]:.5g} with the TPU kernels and "
-                    f"{theirs[number]:.5g} without, {off:.1%} apart and not within {tolerance:.0%}: train with training.pallas_kernels=false"
+                    f"{theirs[number]:.5g} without, {off:.1%} apart and not within "
+                    f"{tolerance:.0%}: train with training.pallas_kernels=false"
                 )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+from collections.abc import Set as AbstractSet
 
 import tpu_settings
 from sweep_cells import Cell
@@ -29,7 +30,7 @@ COLUMNS = (
 ALIGN = (str.ljust, str.ljust, *[str.rjust] * 5, str.ljust, str.ljust)
 
 
-def table(standings: dict[str, Standing], silent: set[str] = frozenset()) -> str:
+def table(standings: dict[str, Standing], silent: AbstractSet[str] = frozenset()) -> str:
     """One line for each cell. standings: {cell: how it stands}; silent: the URLs of locks that
     nobody renews."""
     rows = [COLUMNS]
@@ -143,8 +144,8 @@ def show_status(names: list[str], places: list[str], local: bool) -> None:
             continue
         found = True
         say(f"{folder.url}: {len(shown)} cell(s)\n{text}")
-    for error in failures if found else ():
-        print(f"warning: {error}", file=sys.stderr)
+    for failure in failures if found else ():
+        print(f"warning: {failure}", file=sys.stderr)
     if found:
         return
     text = f"no cell of this sweep is in {' or '.join(join(place, 'sweep') for place in places)}"

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -434,6 +435,40 @@ class OnASlice(SliceTest):
         self.assertEqual(
             (self.changes()[-1], os.listdir(self.cloud / "slices")), ("tpu-vm delete", [])
         )
+
+    def test_a_terminal_that_closes(self):
+        """What the sweep has started on this machine ends with it; the run on the slice goes on."""
+        self.hold(17)
+        words = ["configs/tiny.yaml", "--slices", NAME, "--", "--poll", "0.5"]
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.kit)
+            words += ["--log_dir", str(self.folder / "log")]
+            os.execvp("bash", ["bash", "scripts/launch_sweep.sh", *words])
+        self.arrived(17)
+
+        def helpers():
+            # all that the sweep has started here: they have its environment, and are not on a host
+            here = f"TRM_TEST_CLOUD={self.cloud}".encode()
+            found = {}
+            for folder in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if here in (folder / "environ").read_bytes() and "scripts/" in command:
+                        found[int(folder.name)] = command
+            return {
+                number: command
+                for number, command in found.items()
+                if number not in self.host_processes() and number != os.getpid()
+            }
+
+        self.assertTrue(any("keep_alive.sh" in command for command in helpers().values()))
+        os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self.assertEqual(status, 128 + signal.SIGHUP)
+        self.wait_for(lambda: not helpers())
+        self.assertTrue(self.host_processes())
+        self.release(17)
 
     def test_a_dry_run_without_a_bucket(self):
         with mock.patch.dict(os.environ):
