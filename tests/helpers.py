@@ -133,7 +133,7 @@ def write_split(folder, inputs, labels, group_sizes=None, ratings=None):
 
 TINY = """\
 device: cpu
-tpu: {{}}
+tpu: {{accelerator_type: v4-8}}
 data: {{dataset_path: {data}}}
 model: {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1, halt_max_steps: 3, forward_dtype: float32}}
 training: {{global_batch_size: 8, epochs: 6, lr: 1e-2, lr_warmup_steps: 10, ema_rate: 0.9}}
