@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from storage import StorageError
+from utils import warn
 
 
 class BackgroundWriter:
@@ -57,9 +58,7 @@ class BackgroundWriter:
             self._raise_error()
             dropped = list(self.jobs)
             if dropped:
-                print(
-                    "warning: a newer save takes the place of the one that failed", file=sys.stderr
-                )
+                warn("a newer save takes the place of the one that failed")
             self.jobs.clear()
             self.jobs.append(job)
             if dropped:  # the thread is there, and waits for the retry
@@ -119,10 +118,9 @@ class BackgroundWriter:
             with self.changed:
                 if isinstance(error, StorageError):
                     if failed is not job:
-                        print(
-                            f"warning: {error}; training goes on, and the save is tried again "
-                            f"every {self.retry_seconds:g} s",
-                            file=sys.stderr,
+                        warn(
+                            f"{error}; training goes on, and the save is tried again every "
+                            f"{self.retry_seconds:g} s"
                         )
                     failed, self.storage_error = job, error
                     self.changed.notify_all()

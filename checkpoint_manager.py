@@ -1,77 +1,38 @@
-"""Checkpoints that are whole or are not there: payload first, then the marker that makes it count.
+"""The checkpoints of a run. Each one is complete, or it does not count.
 
-checkpoints/checkpoint_step_{step}.pt     torch.save of plain tensors, numbers and text
-(weights_only=True loads it) checkpoints/checkpoint_step_{step}.json   marker: step, bytes, sha256,
-evaluation metrics
+    checkpoints/checkpoint_step_{step}.pt     the payload: torch.save of tensors and plain data,
+                                              which weights_only=True loads
+    checkpoints/checkpoint_step_{step}.json   the marker: step, bytes, sha256, metrics
+
+The marker is written after the payload, and a payload without a marker does not count.
 """
 
-import hashlib
 import io
 import json
 import os
 import re
 import secrets
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from background_writer import BackgroundWriter
 from storage import StorageError, digest, is_remote, join, open_folder
-from utils import UserError
+from utils import UserError, sha256_of, warn
 
 BEST_BY = "exact_accuracy"
-
-
-class _Save:
-    """The job that brings one checkpoint from the local disk to the folder. It may be called again
-    after a StorageError."""
-
-    def __init__(self, manager: "CheckpointManager", step: int, staged: Path):
-        self.manager, self.step, self.staged = manager, step, staged
-        self.marker = {
-            "step": step,
-            "bytes": staged.stat().st_size,
-            "sha256": _sha256(staged),
-            "metrics": None,
-        }
-        self.payload_is_there = False
-
-    def __call__(self) -> None:
-        manager, step = self.manager, self.step
-        try:
-            if not self.payload_is_there:
-                manager.before_payload()
-                # the marker of a damaged predecessor must not vouch for the new payload
-                manager.folder.delete(marker_name(step))
-                manager.folder.take(self.staged, payload_name(step))
-                self.payload_is_there = True
-            manager.before_marker()
-            manager._mark(self.marker)
-        except StorageError:
-            raise
-        except BaseException as error:
-            self.abandon()
-            if not isinstance(error, OSError):
-                raise
-            if marker_name(step) not in manager.folder.list():
-                # nobody would use the payload, and the disk may be full
-                manager.folder.delete(payload_name(step))
-            raise manager._not_written(step, error) from None
-
-    def abandon(self) -> None:
-        self.staged.unlink(missing_ok=True)
 
 
 class CheckpointManager:
     """Saves, finds, loads and deletes the checkpoints of one run.
 
     folder: a folder of storage.py, local or gs://. keep_last_n: how many of the newest checkpoints
-    are kept; the best by exact accuracy is kept besides. staging: local folder for files that are
-    not in `folder` yet, on the same disk if `folder` is local. writer: where saves run; without one
-    it is only possible to look and to load. before_payload, before_marker: called before each of
-    the two is written; before_marker for what must be in place when the checkpoint counts. Both may
+    are kept; the best by exact accuracy is kept besides. staging: a local folder for files that are
+    not in `folder` yet, on the same disk if `folder` is local. writer: the thread that saves run
+    in; None if checkpoints are only read. before_payload, before_marker: called before each of the
+    two is written, the second one for what must be in place when the checkpoint counts. Both may
     raise to prevent it.
     """
 
@@ -88,18 +49,20 @@ class CheckpointManager:
         self.writer, self.before_payload, self.before_marker = writer, before_payload, before_marker
 
     def url(self, step: int) -> str:
+        """Where the payload of a step is."""
         return join(self.folder.url, payload_name(step))
 
-    def save(self, step: int, state: dict) -> None:
-        """Write `state` to the local disk, and from there to the folder in the background, as the
-        checkpoint of `step`.
+    # ----- write -----
+    def save(self, step: int, state: dict[str, Any] | None) -> None:
+        """Write `state` to the local disk, and from there to the folder in the background.
 
-        Waits for the save before to end. Deletes the checkpoints that are no longer to be kept. A
-        kill at any moment leaves the earlier checkpoints as they were, and this one only if it is
-        complete. Raises UserError if it, or the one before, cannot be written, and what
-        BackgroundWriter.submit_newest raises.
+        Waits for the save before this one, then deletes checkpoints that are no longer to be kept.
+        A kill at any moment leaves the earlier checkpoints as they were, and this one only if it is
+        complete. Raises UserError if this checkpoint, or the one before, cannot be written, and
+        what BackgroundWriter.submit_newest raises.
         """
-        # the name is unique: the save before may be of the same step, and still running
+        assert self.writer
+        # A unique name: the save before may be of the same step, and still running.
         staged = self.staging / f".{payload_name(step)}.{secrets.token_hex(6)}.tmp"
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
@@ -108,7 +71,7 @@ class CheckpointManager:
             job = _Save(self, step, staged)
         except (OSError, RuntimeError) as error:
             staged.unlink(missing_ok=True)
-            raise self._not_written(step, error) from None
+            raise self.not_written(step, error) from None
         try:
             dropped = self.writer.submit_newest(job)
         except BaseException:
@@ -118,121 +81,113 @@ class CheckpointManager:
             if isinstance(old, _Save):
                 old.abandon()
 
-    def _not_written(self, step, error):
-        # torch reports a failed write as RuntimeError; the cause, where it has one, is the OSError
-        # in its context
+    def not_written(self, step: int, error: BaseException) -> UserError:
+        """The error to raise if the checkpoint of `step` cannot be written."""
+        # torch reports a failed write as RuntimeError, whose context is the OSError, if any.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         return UserError(
-            f"{self.url(step)}: the checkpoint could not be written ({cause}): free some space or set logging.output_dir; "
-            f"{self.newest_text()}"
+            f"{self.url(step)}: the checkpoint could not be written ({cause}): free some space or "
+            f"set logging.output_dir; {self.newest_text()}"
         )
 
-    def add_metrics(self, step, metrics):
-        """Note the evaluation of the checkpoint of `step` (a dict with exact_accuracy) in its
-        marker, in the background."""
+    def add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the evaluation of a checkpoint into its marker, in the background.
+
+        metrics: at least exact_accuracy.
+        """
+        assert self.writer
 
         def job():
             self.before_marker()
-            marker = next((m for m in self.markers() if m["step"] == step), None)
-            if (
-                marker
-            ):  # else its save was given up for a newer one while the storage was out of reach
-                self._mark({**marker, "metrics": metrics})
+            # There is no marker if the save was dropped for a newer one.
+            for marker in self.markers():
+                if marker["step"] == step:
+                    self.mark({**marker, "metrics": metrics})
 
         self.writer.submit(job)
 
-    def metrics(self, step):
-        """The evaluation noted for the checkpoint of `step`, or None."""
-        return next((m["metrics"] for m in self.markers() if m["step"] == step), None)
+    def mark(self, marker: dict[str, Any]) -> None:
+        """Write the marker of a checkpoint, so that it counts, and delete what is not to be kept.
 
-    def _mark(self, marker):
+        Also deletes older payloads without a marker, which an interrupted save or deletion has
+        left.
+        """
         self.folder.write(marker_name(marker["step"]), json.dumps(marker).encode())
-        self._retire()
+        markers, files = self.markers(), self.folder.list()
+        keep = {m["step"] for m in markers[-self.keep_last_n :]}
+        if best := self.best_marker():
+            keep.add(best["step"])
+        steps = [m["step"] for m in markers if m["step"] not in keep]
+        for name in files:
+            found = re.fullmatch(r"checkpoint_step_(\d+)\.pt", name)
+            if found and markers and marker_name(int(found[1])) not in files:
+                steps += [int(found[1])] if int(found[1]) < markers[-1]["step"] else []
+        for step in steps:
+            # The marker first: at no moment does a marker lack its payload.
+            for name in (marker_name(step), payload_name(step)):
+                try:
+                    self.folder.delete(name)
+                except OSError as error:
+                    warn(f"{join(self.folder.url, name)} could not be deleted: {error}")
+                    break
 
-    def markers(self):
-        """Markers of the complete checkpoints, oldest first. One whose size is not the marker's is
-        passed over."""
+    # ----- find -----
+    def markers(self) -> list[dict[str, Any]]:
+        """The markers of the complete checkpoints, oldest first.
+
+        Those that are damaged, or do not fit their payload, are left out with a warning.
+        """
         found, sizes = [], self.folder.list()
         for name in sizes:
             if not re.fullmatch(r"checkpoint_step_\d+\.json", name):
                 continue
             try:
                 marker = json.loads(self.folder.read(name))
-                step, written, _, metrics = (
-                    marker[key] for key in ("step", "bytes", "sha256", "metrics")
-                )
-                payload = payload_name(step)
-                if type(step) is not int or marker_name(step) != name:
-                    raise ValueError(f"its step is {step!r}")
-                if payload not in sizes:
-                    raise ValueError(f"there is no {payload}")
-                if metrics is not None:
-                    float(metrics[BEST_BY])
-                size = sizes[payload]
+                _check_marker(marker, name, sizes)
             except StorageError:
                 raise
-            except FileNotFoundError:  # retired since it was listed
+            except FileNotFoundError:  # deleted since it was listed
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
-                print(
-                    f"warning: {join(self.folder.url, name)} is passed over: {type(error).__name__}: {error}",
-                    file=sys.stderr,
-                )
-                continue
-            if size != written:
-                print(
-                    f"warning: {join(self.folder.url, payload)} is passed over: it has {size} bytes, its marker says {written}",
-                    file=sys.stderr,
-                )
+                url = join(self.folder.url, name)
+                warn(f"{url} is ignored: {type(error).__name__}: {error}")
                 continue
             found.append(marker)
         return sorted(found, key=lambda marker: marker["step"])
 
-    def newest_text(self):
+    def metrics(self, step: int) -> dict[str, Any] | None:
+        """The evaluation of the checkpoint of `step`, or None."""
+        return next((m["metrics"] for m in self.markers() if m["step"] == step), None)
+
+    def newest_text(self) -> str:
         """For messages: where the last good checkpoint is."""
         try:
             markers = self.markers()
-        except StorageError as error:  # the message it is for matters more
+        except StorageError as error:  # the message that this is a part of matters more
             return f"the last good checkpoint could not be looked up ({error})"
-        return (
-            f"the last good checkpoint is {self.url(markers[-1]['step'])}"
-            if markers
-            else "there is no checkpoint yet"
-        )
+        if not markers:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.url(markers[-1]['step'])}"
 
-    def best_marker(self):
-        """The marker with the highest exact accuracy (the later one of equals), or None."""
+    def best_marker(self) -> dict[str, Any] | None:
+        """The marker with the highest exact accuracy, the later one of equals, or None."""
         return next(iter(self._best_first()), None)
 
     def _best_first(self):
         scored = [m for m in self.markers() if m["metrics"]]
         return sorted(scored, key=lambda m: (m["metrics"][BEST_BY], m["step"]), reverse=True)
 
-    def _first_whole(self, markers):
-        """Local path of the first of these checkpoints whose checksum holds, or None; the others
-        get a warning."""
-        for marker in markers:
-            reason = "its content is not what was written (checksum)"
-            try:
-                path = local_copy(self.folder, payload_name(marker["step"]), self.staging)
-                if _sha256(path) == marker["sha256"]:
-                    return path
-            except FileNotFoundError:
-                reason = "it was deleted a moment ago"
-            print(f"warning: {self.url(marker['step'])} is passed over: {reason}", file=sys.stderr)
-        return None
-
-    def load_latest(self):
-        """The bytes of the newest checkpoint that is whole, or None; damaged ones are passed over
-        with a warning."""
-        path = self._first_whole(reversed(self.markers()))
-        return path and path.read_bytes()
+    # ----- read -----
+    def load_latest(self) -> bytes | None:
+        """The newest complete checkpoint, or None. Damaged ones give a warning."""
+        path = self._first_complete(reversed(self.markers()))
+        return path.read_bytes() if path else None
 
     def resolve(self, name: str) -> Path:
-        """Local path of a checkpoint: "latest", "best", a step of this run, or a file, local or
-        gs://.
+        """The local path of a checkpoint.
 
-        Of "latest" and "best" the first that is whole. Raises UserError if there is none.
+        name: "latest", "best", a step of this run, or a file, local or gs://. Of "latest" and
+        "best" the first one that is complete. Raises UserError if there is none.
         """
         if not is_of_run(name):
             return fetch_file(name, self.staging)
@@ -240,7 +195,7 @@ class CheckpointManager:
             wanted = self._best_first() if name == "best" else self.markers()[::-1]
         else:
             wanted = [marker for marker in self.markers() if marker["step"] == int(name)]
-        path = self._first_whole(wanted)
+        path = self._first_complete(wanted)
         if path is None:
             steps = ", ".join(str(marker["step"]) for marker in self.markers())
             there = f"the steps there are: {steps}" if steps else "there is none yet: train first"
@@ -250,37 +205,67 @@ class CheckpointManager:
             )
         return path
 
-    def _retire(self):
-        """Delete what is not to be kept, and older payloads without a marker, which a save or a
-        deletion that broke off has left."""
-        markers = self.markers()
-        keep = {m["step"] for m in markers[-self.keep_last_n :]}
-        best = self.best_marker()
-        keep.add(best["step"] if best else None)
-        files, newest = self.folder.list(), markers[-1]["step"] if markers else 0
-        payloads = [
-            int(found[1])
-            for name in files
-            if (found := re.fullmatch(r"checkpoint_step_(\d+)\.pt", name))
-        ]
-        unmarked = [step for step in payloads if step < newest and marker_name(step) not in files]
-        for step in [marker["step"] for marker in markers if marker["step"] not in keep] + unmarked:
-            for name in (
-                marker_name(step),
-                payload_name(step),
-            ):  # marker first: no moment offers a missing payload
-                try:
-                    self.folder.delete(name)
-                except OSError as error:
-                    print(
-                        f"warning: {join(self.folder.url, name)} could not be deleted: {error}",
-                        file=sys.stderr,
-                    )
-                    break
+    def _first_complete(self, markers: Iterable[dict[str, Any]]) -> Path | None:
+        """The local path of the first checkpoint whose checksum is right; the others warn."""
+        for marker in markers:
+            reason = "its content is not what was written (checksum)"
+            try:
+                path = local_copy(self.folder, payload_name(marker["step"]), self.staging)
+                if sha256_of(path) == marker["sha256"]:
+                    return path
+            except FileNotFoundError:
+                reason = "it was deleted a moment ago"
+            warn(f"{self.url(marker['step'])} is ignored: {reason}")
+        return None
 
 
+class _Save:
+    """The job that brings one checkpoint from the local disk to the folder.
+
+    It may be called again after a StorageError.
+    """
+
+    def __init__(self, manager: CheckpointManager, step: int, staged: Path):
+        self.manager, self.step, self.staged = manager, step, staged
+        self.marker = {
+            "step": step,
+            "bytes": staged.stat().st_size,
+            "sha256": sha256_of(staged),
+            "metrics": None,
+        }
+        self.payload_is_there = False
+
+    def __call__(self) -> None:
+        manager, step = self.manager, self.step
+        try:
+            if not self.payload_is_there:
+                manager.before_payload()
+                # The marker of a damaged payload of this step must not count for the new one.
+                manager.folder.delete(marker_name(step))
+                manager.folder.take(self.staged, payload_name(step))
+                self.payload_is_there = True
+            manager.before_marker()
+            manager.mark(self.marker)
+        except StorageError:
+            raise
+        except BaseException as error:
+            self.abandon()
+            if not isinstance(error, OSError):
+                raise
+            if marker_name(step) not in manager.folder.list():
+                # Nobody would use the payload, and the disk may be full.
+                manager.folder.delete(payload_name(step))
+            raise manager.not_written(step, error) from None
+
+    def abandon(self) -> None:
+        self.staged.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Names and files
+# --------------------------------------------------------------------------------------------------
 def is_of_run(name: str) -> bool:
-    """Whether `name` stands for a checkpoint of a run, as CheckpointManager.resolve takes it."""
+    """Whether CheckpointManager.resolve takes `name` for a checkpoint of the run, not a file."""
     return name in ("latest", "best") or name.isdecimal()
 
 
@@ -292,8 +277,25 @@ def marker_name(step: int) -> str:
     return f"checkpoint_step_{step}.json"
 
 
-def local_copy(folder, name, staging):
-    """Local path of a file of `folder`: itself, or downloaded into `staging`."""
+def _check_marker(marker: dict[str, Any], name: str, sizes: dict[str, int]) -> None:
+    """Raises ValueError, KeyError or TypeError unless a marker fits its name and its payload.
+
+    sizes: {file of the folder: its bytes}.
+    """
+    step, size, _, metrics = (marker[key] for key in ("step", "bytes", "sha256", "metrics"))
+    if type(step) is not int or marker_name(step) != name:
+        raise ValueError(f"its step is {step!r}")
+    payload = payload_name(step)
+    if payload not in sizes:
+        raise ValueError(f"there is no {payload}")
+    if metrics is not None:
+        float(metrics[BEST_BY])
+    if sizes[payload] != size:
+        raise ValueError(f"{payload} has {sizes[payload]} bytes, the marker says {size}")
+
+
+def local_copy(folder, name: str, staging: str | Path) -> Path:
+    """The local path of a file of `folder`: the file itself, or a download in `staging`."""
     if not is_remote(folder.url):
         return Path(folder.url) / name
     path = Path(staging) / name
@@ -301,15 +303,16 @@ def local_copy(folder, name, staging):
     return path
 
 
-def fetch_file(url, staging):
-    """Local path of the file at `url`: a local path as it is, a gs:// one downloaded into
-    `staging`. UserError if there is none."""
+def fetch_file(url: str, staging: str | Path) -> Path:
+    """The local path of the file at `url`, which is a path or a gs:// URL.
+
+    A gs:// file is downloaded into `staging`. Raises UserError if there is none.
+    """
     folder, name = os.path.split(url)
+    # A folder for each URL: another process may download a file of the same name from elsewhere.
+    downloads = Path(staging) / digest(str(url).encode())[:16]
     try:
-        # a folder for each URL: another process may fetch a file of the same name from elsewhere
-        path = local_copy(
-            open_folder(folder or "."), name, Path(staging) / digest(str(url).encode())[:16]
-        )
+        path = local_copy(open_folder(folder or "."), name, downloads)
     except FileNotFoundError:
         path = None
     if path is None or not path.is_file():
@@ -317,32 +320,22 @@ def fetch_file(url, staging):
     return path
 
 
-def load_checkpoint(source, name=None):
-    """The content of one checkpoint (path or bytes; this kit's, or weights of the original), on the
-    CPU, weights_only=True.
+def load_checkpoint(source: str | Path | bytes, name: str | None = None) -> dict[str, Any]:
+    """The content of one checkpoint, on the CPU, loaded with weights_only=True.
 
-    Raises UserError where it is missing, damaged, or holds anything but tensors and plain data.
+    source: a path or the bytes, of this kit's checkpoint or of the original's weights. name: what
+    messages call it. Raises UserError if it is missing or damaged, or holds anything but tensors
+    and plain data.
     """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        return torch.load(
-            io.BytesIO(source) if isinstance(source, bytes) else source,
-            map_location="cpu",
-            weights_only=True,
-        )
+        return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{source}: there is no such checkpoint") from None
-    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything, KeyError and struct.error too
+        raise UserError(f"{source!s}: there is no such checkpoint") from None
+    except Exception as error:  # the unpickler raises anything on damaged bytes
         reason = (str(error).strip().splitlines() or [""])[0]
         what = name or ("the newest checkpoint" if isinstance(source, bytes) else source)
         raise UserError(
             f"{what}: not a readable checkpoint ({type(error).__name__}: {reason}): "
             "it may be cut off, or hold more than tensors; take another one"
         ) from None
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -235,7 +235,8 @@ class Device:
         a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
         a = a.to("cuda" if self.name == "cuda" else "cpu", dtype)
         # the best of many: others may be using this machine
-        seconds, end = [], time.perf_counter() + 0.2
+        seconds: list[float] = []
+        end = time.perf_counter() + 0.2
         while time.perf_counter() < end or len(seconds) < 8:
             start = time.perf_counter()
             a @ a

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,14 +192,15 @@ class Evaluator:
 def evaluate_only(rank: int, config: Config, args: Namespace) -> None:
     """Evaluate a checkpoint on the whole test split, averaged and raw weights; write eval.json."""
     device = Device(config.device)
-    workers, path = device.workers, None
+    workers, path, data = device.workers, Path(), b""  # the last two are known to rank 0
     with workers.together():
         dataset = load_dataset(config, "test")
         checkpoints = open_checkpoints(config, args.run_name)
         if rank == 0:
             path = checkpoints.resolve(args.checkpoint or "latest")
-    source = (workers.broadcast_bytes(path and str(path).encode()) or b"").decode()
-    data = workers.broadcast_bytes(path and path.read_bytes())
+            data = path.read_bytes()
+    source = (workers.broadcast_bytes(str(path).encode()) or b"").decode()
+    data = workers.broadcast_bytes(data) or b""
     with workers.together():
         content = load_checkpoint(data, source)
         states = weights_in(content, source)
@@ -245,7 +247,7 @@ def check_same_model(config: Config, saved: dict[str, Any], checkpoint: str) -> 
 # --------------------------------------------------------------------------------------------------
 def pack_solved(solved: np.ndarray) -> str:
     """[N] bool as text: base64 of numpy.packbits."""
-    return base64.b64encode(np.packbits(solved)).decode()
+    return base64.b64encode(np.packbits(solved).tobytes()).decode()
 
 
 def unpack_solved(text: str, count: int) -> np.ndarray:

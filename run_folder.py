@@ -6,7 +6,6 @@ import errno
 import functools
 import json
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from collectives import Workers
 from config import Config, config_yaml
 from metrics_logger import MetricsLogger, SilentLogger
 from run_lock import RunLock
-from utils import RunFailure, UserError, replace_file
+from utils import RunFailure, UserError, replace_file, warn
 
 METRICS_FILE, STARTS_FILE, EVAL_FILE = "metrics.jsonl", "starts.jsonl", "eval.json"
 # for one attempt at a storage operation: the next save waits for it, and so does the answer to
@@ -320,11 +319,9 @@ class RunFolder:
                     except (RunFailure, UserError) as failure:
                         error = failure
                 if error is not None:
-                    print(
-                        f"warning: {self.newest} (or its evaluation) is not saved: {error}; the "
-                        "run will go on from the checkpoint before",
-                        file=sys.stderr,
-                        flush=True,
+                    warn(
+                        f"{self.newest} (or its evaluation) is not saved: {error}; the run will go "
+                        "on from the checkpoint before"
                     )
                 self.lock.release()
                 self.left = error is None

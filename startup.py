@@ -1,7 +1,7 @@
-"""What every command imports first: it ends with one message where a package is missing, and quietly on Ctrl-C.
+"""What every command imports first: one message if a package is missing, and a quiet Ctrl-C.
 
-A command that begins with `import torch` ends in a traceback where the environment is not active, and in another one where
-Ctrl-C comes during the seconds that this import takes.
+A command that begins with `import torch` ends in a traceback if the environment is not active, and
+in another one if Ctrl-C comes during the seconds that this import takes.
 """
 
 import importlib.util
@@ -10,13 +10,14 @@ import sys
 PACKAGES = ("numpy", "yaml")
 
 
-def require(*packages):
-    """End with status 2 and the way out unless these packages (names to import) are installed."""
+def require(*packages: str) -> None:
+    """End with status 2 and the way out unless these packages (import names) are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"error: {', '.join(missing)} not installed for {sys.executable}: activate the environment by "
-            "`. .venv/bin/activate`; where there is none yet, `bash scripts/quickstart.sh` makes it",
+            f"error: {', '.join(missing)} not installed for {sys.executable}: activate the "
+            "environment by `. .venv/bin/activate`; if there is none yet, "
+            "`bash scripts/quickstart.sh` makes it",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -5,6 +5,7 @@ here.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -110,6 +111,12 @@ def check_same_run(config: Config, saved: dict[str, Any], url: str) -> None:
             f"{url} was begun with another configuration ({changed}): give this one its own "
             "--run_name, or restore the old values to go on"
         )
+
+
+def gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The gradient of a tensor that the backward pass has reached."""
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 class TrainState:
@@ -252,7 +259,7 @@ class TrainState:
         return {
             **batch,
             "min_halt_steps": min_halt_steps[self.loader.mine],
-            "scalars": np.float32(scalars),
+            "scalars": np.array(scalars, np.float32),
         }
 
     def lr(self, step: int, base: float) -> float:
@@ -274,19 +281,21 @@ class TrainState:
         row_sums: tuple[torch.Tensor, ...] = ()
         if self.puzzle_optimizer:
             identifiers = self.carry.puzzle_identifiers
+            assert row_grads is not None
             row_sums = self.puzzle_optimizer.row_sums(identifiers, row_grads)
         metrics, *summed = self.device.workers.all_reduce(
-            [metrics, *(p.grad for p in params), *row_sums]
+            [metrics, *(gradient(p) for p in params), *row_sums]
         )
         for p, grad in zip(params, summed):
             p.grad = grad
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        grad_norm = torch.nn.utils.get_total_norm([gradient(p) for p in params])
         if training.grad_clip_norm:
             torch.nn.utils.clip_grads_with_norm_(params, training.grad_clip_norm, grad_norm)
         self.optimizer.step(scalars.lr)
         self.optimizer.zero_grad(set_to_none=True)
         if self.puzzle_optimizer:
-            self.puzzle_optimizer.step(*summed[len(params) :], scalars.puzzle_emb_lr)
+            row_grad_sums, occurrences = summed[len(params) :]
+            self.puzzle_optimizer.step(row_grad_sums, occurrences, scalars.puzzle_emb_lr)
         self._add_to_totals(torch.cat((metrics, grad_norm.float().view(1))), scalars.step)
         if self.ema:
             self.ema.update_in_step(model)
@@ -303,7 +312,7 @@ class TrainState:
         parts = training.grad_accumulation_steps
         carry = model.admit(self.carry, batch)
         rows = model.puzzle_rows(carry)
-        metrics, carries, row_grads = 0, [], []
+        metrics, carries, row_grads = [], [], []
         for part in range(parts):
             part_of = Carry(*(tensor.chunk(parts)[part] for tensor in carry))
             part_rows = None
@@ -312,15 +321,15 @@ class TrainState:
             min_halt_steps = batch["min_halt_steps"].chunk(parts)[part]
             loss, part_metrics, after = self.forward(model, part_of, part_rows, min_halt_steps)
             (loss / training.global_batch_size).backward()
-            metrics = metrics + part_metrics
+            metrics.append(part_metrics)
             carries.append(after)
             if part_rows is not None:
-                row_grads.append(part_rows.grad)
+                row_grads.append(gradient(part_rows))
         if parts == 1:
             self.carry = carries[0]
         else:
             self.carry = Carry(*(torch.cat(tensors) for tensors in zip(*carries)))
-        return metrics, torch.cat(row_grads) if row_grads else None
+        return functools.reduce(torch.add, metrics), torch.cat(row_grads) if row_grads else None
 
     def _add_to_totals(self, sums: torch.Tensor, step: torch.Tensor) -> None:
         first = self.totals[-1]

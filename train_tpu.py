@@ -167,8 +167,9 @@ def resumed_config(
 
     Raises UserError if the checkpoint is of another run, or --init_from is given besides it.
     """
-    saved = checkpoint and checkpoint["config"]
+    saved = None
     if checkpoint:
+        saved = checkpoint["config"]
         check_same_run(config, saved, url)
         if args.init_from:
             raise UserError(

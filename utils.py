@@ -1,29 +1,36 @@
-"""Errors, seeded random streams, and small files. Nothing here imports torch."""
+"""Errors, warnings, seeded random streams, and small files. Nothing here imports torch."""
 
 import errno
+import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: ends the program with one message and status 2."""
+    """A mistake that the user can correct. It ends the program with one message and status 2."""
 
 
 class RunFailure(Exception):
-    """A failure that is not its user's mistake (a worker is gone, the storage does not answer): one message and status 1."""
+    """A failure that is not the user's mistake, such as a storage that does not answer.
+
+    It ends the program with one message and status 1.
+    """
 
 
 class WorkerGone(RunFailure):
     """Another worker has ended or does not answer."""
 
 
-def run_cli(main):
-    """Run `main()` and end the process with the status it returns. UserError and a full disk give one line and status 2,
-    RunFailure one line and status 1."""
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run `main()` and end the process with the status that it returns.
+
+    UserError and a full disk end with one line and status 2, RunFailure with one line and status 1.
+    """
     try:
         status = main()
     except UserError as error:
@@ -47,11 +54,17 @@ def run_cli(main):
     sys.exit(status)
 
 
-def random_stream(seed, purpose, index):
-    """A numpy Generator that depends on (seed, purpose, index) alone: nothing to save, nothing to replay.
+def warn(message: object) -> None:
+    """Print one warning to stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
-    Philox is counter-based (Salmon et al. 2011), so stream `index` costs the same as stream 0.
-    purpose: small non-negative int, one for each use (see the constants below).
+
+def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
+    """A numpy Generator that depends on (seed, purpose, index) alone.
+
+    There is no state to save, and nothing has to be replayed: Philox is counter-based (Salmon et
+    al. 2011), so stream `index` costs the same as stream 0. purpose: a small integer >= 0, one for
+    each use (the constants below).
     """
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, index]))
 
@@ -65,8 +78,17 @@ def random_stream(seed, purpose, index):
 ) = range(5)
 
 
-def check_output_file(flag, path, make_folder=False):
-    """Raises UserError unless a file could be written at `path`: before the work whose result it is to hold."""
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read block by block."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_output_file(flag: str, path: str | Path, make_folder: bool = False) -> None:
+    """Raises UserError unless a file can be written at `path`.
+
+    Called before the work whose result the file will hold. flag: the option that named the file.
+    """
     path = Path(path)
     try:
         if path.is_dir():
@@ -76,12 +98,13 @@ def check_output_file(flag, path, make_folder=False):
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(
-            f"{flag} {path}: no file can be written there ({error.strerror}): name a file in a folder that exists and can be written to"
+            f"{flag} {path}: no file can be written there ({error.strerror}): name a file in a "
+            "folder that exists and can be written to"
         ) from None
 
 
-def replace_file(path, text):
-    """Write a small text file whole or not at all (temporary file, fsync, rename)."""
+def replace_file(path: str | Path, text: str) -> None:
+    """Write a small text file completely or not at all (temporary file, fsync, rename)."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -1,5 +1,4 @@
-"""Starting the workers of a run on this host, one process a device, and ending with one exit
-status."""
+"""Start the workers of a run on this host, one process for each device, and end with one status."""
 
 import importlib.util
 import multiprocessing
@@ -10,44 +9,49 @@ import signal
 import sys
 import threading
 import time
+from argparse import Namespace
+from collections.abc import Callable
 
 import preemption
 import tpu_types
 from config import Config, batch_fault, planned_workers
 from device import Device, resolve_device
-from utils import UserError, run_cli
+from utils import UserError, run_cli, warn
 
-END_TOGETHER_SECONDS = 60  # for the other workers to end by themselves once one has
+# how long the other workers have to end by themselves, once one has ended
+END_TOGETHER_SECONDS = 60
 
 
-def launch(function, config, *args):
-    """Run function(rank, config, *args) once in every worker of this host; returns the exit status.
+def launch(
+    function: Callable[[int, Config, Namespace], int | None], config: Config, args: Namespace
+) -> int | None:
+    """Run function(rank, config, args) in every worker of this host; returns the exit status.
 
-    TPU (and XLA on the CPU): one process a device of this host; the command runs on each host of
-    the slice. CUDA and CPU: `training.num_workers` processes of this host, or, under torchrun, this
-    process alone: one of its workers. function returns an exit status (None: 0). The status of
-    several workers is the first that was not 0. Raises UserError where device = tpu and this host
-    has no TPU.
+    TPU, and XLA on the CPU: one process for each device of this host; the command runs on each host
+    of the slice. CUDA and CPU: `training.num_workers` processes on this host. Under torchrun, this
+    process is one of the workers, and starts no other. function returns an exit status (None: 0).
+    The status of several workers is the first one that was not 0. Raises UserError if device = tpu
+    and this host has no TPU.
     """
     preemption.listen()
     name = resolve_device(config.device)
     if name in ("tpu", "xla_cpu"):
         os.environ["PJRT_DEVICE"] = "TPU" if name == "tpu" else "CPU"
         count = local_tpu_processes() if name == "tpu" else 1
-        # as torch_xla.launch lays its processes out. Its pool answers the death of one by SIGTERM
-        # to the others, and drops their statuses and messages: what was a crash would look like a
-        # preemption
+        # The same processes as torch_xla.launch would start. Its own pool, when one process dies,
+        # sends SIGTERM to the others and drops their statuses and messages, so that a crash would
+        # look like a preemption.
         environment = {"PJRT_LOCAL_PROCESS_COUNT": str(count)}
-        return _supervise(function, count, environment, config, *args)
+        return _supervise(function, count, environment, config, args)
     count = planned_workers(config)
     if "RANK" in os.environ or count == 1:
         preemption.listen_to_keyboard()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             preemption.listen_to_metadata_server()
-        return function(int(os.environ.get("RANK", 0)), config, *args)
-    import torch.distributed as dist
+        return function(int(os.environ.get("RANK", 0)), config, args)
+    import torch.distributed as dist  # takes seconds, and only these workers need it
 
-    # the store lies in this process, as with torchrun, and so survives whichever worker dies
+    # The store is in this process, as with torchrun, and survives the death of any worker.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         "WORLD_SIZE": str(count),
@@ -56,11 +60,11 @@ def launch(function, config, *args):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    return _supervise(function, count, environment, config, *args)
+    return _supervise(function, count, environment, config, args)
 
 
 def local_tpu_processes() -> int:
-    """How many processes this host's TPU chips want. Raises UserError if there are none."""
+    """How many processes the TPU chips of this host need. Raises UserError if there are none."""
     missing = "libtpu is not installed: pip install -r requirements-tpu.txt"
     count = 0
     if importlib.util.find_spec("libtpu"):
@@ -76,15 +80,18 @@ def local_tpu_processes() -> int:
     return count
 
 
-def start_alone(device):
-    """Before a Device is made: this process is the only worker, of a TPU slice with one chip of
-    this host. device: its name. Raises UserError where that is tpu and this host has none."""
+def start_alone(device: str) -> None:
+    """Make this process the only worker, with one chip if `device` is a TPU.
+
+    Call it before a Device is made. device: its name. Raises UserError if it is tpu and this host
+    has none.
+    """
     if resolve_device(device) == "tpu":
         os.environ["PJRT_DEVICE"] = "TPU"
         local_tpu_processes()
         from torch_xla._internal import tpu
 
-        tpu.configure_one_chip_topology()  # or its runtime would wait for the other hosts' processes
+        tpu.configure_one_chip_topology()  # else its runtime would wait for the other hosts
 
 
 def check_workers(config: Config, device: Device) -> None:
@@ -113,8 +120,8 @@ def check_workers(config: Config, device: Device) -> None:
 # The parent
 # --------------------------------------------------------------------------------------------------
 def _supervise(function, count, environment, *args):
-    # a process that has imported PyTorch, and nothing else, forks them: the import costs each of
-    # them seconds
+    # A process that has imported PyTorch, and nothing else, forks the workers, because the import
+    # would cost each of them seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
     processes = [
@@ -122,8 +129,8 @@ def _supervise(function, count, environment, *args):
         for local_rank in range(count)
     ]
     preemption.disable_immediate_exit()
-    # a worker is born with these held back, until it listens, and so is that process. The tracker
-    # first: its start would let them through again
+    # These signals are blocked when a worker starts, until it listens. The resource tracker starts
+    # first, because its start unblocks them.
     signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
     multiprocessing.resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -134,11 +141,8 @@ def _supervise(function, count, environment, *args):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return _wait(processes)
     except KeyboardInterrupt:
-        print(
-            "interrupted: the workers save and end; once more to kill them",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = "interrupted: the workers save and end; press Ctrl-C again to kill them"
+        print(text, file=sys.stderr, flush=True)
         try:
             _terminate(processes)
             _wait(processes)
@@ -149,22 +153,15 @@ def _supervise(function, count, environment, *args):
 
 
 def _wait(processes):
-    """The first status of a worker that was not 0, or 0, once all have ended."""
-    status, running, deadline, killed = (
-        0,
-        {process.sentinel: process for process in processes if process.exitcode is None},
-        None,
-        set(),
-    )
+    """Wait until all have ended; returns the first status that was not 0, or 0."""
+    status, deadline, killed = 0, None, set()
+    running = {process.sentinel: process for process in processes if process.exitcode is None}
     while running:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         ended = multiprocessing.connection.wait(list(running), left)
         if not ended:
             for process in running.values():
-                print(
-                    f"warning: worker {processes.index(process)} did not end by itself and is killed",
-                    file=sys.stderr,
-                )
+                warn(f"worker {processes.index(process)} did not end by itself and is killed")
                 process.kill()
                 killed.add(process)
             deadline = None  # a kill takes a moment
@@ -172,10 +169,8 @@ def _wait(processes):
             process = running.pop(sentinel)
             process.join()
             if process.exitcode < 0 and process not in killed:
-                print(
-                    f"error: worker {processes.index(process)} was killed by signal {-process.exitcode}",
-                    file=sys.stderr,
-                )
+                rank, number = processes.index(process), -process.exitcode
+                print(f"error: worker {rank} was killed by signal {number}", file=sys.stderr)
             if status == 0 and process.exitcode:
                 status = process.exitcode if process.exitcode > 0 else 1
                 deadline = time.monotonic() + END_TOGETHER_SECONDS
@@ -202,7 +197,7 @@ def _forward_sigterm(processes):
 # --------------------------------------------------------------------------------------------------
 def _child(environment, function, local_rank, *args):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    # before the TPU's runtime starts: it would put its own handler in the default one's place
+    # Before the TPU's runtime starts, because that replaces the default handler by its own.
     preemption.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
     die_with_parent()
@@ -213,9 +208,8 @@ def _child(environment, function, local_rank, *args):
     try:
         run_cli(lambda: function(_global_rank(local_rank), *args))
     except SystemExit as end:
-        if (
-            end.code
-        ):  # at once: gloo's destructors would wait for the fellow workers, which wait for this one
+        if end.code:
+            # At once: gloo's destructors would wait for the other workers, which wait for this one.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
@@ -232,14 +226,12 @@ def _global_rank(local_rank):
     try:
         pjrt.initialize_multiprocess(local_rank, int(count))
     except RuntimeError as error:
-        raise UserError(
-            f"device: the {os.environ['PJRT_DEVICE']} runtime does not start ({str(error).strip().splitlines()[0]})"
-        ) from None
+        runtime_name, reason = os.environ["PJRT_DEVICE"], str(error).strip().splitlines()[0]
+        raise UserError(f"device: the {runtime_name} runtime does not start ({reason})") from None
     return runtime.global_ordinal()  # ordinals are not in the order of hosts or chips
 
 
 def die_with_parent():
-    """End this process (status 1, nothing cleaned up) when the one that started it is gone, however
-    it went."""
+    """End this process with status 1, and without clean-up, as soon as its parent has ended."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,13 +1,14 @@
-"""The real command, that tells where it is and can pause there: for tests whose signals must meet it in a given place.
+"""The real command, that tells where it is and can pause there: for tests whose signals must meet
+it in a given place.
 
     python tests/slow_train.py --config ...
 
-environment: TRM_TEST_PAUSES, JSON {place: seconds, or a path: the n-th time while there is a file path.n}: places are train_step,
-evaluate, save, upload;
-TRM_TEST_ARRIVALS, a file to which each arrival at one of them is appended as "place rank pid";
-TRM_TEST_DAYS, JSON [days], if set: the wall clock of worker k is wrong by so much, now ahead and now behind;
-TRM_TEST_GCS, if set: seconds of an attempt; uploads are in sessions at almost any size;
-TRM_TEST_BEAT, if set: seconds between two signs of life; the command's parent waits 2 s for the other workers once one has ended.
+environment: TRM_TEST_PAUSES, JSON {place: seconds, or a path: the n-th time while there is a file
+path.n}: places are train_step, evaluate, save, upload; TRM_TEST_ARRIVALS, a file to which each
+arrival at one of them is appended as "place rank pid"; TRM_TEST_DAYS, JSON [days], if set: the wall
+clock of worker k is wrong by so much, now ahead and now behind; TRM_TEST_GCS, if set: seconds of an
+attempt; uploads are in sessions at almost any size; TRM_TEST_BEAT, if set: seconds between two
+signs of life; the command's parent waits 2 s for the other workers once one has ended.
 """
 
 import itertools
@@ -36,7 +37,8 @@ PLACES = {
 
 
 class SlowWorker:
-    """train_worker with the pauses: an object, so that workers of their own processes get it too."""
+    """train_worker with the pauses: an object, so that workers of their own processes get it
+    too."""
 
     def __call__(self, rank, config, args):
         for place, pause in PAUSES.items():

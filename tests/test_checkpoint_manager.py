@@ -1,4 +1,5 @@
-"""Checkpoints: whole or not there, found again, retired, and never a way to run code; in a local folder and in a bucket."""
+"""Checkpoints: whole or not there, found again, retired, and never a way to run code; in a local
+folder and in a bucket."""
 
 import contextlib
 import errno
@@ -149,7 +150,8 @@ class CheckpointTest:
 
     @contextlib.contextmanager
     def held(self):
-        """A save begun in the block gets no further than its first look at the folder until the block ends, or the event is set."""
+        """A save begun in the block gets no further than its first look at the folder until the
+        block ends, or the event is set."""
         go_on, delete = threading.Event(), self.manager.folder.delete
 
         def wait(*args):
@@ -190,7 +192,8 @@ class CheckpointTest:
         return result
 
     def newest(self, step):
-        """The checkpoint of `step` is the newest that is offered, it is whole, and nothing damaged is offered."""
+        """The checkpoint of `step` is the newest that is offered, it is whole, and nothing damaged
+        is offered."""
         self.same(self.silent(self.load), some_state(step))
 
     def same(self, one, other):
@@ -360,12 +363,13 @@ class SavingAndFinding(CheckpointTest):
             self.manager.folder.delete(gone)
         with mock.patch.object(reader, "markers", lambda: markers):
             self.assertIn(
-                "checkpoint_step_2.pt is passed over: it was deleted",
+                "checkpoint_step_2.pt is ignored: it was deleted",
                 self.warned(lambda: self.assertIsNone(reader.load_latest()))[1],
             )
 
     def test_a_write_that_fails(self):
-        """A limit on file size fails in write() as a full disk does; the checkpoint before stays, nothing half is left."""
+        """A limit on file size fails in write() as a full disk does; the checkpoint before stays,
+        nothing half is left."""
         self.saved(1)
         code = f"""
 import resource, signal, sys
@@ -408,7 +412,8 @@ run_cli(main)
 
 
 class Damage(CheckpointTest):
-    """The newest of two checkpoints is damaged: the one before is taken, and a warning names the damaged file."""
+    """The newest of two checkpoints is damaged: the one before is taken, and a warning names the
+    damaged file."""
 
     def setUp(self):
         super().setUp()
@@ -458,25 +463,26 @@ class Damage(CheckpointTest):
         for text in ("", "{", "[]", "5", "null", "\xff", *wrong, *without):
             with self.subTest(text):
                 self.change(self.marker, text.encode("latin-1"))
-                self.passed_over(f"warning: {self.where(self.marker)} is passed over: ")
+                self.passed_over(f"warning: {self.where(self.marker)} is ignored: ")
 
     def test_payload_missing(self):
         self.manager.folder.delete(self.payload)
         self.passed_over(
-            f"warning: {self.where(self.marker)} is passed over: ", f"there is no {self.payload}"
+            f"warning: {self.where(self.marker)} is ignored: ", f"there is no {self.payload}"
         )
 
     def test_size_mismatch(self):
         size = len(self.content)
         self.change(self.payload, self.content[:-1])
         self.passed_over(
-            f"warning: {self.where(self.payload)} is passed over: it has {size - 1} bytes, its marker says {size}"
+            f"warning: {self.where(self.marker)} is ignored: ",
+            f"{self.payload} has {size - 1} bytes, the marker says {size}",
         )
         self.assertIn(self.manager.url(1), self.warned(self.manager.newest_text)[0])
 
     def test_checksum_mismatch(self):
         self.change(self.payload, self.flipped(len(self.content) // 2))
-        self.passed_over(f"warning: {self.where(self.payload)} is passed over: ", "checksum")
+        self.passed_over(f"warning: {self.where(self.payload)} is ignored: ", "checksum")
 
     def test_a_damaged_best_gives_the_next_best(self):
         for step, accuracy in ((1, 0.5), (2, 0.9)):
@@ -488,7 +494,8 @@ class Damage(CheckpointTest):
         self.assertIn("checksum", warnings)
 
     def test_saving_over_a_damaged_one(self):
-        """Its marker goes first: it would vouch for a new payload of the same size until the new marker comes."""
+        """Its marker goes first: it would vouch for a new payload of the same size until the new
+        marker comes."""
         self.change(self.payload, self.content[:-1])
         listed = []
         self.manager.before_marker = lambda: listed.append(self.files())
@@ -512,7 +519,8 @@ class Damage(CheckpointTest):
         )
 
     def test_killed_at_every_step_of_saving(self):
-        """A kill, here an exception at this step and whatever follows it: 2 or 3 is there, whole."""
+        """A kill, here an exception at this step and whatever follows it: 2 or 3 is there,
+        whole."""
 
         class Killed(BaseException):
             pass
@@ -607,7 +615,8 @@ class BeforeTheMarker(CheckpointTest):
             self.assertEqual(done, ["before_marker", ("write", "checkpoint_step_2.json")])
 
     def test_what_forbids_the_marker(self):
-        """Not a storage out of reach: it is told to the caller at the next save, note or end, and the checkpoint never counts."""
+        """Not a storage out of reach: it is told to the caller at the next save, note or end, and
+        the checkpoint never counts."""
         self.saved(1)
 
         def lost():
@@ -702,7 +711,8 @@ class From(Fault):
 
 
 class Unreachable(CheckpointTest, GCS):
-    """Training goes on without the storage; what it had before is offered, and nothing else until it is whole."""
+    """Training goes on without the storage; what it had before is offered, and nothing else until
+    it is whole."""
 
     def setUp(self):
         super().setUp()
@@ -1097,7 +1107,8 @@ class Malice(CheckpointTest, Local):
 
 class FullDisk(CheckpointTest, Local):
     def test_no_space_at_any_write(self):
-        """Payload, marker, and the folder after each are brought to the disk once; the disk may be full at any of them."""
+        """Payload, marker, and the folder after each are brought to the disk once; the disk may be
+        full at any of them."""
         self.saved(1)
         for at, kept in ((1, []), (2, []), (3, []), (4, [2]), (5, [2])):
             calls = []

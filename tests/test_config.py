@@ -44,9 +44,21 @@ class Reading(ConfigTest):
             ("auto", 768, 16),
         )
 
+    def test_the_base_repeats_every_knob_with_its_default(self):
+        """The three that differ belong to the study: where it runs, and its dataset."""
+        defaults = dataclasses.asdict(self.load())
+        base = yaml.safe_load((ROOT / "configs/base_sudoku_tpu.yaml").read_text())
+        self.assertEqual((base.pop("device"), base["data"].pop("expected_puzzles")), ("tpu", 1000))
+        base["data"]["dataset_path"] = "nowhere"
+        del defaults["device"], defaults["data"]["expected_puzzles"]
+        base["training"]["lr"] = float(base["training"]["lr"])  # YAML 1.1 reads 1e-4 as text
+        base["training"]["puzzle_emb_lr"] = float(base["training"]["puzzle_emb_lr"])
+        self.assertEqual(base, defaults)
+
     def test_numbers(self):
         config = self.load(
-            "training: {lr: 1e-4, puzzle_emb_lr: 2E-3, epochs: 5e4, weight_decay: .5e+1, beta2: 0.99, seed: 3.0}\n"
+            "training: {lr: 1e-4, puzzle_emb_lr: 2E-3, epochs: 5e4, weight_decay: .5e+1,\n"
+            "           beta2: 0.99, seed: 3.0}\n"
         )
         self.assertEqual(config.training.lr, 0.0001)
         self.assertEqual(config.training.puzzle_emb_lr, 0.002)
@@ -122,10 +134,12 @@ class Reading(ConfigTest):
 
 
 class Miniatures(ConfigTest):
-    """configs/mini against the study in configs/: what a file of the one changes in its base, its counterpart changes in its own."""
+    """configs/mini against the study in configs/: what a file of the one changes in its base, its
+    counterpart changes in its own."""
 
     def changes(self, path, base):
-        """{dotted key: value} of what the file itself says, which builds on `base` alone; every key must be a change."""
+        """{dotted key: value} of what the file itself says, which builds on `base` alone; every key
+        must be a change."""
         own = yaml.safe_load(path.read_text())
         self.assertEqual(
             [(path.parent / f"{name}.yaml").resolve() for name in own.pop("defaults")], [base], path
@@ -420,7 +434,8 @@ class Mistakes(ConfigTest):
                 ["divisible by model.num_heads = 8"],
             ),
             (
-                "model: {mlp_t: false, pos_encodings: rope, hidden_size: 36, num_heads: 4, puzzle_emb_ndim: 0}\n",
+                "model: {mlp_t: false, pos_encodings: rope, hidden_size: 36, num_heads: 4,\n"
+                "        puzzle_emb_ndim: 0}\n",
                 "model.num_heads = 4",
                 ["rope needs an even head size", "36/4 is odd"],
             ),

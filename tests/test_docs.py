@@ -1,9 +1,10 @@
-"""README.md and docs/: every command is one that the kit takes, every file and test that they name is there, every message they quote is
-printed by the code.
+"""README.md and docs/: every command is one that the kit takes, every file and test that they name
+is there, every message they quote is printed by the code.
 
-Rules for the documents. Commands stand in ```bash blocks, one a line; `<!-- needs the cloud -->` directly above a block says that
-it cannot be run here. In docs/troubleshooting.md a heading of level 3 that is a code span quotes a message: `<...>` stands for
-what the code fills in, ` ...` at the end for the rest.
+Rules for the documents. Commands stand in ```bash blocks, one a line; `<!-- needs the cloud -->`
+directly above a block says that it cannot be run here. In docs/troubleshooting.md a heading of
+level 3 that is a code span quotes a message: `<...>` stands for what the code fills in, ` ...` at
+the end for the rest.
 """
 
 import argparse
@@ -31,7 +32,8 @@ CLOUD = "<!-- needs the cloud -->"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # written by runs and builds, not files of the repository
 WRITTEN = {"config.yaml", "report.md"}
-# commands of a shell, or of Google's and pip's, of which only the files that they name are looked at (gcloud's flags: GCloud)
+# commands of a shell, or of Google's and pip's, of which only the files that they name are looked
+# at (gcloud's flags: GCloud)
 OTHER = {"export", ".", "pip", "gcloud", "cd", "git", "tensorboard", "ruff", "mypy"}
 
 
@@ -77,7 +79,8 @@ class _Parsed(BaseException):
 
 
 def parsed_by(script, words):
-    """What the script's own parser makes of its command line; nothing else of it runs. Raises AssertionError where it refuses."""
+    """What the script's own parser makes of its command line; nothing else of it runs. Raises
+    AssertionError where it refuses."""
 
     def ending(parse):
         def parse_and_end(self, *args, **kwargs):
@@ -99,7 +102,8 @@ def parsed_by(script, words):
 
 
 def run_here(script, words):
-    """(exit status, what it prints) of a script of the repository, in this process: PyTorch is imported once."""
+    """(exit status, what it prints) of a script of the repository, in this process: PyTorch is
+    imported once."""
     output, path = io.StringIO(), str(ROOT / script)
     with (
         mock.patch.object(sys, "argv", [path, *words]),
@@ -115,7 +119,8 @@ def run_here(script, words):
 
 
 class Commands(SliceTest):
-    """In a copy of the kit that is a git repository, with a slice, a bucket and gcloud of this machine."""
+    """In a copy of the kit that is a git repository, with a slice, a bucket and gcloud of this
+    machine."""
 
     @classmethod
     def setUpClass(cls):
@@ -298,7 +303,8 @@ class Names(unittest.TestCase):
                     )
 
     def test_files(self):
-        """In a code span a name that ends as a file of the repository does is one; without its folder where it is the only one."""
+        """In a code span a name that ends as a file of the repository does is one; without its
+        folder where it is the only one."""
         named = [
             (document, name)
             for document, span in self.each(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -396,7 +402,8 @@ def printed_texts():
 
 
 def is_printed(message):
-    """Whether the code prints `message`: word for word, with one <...> for each thing that it fills in."""
+    """Whether the code prints `message`: word for word, with one <...> for each thing that it fills
+    in."""
     whole = not message.endswith(" ...")
     ours = re.sub(r"<[^<>]+>", HOLE, message.removeprefix("error: ").removesuffix(" ..."))
     if len(ours.replace(HOLE, "")) < 20:

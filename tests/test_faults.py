@@ -1,4 +1,5 @@
-"""Workers, hosts, disks and clocks that fail in the midst of a run: it ends clearly, and goes on to the same end."""
+"""Workers, hosts, disks and clocks that fail in the midst of a run: it ends clearly, and goes on to
+the same end."""
 
 import json
 import os
@@ -64,7 +65,7 @@ class FaultTest(PreemptionTest):
             for name in (run_name, unbroken)
         ]
         self.assertEqual(*metrics)
-        self.assertEqual([path for path in (self.folder / "runs" / run_name).rglob("*.tmp")], [])
+        self.assertEqual(list((self.folder / "runs" / run_name).rglob("*.tmp")), [])
         self.assertIsNone(self.lock_owner(run_name))
 
 
@@ -99,7 +100,8 @@ class TwoWorkers(FaultTest):
         cls().train("--run_name", "unbroken", *TWO)
 
     def started(self, process, count):
-        """Wait until the command has started `count` processes: multiprocessing's two, then its workers."""
+        """Wait until the command has started `count` processes: multiprocessing's two, then its
+        workers."""
         while process.poll() is None:
             if self.descendants(process.pid) >= count:
                 return
@@ -115,7 +117,8 @@ class TwoWorkers(FaultTest):
         self.fail(process.stdout.read())
 
     def test_all_killed_twenty_times(self):
-        """By SIGKILL to all, or to the parent alone, whose workers must follow it; the next start does not wait for that."""
+        """By SIGKILL to all, or to the parent alone, whose workers must follow it; the next start
+        does not wait for that."""
         draw, before = random.Random(1), None
         for kill in range(20):
             place = draw.choice(
@@ -172,7 +175,7 @@ class TwoWorkers(FaultTest):
         new_pid = self.arrived(second, "train_step", 1)
         self.assertEqual(self.lock_owner(name), new_pid)
         files = self.files(name)
-        hold.unlink()  # the first now saves: a step that it has done, of a run that is not its any more
+        hold.unlink()  # the first now saves its step, but the run is no longer its own
         errors = self.errors(self.ends(first, status=1))
         self.assertEqual(len(errors), 1, errors)
         self.assertIn(f"was taken over by process {new_pid} on ", errors[0])
@@ -183,8 +186,9 @@ class TwoWorkers(FaultTest):
         self.same_as(name, "unbroken", 120)
 
     def test_disk_full_in_the_middle(self):
-        """A limit on the size of files stands in for a full disk; it comes when step 14 has been saved. The other worker, in the midst of
-        an evaluation by then, waits for nobody that could be seen to be gone."""
+        """A limit on the size of files stands in for a full disk; it comes when step 14 has been
+        saved. The other worker, in the midst of an evaluation by then, waits for nobody that could
+        be seen to be gone."""
         hold = self.folder / "step.16"
         hold.touch()
         process = self.begin(
@@ -223,7 +227,8 @@ class TwoWorkers(FaultTest):
         self.same_as("full", "unbroken", 120)
 
     def test_clocks_that_differ(self):
-        """Wall clocks days apart, of the workers and of the run's owners one after the other; each jumps at every look."""
+        """Wall clocks days apart, of the workers and of the run's owners one after the other; each
+        jumps at every look."""
         flags = (
             *TWO,
             "checkpoint.interval_steps=1000",
@@ -255,7 +260,8 @@ class TwoWorkers(FaultTest):
 
 
 class Vanished(FaultTest):
-    """Workers and hosts that leave their connections open and answer no more; "gone" after 5 s in place of 50."""
+    """Workers and hosts that leave their connections open and answer no more; "gone" after 5 s in
+    place of 50."""
 
     def setUp(self):
         super().setUp()
@@ -304,7 +310,8 @@ class Vanished(FaultTest):
                 processes[rank].kill()
 
     def test_the_host_of_rank_0_is_killed(self):
-        """While the other meets no collective: the store's connection tells it, and nothing else would."""
+        """While the other meets no collective: the store's connection tells it, and nothing else
+        would."""
         processes = self.begin_hosts("store", {"evaluate": 3600}, "training.epochs=6")
         for rank, process in enumerate(processes):
             self.arrived(process, "evaluate", 1, rank)
@@ -312,29 +319,34 @@ class Vanished(FaultTest):
         self.names(self.ends(processes[1], status=1), 0)
 
     def test_two_hosts_lose_each_other(self):
-        """Each is in a network of its own; the link between them goes down. Each ends, and names the other."""
+        """Each is in a network of its own; the link between them goes down. Each ends, and names
+        the other."""
         names = [f"trm{os.getpid()}{end}" for end in "ab"]
-        script = (
-            "ip netns add {0} && ip netns add {1} && ip link add {0} netns {0} type veth peer name {1} netns {1}"
-            + "".join(
-                f" && ip -n {{{k}}} addr add 10.77.0.{k + 1}/24 dev {{{k}}} && ip -n {{{k}}} link set {{{k}}} up && ip -n {{{k}}} link set lo up"
-                for k in (0, 1)
-            )
-        )
+        a, b = names
+        commands = [
+            f"ip netns add {a}",
+            f"ip netns add {b}",
+            f"ip link add {a} netns {a} type veth peer name {b} netns {b}",
+        ]
+        for number, name in enumerate(names, 1):
+            commands += [
+                f"ip -n {name} addr add 10.77.0.{number}/24 dev {name}",
+                f"ip -n {name} link set {name} up",
+                f"ip -n {name} link set lo up",
+            ]
         self.addCleanup(
-            subprocess.run,
-            ["sh", "-c", "ip netns del {0}; ip netns del {1}".format(*names)],
-            capture_output=True,
+            subprocess.run, ["sh", "-c", f"ip netns del {a}; ip netns del {b}"], capture_output=True
         )
         made = subprocess.run(
-            ["sh", "-c", script.format(*names)],
+            ["sh", "-c", " && ".join(commands)],
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         if made.returncode:
             self.skipTest(
-                f"no network namespaces here (test_a_host_is_stopped stands in): {made.stdout.strip()}"
+                "no network namespaces here (test_a_host_is_stopped stands in): "
+                + made.stdout.strip()
             )
         processes = self.begin_hosts(
             "apart",
@@ -352,7 +364,8 @@ class Vanished(FaultTest):
         self.assertIsNone(self.lock_owner("apart"))
 
     def test_all_are_stopped_for_a_while(self):
-        """As when a laptop is closed: longer than a worker may be silent, and nobody is gone. One awakes a little before the other."""
+        """As when a laptop is closed: longer than a worker may be silent, and nobody is gone. One
+        awakes a little before the other."""
         flags = ("training.num_workers=2", "training.epochs=3")
         self.train("--run_name", "unbroken", *flags)
         process = self.begin("lid", {"train_step": 0.05}, *flags)

@@ -1,4 +1,5 @@
-"""Runs whose dataset and folder are in Cloud Storage, which is slow, away, closed or not there: the real command on the emulator."""
+"""Runs whose dataset and folder are in Cloud Storage, which is slow, away, closed or not there: the
+real command on the emulator."""
 
 import contextlib
 import hashlib
@@ -23,7 +24,8 @@ SECRET = "secret-4f1b7c"
 
 
 class Reader(threading.Thread):
-    """Somebody who looks at a run's checkpoints all the time: `wrong` says what was offered and not there, or not whole."""
+    """Somebody who looks at a run's checkpoints all the time: `wrong` says what was offered and not
+    there, or not whole."""
 
     def __init__(self, folder):
         super().__init__()
@@ -163,7 +165,8 @@ class GCSRunTest(GCSTest, PreemptionTest):
         self.assertEqual(reader.wrong, [])
 
     def nothing_secret(self):
-        """Neither credentials nor what opens an upload stands in what was printed, uploaded or kept."""
+        """Neither credentials nor what opens an upload stands in what was printed, uploaded or
+        kept."""
         texts = {f"output {k}": output.encode() for k, output in enumerate(self.outputs)}
         texts |= {name: self.bucket.read(name) for name in self.bucket.list()}
         texts |= {
@@ -288,7 +291,8 @@ class Runs(GCSRunTest):
         )
 
     def held(self, run_name, place, count, pauses=None, seconds=20):
-        """A run that waits where it comes to `place` for the count-th time, until held.unlink(); with the real length of an attempt."""
+        """A run that waits where it comes to `place` for the count-th time, until held.unlink();
+        with the real length of an attempt."""
         self.hold = self.folder / f"{run_name}.{count}"
         self.hold.touch()
         with mock.patch.dict(os.environ, TRM_TEST_GCS=str(seconds)):
@@ -372,7 +376,8 @@ class Runs(GCSRunTest):
         output = self.ends(process)
         self.assertRegex(
             output,
-            r"warning: gs://\S*checkpoint_step_\d+[.]pt \(or its evaluation\) is not saved: .*; the run will go on from the checkpoint before",
+            r"warning: gs://\S*checkpoint_step_\d+[.]pt \(or its evaluation\) is not saved: .*; "
+            "the run will go on from the checkpoint before",
         )
         self.assertIn("could not be released", output)
         self.proxy.accept()

@@ -122,7 +122,8 @@ class Records(LoggerTest):
 
 class EventFiles(LoggerTest):
     def scalars(self):
-        """{(tag, step): value} of all event files: records of length, its CRC, an Event, its CRC."""
+        """{(tag, step): value} of all event files: records of length, its CRC, an Event, its
+        CRC."""
         found = {}
         for path in sorted((self.folder / "tensorboard").glob("events*")):
             content, at = path.read_bytes(), 0
@@ -169,14 +170,16 @@ class Console(LoggerTest):
         )
         self.assertEqual(
             console_line(training(10), 3000),
-            "step     10 of 3,000  loss 1.5000  exact 25.0%  cells 50.0%  steps 3.2  lr 1.0e-04  1,234 ex/s  25 min left",
+            "step     10 of 3,000  loss 1.5000  exact 25.0%  cells 50.0%  steps 3.2  lr 1.0e-04  "
+            "1,234 ex/s  25 min left",
         )
         nobody = dict.fromkeys(("exact_accuracy", "cell_accuracy", "mean_steps"))
         self.assertIn("exact -  cells -  steps -  lr", console_line(training(10) | nobody, 10))
         self.assertNotIn("left", console_line(training(10), 10))
         self.assertEqual(
             console_line(evaluation(20)),
-            "step     20  test (ema weights, 12,345 puzzles)  exact 87.50%  cells 95.00%  halting head 90.0%  1,234 puzzles/s",
+            "step     20  test (ema weights, 12,345 puzzles)  exact 87.50%  cells 95.00%  "
+            "halting head 90.0%  1,234 puzzles/s",
         )
 
     def test_the_bar_on_a_terminal(self):

@@ -1,9 +1,11 @@
-"""A run folder and a checkpoint that an earlier version of this kit has written: they resume bit for bit.
+"""A run folder and a checkpoint that an earlier version of this kit has written: they resume bit
+for bit.
 
-`tests/old_run/run.zip` holds a dataset, a configuration and a run that was stopped at step 33 of 60, between two records
-and two evaluations. `expected.json` holds what the same version got without a stop: a digest of every tensor of the last
-checkpoint, the records and the final evaluation. Neither is ever made anew: a change that this test does not pass loses the
-runs of everybody who has one under way.
+`tests/old_run/run.zip` holds a dataset, a configuration and a run that was stopped at step 33 of
+60, between two records and two evaluations. `expected.json` holds what the same version got without
+a stop: a digest of every tensor of the last checkpoint, the records and the final evaluation.
+Neither is ever made anew: a change that this test does not pass loses the runs of everybody who has
+one under way.
 """
 
 import hashlib
@@ -28,14 +30,16 @@ PLAIN_ARITHMETIC = {
 ARITHMETIC = """
 import hashlib, torch
 x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-y = torch.nn.functional.silu(x @ x) * torch.rsqrt(x.square().mean(-1, keepdim=True)) + torch.atan2(x, x.exp())
+norm = torch.rsqrt(x.square().mean(-1, keepdim=True))
+y = torch.nn.functional.silu(x @ x) * norm + torch.atan2(x, x.exp())
 print(hashlib.sha256(y.numpy().tobytes()).hexdigest())
 """
 ARITHMETIC_DIGEST = "5227024fbc4a64eda7033981556c979847ff1da55071e10f6e69a57ce5e3c5a0"
 
 
 def digests(tree, path=""):
-    """{path in a checkpoint: digest of the tensor, or the value} without measured seconds and the configuration."""
+    """{path in a checkpoint: digest of the tensor, or the value} without measured seconds and the
+    configuration."""
     if isinstance(tree, dict):
         return {
             name: value

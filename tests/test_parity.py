@@ -153,9 +153,7 @@ class Parity:
                 carry = model.admit(carry, batch)
                 start = Carry(*(t.to(device) for t in carry))
                 with torch.no_grad():
-                    _, _, logits, q_halt = there.supervision_step(
-                        start, there.puzzle_rows(start)
-                    )
+                    _, _, logits, q_halt = there.supervision_step(start, there.puzzle_rows(start))
                     result = trm_model.evaluation_step(
                         there, start, {k: t.to(device) for k, t in batch.items()}
                     )[1]
@@ -427,7 +425,10 @@ def deep_model(H_cycles, L_cycles, hidden_size, mlp_t):
 def results(model, carry, device):
     """A training step's results on a device, by the names of exact.step."""
     rows = model.puzzle_rows(carry).to(device).requires_grad_()
-    carry, model = Carry(*(tensor.to(device) for tensor in carry)), on_device(copy.deepcopy(model), device)
+    carry, model = (
+        Carry(*(tensor.to(device) for tensor in carry)),
+        on_device(copy.deepcopy(model), device),
+    )
     logits, q_halt = model.supervision_step(carry, rows)[2:]
     loss, metrics, after = trm_model.act_step(model, carry, rows, torch.zeros_like(carry.steps))
     names, weights = zip(*model.named_parameters())

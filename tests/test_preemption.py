@@ -1,4 +1,5 @@
-"""SIGTERM at any time, to one worker or to all: a checkpoint, exit status 143 soon, and the same training afterwards."""
+"""SIGTERM at any time, to one worker or to all: a checkpoint, exit status 143 soon, and the same
+training afterwards."""
 
 import importlib.util
 import json
@@ -23,7 +24,8 @@ class PreemptionTest(CommandTest):
     inside = ()  # a command that runs the one it is given, for `begin`
 
     def begin(self, run_name, pauses, *flags):
-        """Start the command with pauses (see tests/slow_train.py), in a process group of its own."""
+        """Start the command with pauses (see tests/slow_train.py), in a process group of its
+        own."""
         self.arrivals = self.folder / f"{run_name}.arrivals.{time.monotonic_ns()}"
         self.arrivals.touch()
         environment = {
@@ -61,7 +63,8 @@ class PreemptionTest(CommandTest):
     def begin_hosts(
         self, run_name, pauses, *flags, environments=({}, {}), inside=((), ()), address="127.0.0.1"
     ):
-        """`begin` on each of several hosts, with one worker each; that of rank 0 holds the store, as on a TPU slice."""
+        """`begin` on each of several hosts, with one worker each; that of rank 0 holds the store,
+        as on a TPU slice."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             where = {
@@ -96,9 +99,8 @@ class PreemptionTest(CommandTest):
             output, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             self.kill_group(process)
-            self.fail(
-                f"still there {time.monotonic() - began:.0f} s after the signal: {process.communicate()[0]}"
-            )
+            seconds, output = time.monotonic() - began, process.communicate()[0]
+            self.fail(f"still there {seconds:.0f} s after the signal: {output}")
         self.assertEqual(process.returncode, status, output)
         self.assertNotIn("Traceback", output)
         return output
@@ -177,10 +179,13 @@ class OneWorker(ShortRuns):
         self.goes_on_as_unbroken("twice")
 
     def test_interrupted_with_nothing_to_save(self):
-        """As before the training begins, or in an evaluation of its own. A background job, which is told to ignore Ctrl-C, does so."""
+        """As before the training begins, or in an evaluation of its own. A background job, which is
+        told to ignore Ctrl-C, does so."""
         code = (
-            "import os, preemption, signal, time; preemption.listen(); preemption.listen_to_keyboard()\n"
-            "os.kill(os.getpid(), signal.SIGINT); time.sleep(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+            "import os, preemption, signal, time\n"
+            "preemption.listen(); preemption.listen_to_keyboard()\n"
+            "os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
+            "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
         )
         for handler, status, says in (
             (signal.default_int_handler, 130, "SIGINT"),
@@ -201,7 +206,8 @@ class OneWorker(ShortRuns):
             )
 
     def test_login_ends(self):
-        """At a shutdown its processes get SIGTERM, and SIGHUP on its heels; where a terminal is closed, SIGHUP alone."""
+        """At a shutdown its processes get SIGTERM, and SIGHUP on its heels; where a terminal is
+        closed, SIGHUP alone."""
         for which, signals in (
             ("SIGTERM", (signal.SIGTERM, signal.SIGHUP)),
             ("SIGHUP", (signal.SIGHUP,)),
@@ -217,7 +223,8 @@ class OneWorker(ShortRuns):
                 self.assertTrue(17 <= self.newest(which) < 20)
 
     def test_login_ends_on_a_host_of_a_slice(self):
-        """What tpu_host.sh starts ignores SIGHUP, and its supervisor lives on to write down how the training ended."""
+        """What tpu_host.sh starts ignores SIGHUP, and its supervisor lives on to write down how the
+        training ended."""
         python, home, arrivals = (
             self.folder / "venv" / "bin" / "python",
             self.folder / "home",
@@ -288,7 +295,8 @@ class OneWorker(ShortRuns):
         self.goes_on_as_unbroken("save")
 
     def test_in_a_compile(self):
-        """Before the first step is done there is nothing to save, and a compile, which takes long, is not waited for."""
+        """Before the first step is done there is nothing to save, and a compile, which takes long,
+        is not waited for."""
         process = self.begin("compile", {}, "training.compile=always")
         line = ""
         while "begins: to step 30" not in line:
@@ -306,7 +314,8 @@ class Notice(ShortRuns):
     """The metadata server's, that a host is preempted."""
 
     def told(self, run_name, server, *flags, pauses=None, place="train_step", count=17):
-        """The command with that metadata server, which tells it once it is there; what it prints."""
+        """The command with that metadata server, which tells it once it is there; what it
+        prints."""
         with mock.patch.dict(os.environ, GCE_METADATA_HOST=server.host):
             process = self.begin(run_name, pauses or {"train_step": 0.05}, *flags)
             self.arrived(process, place, count)
@@ -318,7 +327,8 @@ class Notice(ShortRuns):
         with MetadataServer() as server:
             output = self.told("step", server)
             self.assertIn(
-                f"stopped by the notice that {socket.gethostname()} is preempted; the last good checkpoint is ",
+                f"stopped by the notice that {socket.gethostname()} is preempted; "
+                "the last good checkpoint is ",
                 output,
             )
             self.assertTrue(17 <= self.newest("step") < 20)
@@ -340,7 +350,8 @@ class Notice(ShortRuns):
             )
             for rank in range(2):
                 self.assertIn(
-                    f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; worker {rank} ends with status 143",
+                    f"the notice that {socket.gethostname()} is preempted: nothing is unsaved; "
+                    f"worker {rank} ends with status 143",
                     output,
                 )
             self.assertEqual(server.answers, [200, 200])
@@ -371,7 +382,8 @@ class Notice(ShortRuns):
             self.assertEqual(server.answers, [503, 503, 200, 200])
 
     def test_of_nobody(self):
-        """Nobody at that address, or somebody who is not Google's: nothing is said, and the training is the same."""
+        """Nobody at that address, or somebody who is not Google's: nothing is said, and the
+        training is the same."""
 
         def unmeasured(output, run_name):
             return re.sub(
@@ -462,7 +474,8 @@ class ManyWorkers(PreemptionTest):
                 self.assertIsNotNone(self.newest(f"evaluation_{whom}"))
 
     def test_while_they_start(self):
-        """Of multiprocessing's two processes the one that forks the workers imports PyTorch; or the last worker is just there."""
+        """Of multiprocessing's two processes the one that forks the workers imports PyTorch; or the
+        last worker is just there."""
         for k, (processes, signals, status) in enumerate(
             (
                 (2, signal.SIGTERM, 143),
@@ -537,7 +550,8 @@ class Interval(PreemptionTest):
             for path in (self.folder / "runs" / "minutes" / "checkpoints").glob("*.json")
         )
         self.assertEqual(steps[-1], 60)
-        # sixty steps of a tenth of a second or more, a checkpoint every two seconds: some, and not at every step
+        # sixty steps of a tenth of a second or more, a checkpoint every two seconds: some, and not
+        # at every step
         self.assertTrue(3 <= len(steps) <= 30, steps)
 
 

@@ -1,4 +1,5 @@
-"""Runs that are killed and started again: nothing is lost but time, and the training is the same bit by bit."""
+"""Runs that are killed and started again: nothing is lost but time, and the training is the same
+bit by bit."""
 
 import importlib.metadata
 import json
@@ -59,7 +60,7 @@ if point == "step":
 elif point == "half a payload":
     checkpoint_manager.torch.save = half_a_file
 elif point == "between payload and marker":
-    before(checkpoint_manager.CheckpointManager, "_mark")
+    before(checkpoint_manager.CheckpointManager, "mark")
 elif point == "in evaluation":
     before(evaluation, "evaluate")
 elif point == "half a record":
@@ -219,7 +220,7 @@ class ResumeTest(CommandTest):
             newest = self.checkpoint(name, 35)
             newest.write_bytes(damage(newest.read_bytes()))
             output = self.train("--run_name", name)
-            self.assertRegex(output, rf"warning: .*{newest.name} is passed over")
+            self.assertRegex(output, rf"warning: .*{newest.name} is ignored")
             self.assertIn("goes on after step 28", output)
             self.same_as_unbroken(name)
 
@@ -229,7 +230,8 @@ class ResumeTest(CommandTest):
         )
         self.assertTrue(self.checkpoint("short", 23).with_suffix(".json").exists())
         self.train("--run_name", "short")
-        # a record is due at the last step, so step 23 has one of its own and the interval after it is shorter
+        # a record is due at the last step, so step 23 has one of its own and the interval after it
+        # is shorter
         self.same_content(load_checkpoint(self.checkpoint("short", 60)), self.last)
         self.assertEqual(
             [r["step"] for r in self.records("short") if r["split"] == "train"],

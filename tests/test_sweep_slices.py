@@ -387,7 +387,9 @@ class Slices(GCSTest, SweepTest):
 
     def test_configurations_that_want_different_slices(self):
         a, b = self.configs("ab")
-        Path(b).write_text(Path(b).read_text().replace("accelerator_type: v4-8", "accelerator_type: v4-16"))
+        Path(b).write_text(
+            Path(b).read_text().replace("accelerator_type: v4-8", "accelerator_type: v4-16")
+        )
         output = self.sweep(a, b, "--slices", "s1", "s2:v4-8", status=2)
         self.assertRegex(
             output,

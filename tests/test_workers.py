@@ -1,4 +1,5 @@
-"""Several workers: the same training at any number of them, one evaluation of every puzzle, and clear ends."""
+"""Several workers: the same training at any number of them, one evaluation of every puzzle, and
+clear ends."""
 
 import json
 import subprocess
@@ -26,11 +27,12 @@ class Recorder:
         def recording(config, model):
             optimizer, puzzle_optimizer = create(config, model)
             step, count = optimizer.step, [0]
-            def recorded():
+            def recorded(lr):
                 count[0] += 1
                 if rank == 0:
-                    torch.save([p.grad for p in model.parameters()], os.path.join(self.folder, f"grad{count[0]}.pt"))
-                step()
+                    grads = [p.grad for p in model.parameters()]
+                    torch.save(grads, os.path.join(self.folder, f"grad{count[0]}.pt"))
+                step(lr)
             optimizer.step = recorded
             return optimizer, puzzle_optimizer
         train_state.create_optimizer = recording
@@ -93,7 +95,8 @@ class SameTraining(WorkersTest):
                 )
 
     def test_fifty_steps_stay_together(self):
-        """As far as the order of float sums allows: AdamATan2's first updates hang on the signs of gradients near zero."""
+        """As far as the order of float sums allows: AdamATan2's first updates hang on the signs of
+        gradients near zero."""
         records, changes = {}, {}
         for workers in (1, 2, 4, 8):
             name = f"long{workers}"
@@ -272,7 +275,8 @@ class Mistakes(WorkersTest):
         )
         self.assertNotEqual(done.returncode, 0)
         self.assertIn(
-            "training.global_batch_size = 8: must be divisible by workers x training.grad_accumulation_steps = 3 x 1",
+            "training.global_batch_size = 8: must be divisible by workers x "
+            "training.grad_accumulation_steps = 3 x 1",
             done.stdout,
         )
 
