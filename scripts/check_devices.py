@@ -2,10 +2,11 @@
 """Check that all chips of a slice are seen, and that an all-reduce over them gives the right sum.
 Run it on every host at once.
 
-python scripts/check_devices.py --config configs/e1_1.yaml python scripts/check_devices.py --config
-configs/quickstart.yaml training.num_workers=2     # two workers of this CPU python
-scripts/check_devices.py --config configs/quickstart.yaml --steps                    # and train a
-few steps
+    python scripts/check_devices.py --config configs/e1_1.yaml
+    # two workers of this CPU:
+    python scripts/check_devices.py --config configs/quickstart.yaml training.num_workers=2
+    # and train a few steps:
+    python scripts/check_devices.py --config configs/quickstart.yaml --steps
 """
 
 import argparse
@@ -24,11 +25,16 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
+import benchmark
+import numpy as np
 import torch
 
+import sudoku
+import trm_model
 import workers
 from config import load_config
 from device import Device, resolve_device
+from mixing import num_kernels
 from train_state import TrainState, settle_forward_dtype
 from utils import RunFailure, run_cli
 
@@ -113,10 +119,10 @@ def check_sum(device):
     wrong = device.fetch(total) != expected
     if wrong.any():
         return (
-            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} "
-            f"workers in {int(wrong.sum())} of "
-            f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of "
-            f"{expected:g}: delete the slice and ask for another"
+            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} workers "
+            f"in {int(wrong.sum())} of {LENGTH} elements, the first "
+            f"{device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask "
+            "for another"
         )
 
 
@@ -147,10 +153,6 @@ def of_least_size(config):
 def made_up_puzzles():
     """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what TrainState
     needs of a dataset."""
-    import numpy as np
-
-    import sudoku
-
     grid = np.frombuffer(sudoku.random_solution(9, random.Random(0)), np.uint8)[None].repeat(
         PUZZLES, 0
     )
@@ -203,11 +205,6 @@ def train_steps(config, device, dataset, kernels):
     norms (of all gradients), seconds, compiles, executions. state: [z_H, z_L] of the carry after
     the first step, float32; kernels: in how many SwiGLUs; warning: that they are not used where
     they should be; examples and FLOPs a step; and all chips' peak in FLOP/s, None on a CPU."""
-    import benchmark
-
-    import trm_model
-    from mixing import num_kernels
-
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, pallas_kernels=kernels)
     )
@@ -219,6 +216,7 @@ def train_steps(config, device, dataset, kernels):
         for line in heard.getvalue().splitlines()
         if line.startswith("warning: the TPU kernels are not used")
     ]
+    batch_size = config.training.global_batch_size
     measured = SimpleNamespace(
         losses=[],
         norms=[],
@@ -227,20 +225,35 @@ def train_steps(config, device, dataset, kernels):
         executions=[],
         warning="".join(lines),
         kernels=num_kernels(run.model),
+        examples=batch_size,
+        flops=batch_size * trm_model.step_flops_per_example(run.model, train=True),
+        peak=None,
     )
-    batch_size, counted = config.training.global_batch_size, device.counters()
+    if device.name in ("tpu", "cuda"):
+        peak, *_ = device.peak_flops(run.model.forward_dtype)
+        measured.peak = peak * device.workers.world_size
+    measure_steps(run, device, measured)
+    if any(measured.compiles[1:]):
+        raise RunFailure(
+            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: "
+            f"{measured.compiles}, kernels: {kernels}): each compile takes as long as the first "
+            "step"
+        )
+    return measured
+
+
+def measure_steps(run, device, measured):
+    """Train STEPS steps and append to the lists of `measured`. Raises RunFailure where a loss or a
+    gradient is not finite."""
+    keys, counted = (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"), device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
             seconds, _ = benchmark.train_steps(run, batches, 1)
-            sums = dict(
-                zip(
-                    (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"),
-                    device.fetch(run.totals).tolist(),
-                )
-            )
+            sums = dict(zip(keys, device.fetch(run.totals).tolist()))
             if sums["first_bad"]:
                 raise RunFailure(
-                    f"the loss or a gradient of step {number} is not finite (kernels: {kernels})"
+                    f"the loss or a gradient of step {number} is not finite "
+                    f"(kernels: {measured.kernels > 0})"
                 )
             run.start_interval()
             if number == 1:  # of the same weights
@@ -248,7 +261,7 @@ def train_steps(config, device, dataset, kernels):
             if device.is_xla:
                 time.sleep(0.2)  # an execution is counted a moment after its result is there
             before, counted = counted, device.counters()
-            measured.losses.append(sums["lm_loss"] / batch_size)
+            measured.losses.append(sums["lm_loss"] / measured.examples)
             measured.norms.append(sums["grad_norm"])
             measured.seconds.append(seconds)
             for name, values in (
@@ -256,23 +269,6 @@ def train_steps(config, device, dataset, kernels):
                 ("xla_executions", measured.executions),
             ):
                 values.append(counted.get(name, 0) - before.get(name, 0))
-    measured.examples, measured.flops = (
-        batch_size,
-        batch_size * trm_model.step_flops_per_example(run.model, train=True),
-    )
-    has_peak = device.name in ("tpu", "cuda")
-    measured.peak = (
-        device.peak_flops(run.model.forward_dtype)[0] * device.workers.world_size
-        if has_peak
-        else None
-    )
-    if any(measured.compiles[1:]):
-        raise RunFailure(
-            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: "
-            f"{measured.compiles}, "
-            f"kernels: {kernels}): each compile takes as long as the first step"
-        )
-    return measured
 
 
 def as_text(measured):
@@ -280,13 +276,13 @@ def as_text(measured):
     median = statistics.median(later)
     share = f", {measured.flops / median / measured.peak:.1%} of the peak" if measured.peak else ""
     return (
-        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm "
-        f"{measured.norms[0]:.4g}; "
+        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, "
+        f"gradient norm {measured.norms[0]:.4g}; "
         f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms "
-        f"({1e3 * min(later):.1f} to "
-        f"{1e3 * max(later):.1f}; {measured.examples / median:,.0f} examples/s{share}); "
-        f"compiles {measured.compiles}, executions {measured.executions}; kernels in "
-        f"{measured.kernels} SwiGLUs"
+        f"({1e3 * min(later):.1f} to {1e3 * max(later):.1f}; "
+        f"{measured.examples / median:,.0f} examples/s{share}); "
+        f"compiles {measured.compiles}, executions {measured.executions}; "
+        f"kernels in {measured.kernels} SwiGLUs"
     )
 
 
@@ -297,9 +293,8 @@ def compare(plain, fast):
         if not off <= STATE_TOLERANCE:
             raise RunFailure(
                 f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off "
-                f"what it is "
-                f"without, and not within {STATE_TOLERANCE}: train with "
-                f"training.pallas_kernels=false"
+                f"what it is without, and not within {STATE_TOLERANCE}: train with "
+                "training.pallas_kernels=false"
             )
     compared = (
         ("loss", fast.losses, plain.losses, LOSS_TOLERANCE),

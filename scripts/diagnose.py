@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Find out what works on the hosts of a TPU slice and what does not, and write it into one file.
 
-    bash scripts/tpu_host.sh diagnose --config configs/e1_1.yaml            # on every host of a
-    slice at the same time python3 scripts/diagnose.py --config configs/quickstart.yaml
-    # this machine ... | python3 scripts/diagnose.py --collect trm_diagnose.txt --hosts 8    # what
-    all hosts print, into one file
+    # on every host of a slice at the same time:
+    bash scripts/tpu_host.sh diagnose --config configs/e1_1.yaml
+    # this machine:
+    python3 scripts/diagnose.py --config configs/quickstart.yaml
+    # what all hosts print, into one file:
+    ... | python3 scripts/diagnose.py --collect trm_diagnose.txt --hosts 8
 
 Each host works through the same sections (scripts/diagnose_sections.py). A section runs in a
 process of its own with a time limit, as the TPU runtime may hang or end its process; the next one
@@ -45,8 +47,8 @@ _PATTERNS = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "(redacted)"),
     # a name that says so, and its value
     (
-        rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic "
-        rf")?[^\s,;]+)",
+        rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)"
+        r"(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
         r"\1\2(redacted)",
     ),
     (r"(?i)\b(bearer|basic) +[\w.~+/=-]{8,}", r"\1 (redacted)"),
