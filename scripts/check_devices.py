@@ -94,7 +94,7 @@ def check_worker(rank, config, steps, deadline):
             raise RunFailure(wrong)
     print(
         f"worker {rank} of {world_size} on {socket.gethostname()}: device {device.name}, the "
-        f"all-reduce is right",
+        "all-reduce is right",
         flush=True,
     )
     if steps:
@@ -195,7 +195,7 @@ def check_steps(config, device):
     else:
         passed(
             "kernels",
-            f"this configuration uses none on this device; the same steps again agree "
+            "this configuration uses none on this device; the same steps again agree "
             f"({as_text(fast)})",
         )
 
@@ -252,8 +252,8 @@ def measure_steps(run, device, measured):
             sums = dict(zip(keys, device.fetch(run.totals).tolist()))
             if sums["first_bad"]:
                 raise RunFailure(
-                    f"the loss or a gradient of step {number} is not finite "
-                    f"(kernels: {measured.kernels > 0})"
+                    f"the loss or a gradient of step {number} is not finite (kernels: "
+                    f"{measured.kernels > 0})"
                 )
             run.start_interval()
             if number == 1:  # of the same weights
@@ -276,12 +276,10 @@ def as_text(measured):
     median = statistics.median(later)
     share = f", {measured.flops / median / measured.peak:.1%} of the peak" if measured.peak else ""
     return (
-        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, "
-        f"gradient norm {measured.norms[0]:.4g}; "
-        f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms "
-        f"({1e3 * min(later):.1f} to {1e3 * max(later):.1f}; "
-        f"{measured.examples / median:,.0f} examples/s{share}); "
-        f"compiles {measured.compiles}, executions {measured.executions}; "
+        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm "
+        f"{measured.norms[0]:.4g}; first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} "
+        f"ms ({1e3 * min(later):.1f} to {1e3 * max(later):.1f}; {measured.examples / median:,.0f} "
+        f"examples/s{share}); compiles {measured.compiles}, executions {measured.executions}; "
         f"kernels in {measured.kernels} SwiGLUs"
     )
 

@@ -74,8 +74,8 @@ def main():
     if problems:
         folders = [folder for folder in (sys.prefix, f"{sys.prefix}-uv") if os.path.exists(folder)]
         print(
-            f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the "
-            f"same command again",
+            f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the same "
+            "command again",
             file=sys.stderr,
         )
     sys.exit(1 if problems else 0)

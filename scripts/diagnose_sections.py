@@ -114,11 +114,11 @@ def check_host(args):
     if free < FREE_BYTES:
         raise Fault(
             f"{Path.home()} has {gib(free)} free: delete what lies there, first old folders in "
-            f"~/trm/code"
+            "~/trm/code"
         )
     return (
-        f"{os.cpu_count()} cores, {gib(memory['MemTotal'])} memory, "
-        f"{len(chip_files())} device files of chips"
+        f"{os.cpu_count()} cores, {gib(memory['MemTotal'])} memory, {len(chip_files())} device "
+        "files of chips"
     )
 
 
@@ -176,7 +176,7 @@ def check_metadata(args):
     if chip_files() and missing:
         raise Fault(
             f"tpu-env has no {', '.join(missing)}: is the image the right one for this kind of "
-            f"chip?"
+            "chip?"
         )
     if (found["preempted"] or "").strip() == "TRUE":
         raise Fault("the host is being preempted: it goes within seconds")
@@ -239,8 +239,8 @@ def check_network(args):
         source = probe.getsockname()[0]
     route = next((name for name, address in interfaces.items() if address == source), "?")
     print(
-        f"hosts of the slice: {', '.join(hosts) or 'unknown'}; the way to {master} is by "
-        f"{route}, from {source}"
+        f"hosts of the slice: {', '.join(hosts) or 'unknown'}; the way to {master} is by {route}, "
+        f"from {source}"
     )
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
     # PyTorch lets gloo listen at the address of the host's name, or at 127.0.0.1 if that has none.
@@ -254,8 +254,7 @@ def check_network(args):
     if several and source != address and not source.startswith("127."):
         raise Fault(
             f"gloo listens at {address} ({interface}), and the other hosts reach this one at "
-            f"{source}: "
-            f"export GLOO_SOCKET_IFNAME={route}"
+            f"{source}: export GLOO_SOCKET_IFNAME={route}"
         )
     reason = "GLOO_SOCKET_IFNAME" if chosen else "the name of the host"
     return f"gloo listens at {address} ({interface}, by {reason})"
@@ -308,7 +307,7 @@ def check_packages(args):
     if wrong:
         raise Fault(
             f"{'; '.join(wrong)}: delete {VENV_PYTHON.parent.parent}, then run "
-            f"scripts/setup_tpu.sh again"
+            "scripts/setup_tpu.sh again"
         )
     return f"all of {' and '.join(files)} as pinned, commit {(commit or 'unknown')[:12]}"
 
@@ -363,8 +362,7 @@ def check_chips(args):
     if here != planned:
         raise Fault(
             f"tpu.accelerator_type = {config.tpu.accelerator_type!r} has {planned} chips, and "
-            f"{here} are here: "
-            "name this slice"
+            f"{here} are here: name this slice"
         )
     return f"{chips} here, {here} in the slice"
 

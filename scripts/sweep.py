@@ -74,8 +74,7 @@ def check_same(cells, standings, retry_failed):
         if changed and not (retry_failed and is_given_up(standing.attempts)):
             wrong.append(
                 f"{cell.url} was begun with another configuration ({changed}): set another "
-                "logging.output_dir, or restore "
-                "the old values to go on"
+                "logging.output_dir, or restore the old values to go on"
             )
     if wrong:
         raise UserError("\nerror: ".join(wrong))

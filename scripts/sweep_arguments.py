@@ -81,8 +81,7 @@ def check_args(args):
     if not args.configs and (alone := [*args.overrides, *(["--seeds"] if args.seeds else [])]):
         raise UserError(
             f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without "
-            "any, --status shows all "
-            "cells of logging.output_dir"
+            "any, --status shows all cells of logging.output_dir"
         )
     if not args.status and not args.configs:
         raise UserError(
@@ -100,16 +99,15 @@ def check_args(args):
         )
     if args.slices and args.max_steps:
         raise UserError(
-            f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: "
-            f"bash scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}"
+            f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: bash "
+            f"scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}"
         )
     if args.delete_when_done and not args.slices:
         raise UserError("--delete_when_done: only with --slices, which it deletes")
     if "--delete_when_done" in args.flags:
         raise UserError(
             "-- --delete_when_done: that would delete a slice after each of its cells: give it "
-            "before --, for the end "
-            "of the sweep"
+            "before --, for the end of the sweep"
         )
     if args.flags and not args.slices and not args.status:
         raise UserError(

@@ -60,8 +60,7 @@ def make_cells(
             if any(other.name == cell.name for other in cells):
                 wrong.append(
                     f"{path}: there are two cells named {cell.name}: give each configuration, and "
-                    "each seed, once and a "
-                    "name of its own"
+                    "each seed, once and a name of its own"
                 )
                 break
             cells.append(cell)
@@ -84,8 +83,7 @@ def _make_cell(path, seed, changes, slices, dry_run):
         if not storage.is_remote(output_dir):
             raise UserError(
                 f"{path}: logging.output_dir = {output_dir!r}: this host must be able to read what "
-                "a slice writes: give a "
-                "gs:// path, or a relative path and tpu.bucket"
+                "a slice writes: give a gs:// path, or a relative path and tpu.bucket"
             )
     name = Path(path).stem + ("" if seed is None else f"_seed{seed}")
     return Cell(name, path, changes, config, join(output_dir, name), places)
@@ -99,8 +97,7 @@ def sweep_url(cells: list[Cell]) -> str:
         folders = " and ".join(url.removesuffix("/sweep") for url in urls)
         raise UserError(
             f"logging.output_dir: the configurations have several, {folders}, and a sweep has one: "
-            "add "
-            "logging.output_dir=... to the command"
+            "add logging.output_dir=... to the command"
         )
     return urls[0]
 

@@ -14,8 +14,7 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parent.parent
 RULE = (
     "a slice is NAME, or NAME and in any order, each after a colon, its type (v6e-16), its zone "
-    "(europe-west4-a), spot, "
-    "queued: trm-b:v6e-16:europe-west4-a:spot"
+    "(europe-west4-a), spot, queued: trm-b:v6e-16:europe-west4-a:spot"
 )
 TYPE = r"v\d+[a-z]*-\d+"
 Place = tuple[str, str, str]  # project, accelerator type, zone
@@ -50,8 +49,7 @@ def parse_slices(words):
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"--slices: {', '.join(twice)} is given twice: a slice takes one cell at a time, so "
-            "give each a name of "
-            "its own"
+            "give each a name of its own"
         )
     return slices
 

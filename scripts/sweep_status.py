@@ -156,6 +156,5 @@ def show_status(names: list[str], places: list[str], local: bool) -> None:
         elsewhere = "; a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
     raise UserError(
         f"{text}: give the configurations and overrides that it was begun with, or "
-        "logging.output_dir=... "
-        f"alone{elsewhere}"
+        f"logging.output_dir=... alone{elsewhere}"
     )

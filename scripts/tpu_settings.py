@@ -114,8 +114,7 @@ def slice_settings(config, overrides, need):
             if key in need:
                 raise UserError(
                     f"tpu.{key} is not given: export {variable}=..., or write it into `tpu:` of "
-                    "the configuration "
-                    f"(or tpu.{key}=... on the command line)"
+                    f"the configuration (or tpu.{key}=... on the command line)"
                 )
         elif not re.fullmatch(pattern, value):
             raise UserError(f"{said} = {value!r}: {rule}")
@@ -157,9 +156,8 @@ def on_slice(key, path, bucket):
     if not bucket:
         raise UserError(
             f"{key} = {path!r}: on a slice a relative path lies in the bucket, and tpu.bucket is "
-            "not given: export TPU_BUCKET=gs://..., "
-            f"or write it into `tpu:` of the configuration; or set {key} to a gs:// path or to a "
-            "folder that all hosts share"
+            "not given: export TPU_BUCKET=gs://..., or write it into `tpu:` of the configuration; "
+            f"or set {key} to a gs:// path or to a folder that all hosts share"
         )
     return join(bucket, path.rstrip("/"))
 

@@ -172,7 +172,7 @@ def install(flags):
     if flags["--torch-backend"] not in ([], ["cpu"]):
         fail(
             f"error: invalid value '{flags['--torch-backend'][0]}' for '--torch-backend "
-            f"<TORCH_BACKEND>'",
+            "<TORCH_BACKEND>'",
             2,
         )
     for path in flags["--requirements"]:

@@ -21,8 +21,8 @@ from tests.host_tools import make_programs
 
 NAME = "my-tpu"
 DELETE = (
-    "uses up its quota until it is deleted: bash scripts/delete_tpu.sh "
-    f"tpu.name={NAME} tpu.zone=us-central2-b tpu.project=my-project-1"
+    f"uses up its quota until it is deleted: bash scripts/delete_tpu.sh tpu.name={NAME} "
+    "tpu.zone=us-central2-b tpu.project=my-project-1"
 )
 # the Python of a host's environment, which is filled in name alone (tests/host_tools.py): a
 # training may pause, and each takes a line of the file `instead` (if it is there) and does that;

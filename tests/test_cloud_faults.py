@@ -265,7 +265,7 @@ class Health(SliceTest):
                 output = self.setup_tpu(status=1)
                 self.assertIn(
                     f"my-tpu is READY and {health}, and its hosts do not answer ssh within 1 s: "
-                    f"nothing is deleted",
+                    "nothing is deleted",
                     output,
                 )
                 self.assertIn(

@@ -390,8 +390,7 @@ class Endings(unittest.TestCase):
     def test_each_is_a_failure_with_its_reason(self):
         in_section = (
             "import sys, time, os; sys.path.insert(0, 'scripts'); sys.argv = ['', 'clock', "
-            "'--config', 'x']; "
-            "import diagnose_sections as d; d.SECTIONS['clock'] = "
+            "'--config', 'x']; import diagnose_sections as d; d.SECTIONS['clock'] = "
             "d.SECTIONS['clock']._replace(seconds={}, check=lambda args: {}); d.main()"
         )
         for code, says in (
@@ -429,8 +428,8 @@ class Endings(unittest.TestCase):
 
     def test_what_a_section_has_passed_stays(self):
         code = (
-            "print('[PASS] all-reduce: right'); "
-            "print('error: the loss of step 1 is not finite'); exit(1)"
+            "print('[PASS] all-reduce: right'); print('error: the loss of step 1 is not finite'); "
+            "exit(1)"
         )
         failed, lines = self.result(code, "workers")
         self.assertTrue(failed)
@@ -445,8 +444,8 @@ class Endings(unittest.TestCase):
 
     def test_one_that_hangs_silently_is_ended_with_what_it_started(self):
         code = (
-            "import subprocess, sys, time; "
-            "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+            "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, "
+            "flush=True); time.sleep(600)"
         )
         section = diagnose.SECTIONS["clock"]._replace(seconds=1)
         with (

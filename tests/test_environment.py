@@ -112,8 +112,7 @@ class Check(FolderTest):
         self.assertEqual(
             done.stderr,
             f"error: {sys.prefix}: nonesuch==2.0 is not installed; tqdm==1.0 has version {have}: "
-            f"rm -r {sys.prefix}, "
-            "then the same command again\n",
+            f"rm -r {sys.prefix}, then the same command again\n",
         )
 
     def test_what_is_imported(self):
@@ -288,8 +287,8 @@ class NetworkTest(FolderTest):
     def versions(self):
         """{name: version} of what the environment holds."""
         code = (
-            "import importlib.metadata as m; "
-            "print(*(f'{d.name.lower()}={d.version}' for d in m.distributions()))"
+            "import importlib.metadata as m; print(*(f'{d.name.lower()}={d.version}' for d in "
+            "m.distributions()))"
         )
         return dict(
             pair.split("=")
@@ -436,9 +435,8 @@ class Host(NetworkTest):
         for code, says in (
             (
                 "raise ImportError('libfoo.so.1: cannot open\\nshared object file')",
-                "error: {venv}: libtpu==0.0.21 does not import (ImportError: "
-                "libfoo.so.1: cannot open shared object file): rm -r {venv} {venv}-uv, then the "
-                "same command again",
+                "error: {venv}: libtpu==0.0.21 does not import (ImportError: libfoo.so.1: cannot "
+                "open shared object file): rm -r {venv} {venv}-uv, then the same command again",
             ),
             (
                 "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -569,8 +567,8 @@ class Laptop(NetworkTest):
             (
                 ON_HOSTS,
                 {"newer": False},
-                "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: "
-                "install one, or name it by TRM_",
+                "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: install "
+                "one, or name it by TRM_",
             ),
             (
                 ["requirements.txt"],
@@ -587,7 +585,7 @@ class Laptop(NetworkTest):
                 ON_HOSTS,
                 {"TRM_VENV": str(old)},
                 f"error: {old}: requirements-tpu.txt needs Python 3.11 to 3.12, and this has "
-                f"Python 3.10.",
+                "Python 3.10.",
             ),
             ([], {"TRM_VENV": "/proc/x"}, "error: TRM_VENV = /proc/x: no folder can be made there"),
             ([".gitignore"], {}, "error: .gitignore: it must say which Python it takes"),

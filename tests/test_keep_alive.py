@@ -182,9 +182,9 @@ class KeepAlive(SliceTest):
             "unknown (gcloud gives no answer",
             f"unknown (the hosts of {NAME} do not answer, and Google calls it READY and HEALTHY)",
             f"look by: gcloud compute tpus tpu-vm ssh {NAME} --project=my-project-1 "
-            f"--zone=us-central2-b --quiet",
+            "--zone=us-central2-b --quiet",
             f"{NAME} is READY and HEALTHY, and its hosts have not answered ten times: nothing is "
-            f"deleted",
+            "deleted",
             DELETE,
         ):
             self.assertIn(text, log)

@@ -157,7 +157,7 @@ class Settings(SliceTest):
         setup = commands("setup_tpu", "configs/tiny.yaml", "--spot")
         self.assertIn(
             f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 "
-            f"--version=tpu-ubuntu2204-base --spot",
+            "--version=tpu-ubuntu2204-base --spot",
             setup,
         )
         for text, line in zip(
@@ -172,7 +172,7 @@ class Settings(SliceTest):
         )
         self.assertIn(
             f"gcloud compute tpus queued-resources create {NAME} --node-id={NAME} {where} "
-            f"--accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base",
+            "--accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base",
             queued,
         )
         self.assertTrue(any(line.startswith("ssh-add ") for line in queued))
@@ -210,7 +210,7 @@ class Settings(SliceTest):
             [line for line in keep_alive if "tpu-vm create" in line or "follow" in line],
             [
                 f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 "
-                f"--version=tpu-ubuntu2204-base"
+                "--version=tpu-ubuntu2204-base"
             ],
         )
         self.assertEqual(
@@ -347,8 +347,8 @@ class Setup(SliceTest):
         with mock.patch.dict(os.environ, PIP_EXTRA_INDEX_URL="https://wheels.example.org/a b"):
             output = self.setup_tpu("tpu.accelerator_type=v4-16", status=1)
         self.assertIn(
-            "worker 1 got a wrong sum over the 2 workers in 1048576 of 1048576 elements, the "
-            "first 2 instead of 3",
+            "worker 1 got a wrong sum over the 2 workers in 1048576 of 1048576 elements, the first "
+            "2 instead of 3",
             output,
         )
         self.assertIn(
@@ -438,8 +438,8 @@ class Setup(SliceTest):
     def test_a_queue_that_does_not_move(self):
         output = self.setup_tpu("--queued", "--max_hours", "0.0001", status=3)
         self.assertIn(
-            "it stays asked for; bash scripts/delete_tpu.sh tpu.name=my-tpu "
-            "tpu.zone=us-central2-b tpu.project=my-project-1 takes that back",
+            "it stays asked for; bash scripts/delete_tpu.sh tpu.name=my-tpu tpu.zone=us-central2-b "
+            "tpu.project=my-project-1 takes that back",
             output,
         )
         self.setup_tpu("--max_hours", "0.0001", status=3)  # waits on, asks for nothing else
@@ -462,7 +462,7 @@ class Setup(SliceTest):
                 self.assertRegex(
                     output,
                     f"{NAME} is (GONE {state}|in health TIMEOUT, and its hosts have not answered "
-                    f"for 1 s): deleting it",
+                    "for 1 s): deleting it",
                 )
                 self.assertEqual(
                     self.changes()[-3:], ["tpu-vm delete", "tpu-vm create", "tpu-vm scp"]
@@ -665,7 +665,7 @@ class Runs(SliceTest):
         (self.cloud / "silent").write_text("1")
         self.assertIn(
             f"unknown: lost on {NAME}, the hosts of {NAME} do not answer, and Google calls it "
-            f"READY and HEALTHY",
+            "READY and HEALTHY",
             self.script("launch_experiment", "status", "lost", status=1),
         )
         self.refuse("describe", "offline")
