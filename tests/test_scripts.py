@@ -641,7 +641,8 @@ class Runs(SliceTest):
 
     def test_failures(self):
         self.make_slice()
-        begun = self.stand_in("exit 2", ENDLESS, ENDLESS)
+        warned = "trap 'exit 143' TERM; while :; do sleep 0.1; done"  # as a training ends then
+        begun = self.stand_in("exit 2", ENDLESS, ENDLESS, warned)
         self.assertIn("status 2", self.launch("--run_name", "wrong", status=4))
         self.assertIn("status 2", self.how("wrong", "failed"))
         self.launch("--detach", "--run_name", "killed")
@@ -655,12 +656,10 @@ class Runs(SliceTest):
             os.kill(pid, signal.SIGKILL)  # as a host that starts anew leaves it
         self.wait_for(lambda: not self.host_processes())
         self.assertIn("lost", self.how("lost", "preempted"))
-        self.hold(10)
         self.launch("--detach", "--run_name", "warned")
-        self.arrived(10)
-        self.gcloud.end_processes(
-            self.gcloud.mark(NAME), 25, lambda: self.release(10)
-        )  # a preemption, and the slice still READY
+        begun(4)
+        # a preemption, and the slice still READY
+        self.gcloud.end_processes(self.gcloud.mark(NAME), 25)
         self.assertIn("hosts: status 143", self.how("warned", "preempted"))
         (self.cloud / "silent").write_text("1")
         self.assertIn(
