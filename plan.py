@@ -8,6 +8,7 @@ from utils import UserError
 
 def plan_text(config: Config) -> str:
     """The configuration as YAML, and what follows from it as comments."""
+    num_puzzles: int | None
     sized = with_forward_dtype(config, "float32")  # "auto" waits for a device; sizes are the same
     try:
         dataset = load_dataset(config, "train")

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Check that all chips of a slice are seen, and that an all-reduce over them gives the right sum. Run it on every host at once.
+"""Check that all chips of a slice are seen, and that an all-reduce over them gives the right sum.
+Run it on every host at once.
 
-python scripts/check_devices.py --config configs/e1_1.yaml
-python scripts/check_devices.py --config configs/quickstart.yaml training.num_workers=2     # two workers of this CPU
-python scripts/check_devices.py --config configs/quickstart.yaml --steps                    # and train a few steps
+    python scripts/check_devices.py --config configs/e1_1.yaml
+    # two workers of this CPU:
+    python scripts/check_devices.py --config configs/quickstart.yaml training.num_workers=2
+    # and train a few steps:
+    python scripts/check_devices.py --config configs/quickstart.yaml --steps
 """
 
 import argparse
@@ -22,21 +25,27 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
+import benchmark
+import numpy as np
 import torch
 
+import sudoku
+import trm_model
 import workers
 from config import load_config
 from device import Device, resolve_device
+from mixing import num_kernels
 from train_state import TrainState, settle_forward_dtype
 from utils import RunFailure, run_cli
 
 LENGTH = 1 << 20  # float32 numbers in the all-reduce: 4 MB
 STEPS = 6  # trained under --steps; the first one compiles
 PUZZLES = 1000  # made up for them
-# Relative, between steps with the TPU kernels and steps without, which differ in the order of bfloat16's roundings. Of the
-# state that a step hands on: where each of the 84 SwiGLUs of configs/e1_1.yaml is off by the usual 0.004, they add up to
-# 0.34 at most; states that have nothing to do with each other are 1.4 apart. The loss alone would not tell: at the start
-# it is that of guessing
+# Relative, between steps with the TPU kernels and steps without, which differ in the order of
+# bfloat16's roundings. Of the state that a step hands on: where each of the 84 SwiGLUs of
+# configs/e1_1.yaml is off by the usual 0.004, they add up to 0.34 at most; states that have nothing
+# to do with each other are 1.4 apart. The loss alone would not tell: at the start it is that of
+# guessing
 LOSS_TOLERANCE, NORM_TOLERANCE, STATE_TOLERANCE = 0.02, 0.1, 0.4
 
 
@@ -70,7 +79,8 @@ def main():
 
 
 def check_worker(rank, config, steps, deadline):
-    """Join the other workers, as training does, and sum a number of each over all. deadline: by time.monotonic(), or None."""
+    """Join the other workers, as training does, and sum a number of each over all. deadline: by
+    time.monotonic(), or None."""
     if deadline:
         faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic()), exit=True)
     device = Device(config.device)
@@ -83,7 +93,8 @@ def check_worker(rank, config, steps, deadline):
         if wrong:
             raise RunFailure(wrong)
     print(
-        f"worker {rank} of {world_size} on {socket.gethostname()}: device {device.name}, the all-reduce is right",
+        f"worker {rank} of {world_size} on {socket.gethostname()}: device {device.name}, the "
+        "all-reduce is right",
         flush=True,
     )
     if steps:
@@ -108,16 +119,19 @@ def check_sum(device):
     wrong = device.fetch(total) != expected
     if wrong.any():
         return (
-            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} workers in {int(wrong.sum())} of "
-            f"{LENGTH} elements, the first {device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask for another"
+            f"{socket.gethostname()}: worker {rank} got a wrong sum over the {world_size} workers "
+            f"in {int(wrong.sum())} of {LENGTH} elements, the first "
+            f"{device.fetch(total)[wrong][0]:g} instead of {expected:g}: delete the slice and ask "
+            "for another"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --steps
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def of_least_size(config):
-    """The configuration at the least width, number of cycles and batch: what a CPU trains in seconds."""
+    """The configuration at the least width, number of cycles and batch: what a CPU trains in
+    seconds."""
     model, training = config.model, config.training
     batch = (
         8
@@ -137,11 +151,8 @@ def of_least_size(config):
 
 
 def made_up_puzzles():
-    """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what TrainState needs of a dataset."""
-    import numpy as np
-
-    import sudoku
-
+    """PUZZLES Sudokus of 9x9, half of their cells given (solutions are not unique): what TrainState
+    needs of a dataset."""
     grid = np.frombuffer(sudoku.random_solution(9, random.Random(0)), np.uint8)[None].repeat(
         PUZZLES, 0
     )
@@ -166,9 +177,9 @@ def made_up_puzzles():
 
 
 def check_steps(config, device):
-    """Train STEPS steps of the configuration without the TPU kernels, then with them, from the same weights on the same
-    batches. Raises RunFailure where a loss is not finite, a step after the first compiles again, the kernels do not work
-    here, or the two disagree."""
+    """Train STEPS steps of the configuration without the TPU kernels, then with them, from the same
+    weights on the same batches. Raises RunFailure where a loss is not finite, a step after the
+    first compiles again, the kernels do not work here, or the two disagree."""
     dataset = made_up_puzzles()
     plain = train_steps(config, device, dataset, kernels=False)
     passed("step", as_text(plain))
@@ -184,20 +195,16 @@ def check_steps(config, device):
     else:
         passed(
             "kernels",
-            f"this configuration uses none on this device; the same steps again agree ({as_text(fast)})",
+            "this configuration uses none on this device; the same steps again agree "
+            f"({as_text(fast)})",
         )
 
 
 def train_steps(config, device, dataset, kernels):
-    """Train STEPS steps as train_tpu.py does. Returns what was measured. One entry a step: losses, norms (of all
-    gradients), seconds, compiles, executions. state: [z_H, z_L] of the carry after the first step, float32; kernels: in how
-    many SwiGLUs; warning: that they are not used where they should be; examples and FLOPs a step; and all
-    chips' peak in FLOP/s, None on a CPU."""
-    import benchmark
-
-    import trm_model
-    from mixing import num_kernels
-
+    """Train STEPS steps as train_tpu.py does. Returns what was measured. One entry a step: losses,
+    norms (of all gradients), seconds, compiles, executions. state: [z_H, z_L] of the carry after
+    the first step, float32; kernels: in how many SwiGLUs; warning: that they are not used where
+    they should be; examples and FLOPs a step; and all chips' peak in FLOP/s, None on a CPU."""
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, pallas_kernels=kernels)
     )
@@ -209,6 +216,7 @@ def train_steps(config, device, dataset, kernels):
         for line in heard.getvalue().splitlines()
         if line.startswith("warning: the TPU kernels are not used")
     ]
+    batch_size = config.training.global_batch_size
     measured = SimpleNamespace(
         losses=[],
         norms=[],
@@ -217,20 +225,35 @@ def train_steps(config, device, dataset, kernels):
         executions=[],
         warning="".join(lines),
         kernels=num_kernels(run.model),
+        examples=batch_size,
+        flops=batch_size * trm_model.step_flops_per_example(run.model, train=True),
+        peak=None,
     )
-    batch_size, counted = config.training.global_batch_size, device.counters()
+    if device.name in ("tpu", "cuda"):
+        peak, *_ = device.peak_flops(run.model.forward_dtype)
+        measured.peak = peak * device.workers.world_size
+    measure_steps(run, device, measured)
+    if any(measured.compiles[1:]):
+        raise RunFailure(
+            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: "
+            f"{measured.compiles}, kernels: {kernels}): each compile takes as long as the first "
+            "step"
+        )
+    return measured
+
+
+def measure_steps(run, device, measured):
+    """Train STEPS steps and append to the lists of `measured`. Raises RunFailure where a loss or a
+    gradient is not finite."""
+    keys, counted = (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"), device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
             seconds, _ = benchmark.train_steps(run, batches, 1)
-            sums = dict(
-                zip(
-                    (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"),
-                    device.fetch(run.totals).tolist(),
-                )
-            )
+            sums = dict(zip(keys, device.fetch(run.totals).tolist()))
             if sums["first_bad"]:
                 raise RunFailure(
-                    f"the loss or a gradient of step {number} is not finite (kernels: {kernels})"
+                    f"the loss or a gradient of step {number} is not finite (kernels: "
+                    f"{measured.kernels > 0})"
                 )
             run.start_interval()
             if number == 1:  # of the same weights
@@ -238,7 +261,7 @@ def train_steps(config, device, dataset, kernels):
             if device.is_xla:
                 time.sleep(0.2)  # an execution is counted a moment after its result is there
             before, counted = counted, device.counters()
-            measured.losses.append(sums["lm_loss"] / batch_size)
+            measured.losses.append(sums["lm_loss"] / measured.examples)
             measured.norms.append(sums["grad_norm"])
             measured.seconds.append(seconds)
             for name, values in (
@@ -246,22 +269,6 @@ def train_steps(config, device, dataset, kernels):
                 ("xla_executions", measured.executions),
             ):
                 values.append(counted.get(name, 0) - before.get(name, 0))
-    measured.examples, measured.flops = (
-        batch_size,
-        batch_size * trm_model.step_flops_per_example(run.model, train=True),
-    )
-    has_peak = device.name in ("tpu", "cuda")
-    measured.peak = (
-        device.peak_flops(run.model.forward_dtype)[0] * device.workers.world_size
-        if has_peak
-        else None
-    )
-    if any(measured.compiles[1:]):
-        raise RunFailure(
-            f"a step after the first compiles again (compiles of steps 1 to {STEPS}: {measured.compiles}, "
-            f"kernels: {kernels}): each compile takes as long as the first step"
-        )
-    return measured
 
 
 def as_text(measured):
@@ -269,10 +276,11 @@ def as_text(measured):
     median = statistics.median(later)
     share = f", {measured.flops / median / measured.peak:.1%} of the peak" if measured.peak else ""
     return (
-        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm {measured.norms[0]:.4g}; "
-        f"first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} ms ({1e3 * min(later):.1f} to "
-        f"{1e3 * max(later):.1f}; {measured.examples / median:,.0f} examples/s{share}); "
-        f"compiles {measured.compiles}, executions {measured.executions}; kernels in {measured.kernels} SwiGLUs"
+        f"loss {measured.losses[0]:.5f} to {measured.losses[-1]:.5f}, gradient norm "
+        f"{measured.norms[0]:.4g}; first step {measured.seconds[0]:.1f} s, then {1e3 * median:.1f} "
+        f"ms ({1e3 * min(later):.1f} to {1e3 * max(later):.1f}; {measured.examples / median:,.0f} "
+        f"examples/s{share}); compiles {measured.compiles}, executions {measured.executions}; "
+        f"kernels in {measured.kernels} SwiGLUs"
     )
 
 
@@ -282,8 +290,9 @@ def compare(plain, fast):
         off = float((ours - theirs).norm() / theirs.norm())
         if not off <= STATE_TOLERANCE:
             raise RunFailure(
-                f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off what it is "
-                f"without, and not within {STATE_TOLERANCE}: train with training.pallas_kernels=false"
+                f"after the first step {name} with the TPU kernels is {off:.2g} (relative) off "
+                f"what it is without, and not within {STATE_TOLERANCE}: train with "
+                "training.pallas_kernels=false"
             )
     compared = (
         ("loss", fast.losses, plain.losses, LOSS_TOLERANCE),
@@ -295,7 +304,8 @@ def compare(plain, fast):
             if not off <= tolerance:
                 raise RunFailure(
                     f"step {number + 1}: the {what} is {ours[number]:.5g} with the TPU kernels and "
-                    f"{theirs[number]:.5g} without, {off:.1%} apart and not within {tolerance:.0%}: train with training.pallas_kernels=false"
+                    f"{theirs[number]:.5g} without, {off:.1%} apart and not within "
+                    f"{tolerance:.0%}: train with training.pallas_kernels=false"
                 )
 
 

@@ -1,5 +1,6 @@
-"""python scripts/check_environment.py requirements.txt ...: each package that these files pin is here in that version, and
-imports. No part of the kit is imported, as what it needs may be what is broken. On a TPU host the chips stay free."""
+"""python scripts/check_environment.py requirements.txt ...: each package that these files pin is
+here in that version, and imports. No part of the kit is imported, as what it needs may be what is
+broken. On a TPU host the chips stay free."""
 
 import importlib
 import importlib.metadata
@@ -7,7 +8,8 @@ import os
 import re
 import sys
 
-# importing torch_xla and jax opens no device by itself; what an import might come to run must not, either
+# importing torch_xla and jax opens no device by itself; what an import might come to run must not,
+# either
 os.environ.update(JAX_PLATFORMS="cpu", PJRT_DEVICE="CPU")
 
 
@@ -25,8 +27,9 @@ def pinned(path):
 
 
 def modules_of(distribution):
-    """What to import of an importlib.metadata.Distribution: the packages that lie in no other package, in google-cloud-storage
-    google.cloud.storage; where one has the distribution's name that one alone (torch_xla brings others that need more).
+    """What to import of an importlib.metadata.Distribution: the packages that lie in no other
+    package, in google-cloud-storage google.cloud.storage; where one has the distribution's name
+    that one alone (torch_xla brings others that need more).
     """
     folders = {str(path.parent) for path in distribution.files if path.name == "__init__.py"}
     tops = sorted(
@@ -71,7 +74,8 @@ def main():
     if problems:
         folders = [folder for folder in (sys.prefix, f"{sys.prefix}-uv") if os.path.exists(folder)]
         print(
-            f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the same command again",
+            f"error: {sys.prefix}: {'; '.join(problems)}: rm -r {' '.join(folders)}, then the same "
+            "command again",
             file=sys.stderr,
         )
     sys.exit(1 if problems else 0)

@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
 """Find out what works on the hosts of a TPU slice and what does not, and write it into one file.
 
-    bash scripts/tpu_host.sh diagnose --config configs/e1_1.yaml            # on every host of a slice at the same time
-    python3 scripts/diagnose.py --config configs/quickstart.yaml              # this machine
-    ... | python3 scripts/diagnose.py --collect trm_diagnose.txt --hosts 8    # what all hosts print, into one file
+    # on every host of a slice at the same time:
+    bash scripts/tpu_host.sh diagnose --config configs/e1_1.yaml
+    # this machine:
+    python3 scripts/diagnose.py --config configs/quickstart.yaml
+    # what all hosts print, into one file:
+    ... | python3 scripts/diagnose.py --collect trm_diagnose.txt --hosts 8
 
-Each host works through the same sections (scripts/diagnose_sections.py). A section runs in a process of its own with a
-time limit, as the TPU runtime may hang or end its process; the next one comes anyway. It ends with PASS, with FAIL and
-the reason, or with SKIP where it does not apply. The exit status is 0 if nothing failed, otherwise 1.
+Each host works through the same sections (scripts/diagnose_sections.py). A section runs in a
+process of its own with a time limit, as the TPU runtime may hang or end its process; the next one
+comes anyway. It ends with PASS, with FAIL and the reason, or with SKIP where it does not apply. The
+exit status is 0 if nothing failed, otherwise 1.
 
-It needs the standard library alone: it reports from a host whose environment is missing, and collects on a machine
-without PyTorch. What looks like a token, a key or a password is taken out of every line before it is printed.
+It needs the standard library alone: it reports from a host whose environment is missing, and
+collects on a machine without PyTorch. What looks like a token, a key or a password is taken out of
+every line before it is printed.
 """
 
 import argparse
@@ -31,9 +36,9 @@ MARKED = re.compile(rf"{MARK} (\S+) (\d+) (\d+): ")  # host, line, its length
 DAMAGED, LOST = " (damaged on the way)", " (lost on the way)"
 RESULT = re.compile(r"\[(PASS|FAIL|SKIP)\] ([\w-]+): (.*)")
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Secrets
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 _NAME = (
     r"[\w.-]*(?:token|secret|passwo?r?d|credential|api_?key|authorization|cookie|signature)[\w.-]*"
     r"|[\w.-]*[_.-]key|key"
@@ -42,17 +47,20 @@ _PATTERNS = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "(redacted)"),
     # a name that says so, and its value
     (
-        rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
+        rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)"
+        r"(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
         r"\1\2(redacted)",
     ),
     (r"(?i)\b(bearer|basic) +[\w.~+/=-]{8,}", r"\1 (redacted)"),
     (r"(\w://)[^/\s@]+@", r"\1(redacted)@"),
-    # the beginnings of keys of Google, Hugging Face, GitHub, GitLab, Amazon, Slack, and of JSON web tokens
+    # the beginnings of keys of Google, Hugging Face, GitHub, GitLab, Amazon, Slack, and of JSON web
+    # tokens
     (
         r"\b(?:ya29\.|1//|AIza|GOOG1|GOCSPX-|hf_|gh[oprsu]_|github_pat_|glpat-|AKIA|xox[bp]-|sk-|eyJ)[\w.-]{12,}",
         "(redacted)",
     ),
-    # long, of small and capital letters and digits: not a path, a commit, a checksum or a mangled name of C++
+    # long, of small and capital letters and digits: not a path, a commit, a checksum or a mangled
+    # name of C++
     (
         r"(?<![\w./+-])(?!_Z)(?=[\w+-]*[a-z])(?=[\w+-]*[A-Z])(?=[\w+-]*\d)[\w+-]{40,}={0,2}(?![\w./+-])",
         "(redacted)",
@@ -62,17 +70,19 @@ SECRETS = [(re.compile(pattern, re.DOTALL), instead) for pattern, instead in _PA
 
 
 def redact(text):
-    """`text` with everything that looks like a token, a key, a password or a cookie replaced by "(redacted)"."""
+    """`text` with everything that looks like a token, a key, a password or a cookie replaced by
+    "(redacted)"."""
     for pattern, instead in SECRETS:
         text = pattern.sub(instead, text)
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report of a host
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Report:
-    """Prints each line with its host, number and length, by which `collect` sorts and checks what hosts print."""
+    """Prints each line with its host, number and length, by which `collect` sorts and checks what
+    hosts print."""
 
     def __init__(self):
         self.lines, self.failed = 0, False
@@ -109,7 +119,8 @@ class Report:
 
 
 def run_section(name, words):
-    """(what a section prints, its exit status) of a process of its own, which is ended with all that it has started."""
+    """(what a section prints, its exit status) of a process of its own, which is ended with all
+    that it has started."""
     section = SECTIONS[name]
     python = str(VENV_PYTHON if section.environment else sys.executable)
     if not os.access(python, os.X_OK):
@@ -148,7 +159,8 @@ def reason(output, status):
         return next((line for line in errors if "another worker" not in line), errors[0])
     for line in lines:
         if line.startswith("Timeout ("):  # faulthandler's
-            return f"no end within {line[9:].rstrip(')!')} (hours:minutes:seconds); where it was is above"
+            limit = line[9:].rstrip(")!")
+            return f"no end within {limit} (hours:minutes:seconds); where it was is above"
     last = lines[-1] if lines else "nothing was printed"
     last = re.sub(r"^([\w.]+\.)?(UserError|RunFailure|StorageError): ", "", last)
     return f"signal {-status} ended it; before that: {last}" if status < 0 else last
@@ -168,12 +180,12 @@ def diagnose(words):
     return 1 if report.failed else 0
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All hosts' reports in one file
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def collect(path, hosts, stream):
-    """Sort the lines of `hosts` hosts, as they come in from `stream`, into the file `path`; what passed and failed is
-    printed at once. Returns the exit status."""
+    """Sort the lines of `hosts` hosts, as they come in from `stream`, into the file `path`; what
+    passed and failed is printed at once. Returns the exit status."""
     try:
         file = open(path, "w")
     except OSError as error:
@@ -215,8 +227,9 @@ def collect(path, hosts, stream):
 
 
 def sort_in(line, parts, others):
-    """Add one line of the stream to `parts`, {host: {line number: text}}, or to `others`. Hosts may break each other's
-    lines: then one line holds several marks, or a part of what a mark belongs to."""
+    """Add one line of the stream to `parts`, {host: {line number: text}}, or to `others`. Hosts may
+    break each other's lines: then one line holds several marks, or a part of what a mark belongs
+    to."""
     first, *pieces = MARKED.split(line)
     if first:
         others.append(first)

@@ -2,8 +2,9 @@
 
     python3 scripts/diagnose_sections.py NAME --config configs/e1_1.yaml
 
-A section prints what it finds, and last its result, `[PASS] name: ...` or `[SKIP] name: ...`; where it fails it raises.
-Nothing but the standard library is imported outside of the functions that need the kit's environment.
+A section prints what it finds, and last its result, `[PASS] name: ...` or `[SKIP] name: ...`; where
+it fails it raises. Nothing but the standard library is imported outside of the functions that need
+the kit's environment.
 """
 
 import argparse
@@ -71,9 +72,9 @@ class NotHere(Exception):
     """Why a section does not apply to this machine or this configuration."""
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without the kit's environment
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def chip_files():
     """The device files of TPU chips: /dev/accel* on v4, /dev/vfio/* on v5e and v6e."""
     return sorted(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"))
@@ -96,7 +97,8 @@ def check_host(args):
     up = time.clock_gettime(time.CLOCK_BOOTTIME)
     print(f"kernel {platform.release()}, {platform.machine()}, up {up / 3600:.1f} h")
     print(
-        f"Python of the host: {platform.python_version()}, {sys.executable}; of the environment: {VENV_PYTHON}"
+        f"Python of the host: {platform.python_version()}, {sys.executable}; of the environment: "
+        f"{VENV_PYTHON}"
     )
     print(f"code: {ROOT}")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -111,9 +113,13 @@ def check_host(args):
     free = shutil.disk_usage(Path.home()).free
     if free < FREE_BYTES:
         raise Fault(
-            f"{Path.home()} has {gib(free)} free: delete what lies there, first old folders in ~/trm/code"
+            f"{Path.home()} has {gib(free)} free: delete what lies there, first old folders in "
+            "~/trm/code"
         )
-    return f"{os.cpu_count()} cores, {gib(memory['MemTotal'])} memory, {len(chip_files())} device files of chips"
+    return (
+        f"{os.cpu_count()} cores, {gib(memory['MemTotal'])} memory, {len(chip_files())} device "
+        "files of chips"
+    )
 
 
 def check_variables(args):
@@ -127,7 +133,8 @@ def check_variables(args):
 
 
 def ask_metadata(path):
-    """The text of an entry of Google's metadata server, or None. Raises OSError where no server answers."""
+    """The text of an entry of Google's metadata server, or None. Raises OSError where no server
+    answers."""
     url = f"http://{METADATA_HOST}/computeMetadata/v1/instance/{path}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:  # by no proxy, which would ask a server of its own
@@ -168,7 +175,8 @@ def check_metadata(args):
     ]
     if chip_files() and missing:
         raise Fault(
-            f"tpu-env has no {', '.join(missing)}: is the image the right one for this kind of chip?"
+            f"tpu-env has no {', '.join(missing)}: is the image the right one for this kind of "
+            "chip?"
         )
     if (found["preempted"] or "").strip() == "TRUE":
         raise Fault("the host is being preempted: it goes within seconds")
@@ -197,7 +205,8 @@ def check_clock(args):
             continue
         off = time.time() - email.utils.parsedate_to_datetime(headers["Date"]).timestamp()
         print(
-            f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} here; {headers['Date']} at {server}"
+            f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} here; {headers['Date']} at "
+            f"{server}"
         )
         if abs(off) > CLOCK_SECONDS:
             raise Fault(f"the clock is {off:+.0f} s off")
@@ -230,10 +239,12 @@ def check_network(args):
         source = probe.getsockname()[0]
     route = next((name for name, address in interfaces.items() if address == source), "?")
     print(
-        f"hosts of the slice: {', '.join(hosts) or 'unknown'}; the way to {master} is by {route}, from {source}"
+        f"hosts of the slice: {', '.join(hosts) or 'unknown'}; the way to {master} is by {route}, "
+        f"from {source}"
     )
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    try:  # PyTorch lets gloo listen at the address of the host's name, and where that is none at 127.0.0.1
+    # PyTorch lets gloo listen at the address of the host's name, or at 127.0.0.1 if that has none.
+    try:
         address = interfaces.get(chosen) if chosen else socket.gethostbyname(socket.gethostname())
     except OSError as error:
         address = "127.0.0.1"
@@ -242,15 +253,16 @@ def check_network(args):
     several = len(hosts) > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and source != address and not source.startswith("127."):
         raise Fault(
-            f"gloo listens at {address} ({interface}), and the other hosts reach this one at {source}: "
-            f"export GLOO_SOCKET_IFNAME={route}"
+            f"gloo listens at {address} ({interface}), and the other hosts reach this one at "
+            f"{source}: export GLOO_SOCKET_IFNAME={route}"
         )
-    return f"gloo listens at {address} ({interface}, by {'GLOO_SOCKET_IFNAME' if chosen else 'the name of the host'})"
+    reason = "GLOO_SOCKET_IFNAME" if chosen else "the name of the host"
+    return f"gloo listens at {address} ({interface}, by {reason})"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In the kit's environment
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def read_config(args):
     """The configuration; from here on the kit's modules can be imported."""
     sys.path[:0] = [str(ROOT)]
@@ -271,7 +283,8 @@ def check_packages(args):
 
     commit, dirty = code_version()
     print(
-        f"commit {commit}{', with uncommitted changes' if dirty else ''}; Python {platform.python_version()}"
+        f"commit {commit}{', with uncommitted changes' if dirty else ''}; Python "
+        f"{platform.python_version()}"
     )
     files = ["requirements.txt"] + ["requirements-tpu.txt"] * (
         resolve_device(config.device) == "tpu"
@@ -293,7 +306,8 @@ def check_packages(args):
             wrong.append(f"{wanted.name} {found} in place of {wanted.specifier}")
     if wrong:
         raise Fault(
-            f"{'; '.join(wrong)}: delete {VENV_PYTHON.parent.parent}, then run scripts/setup_tpu.sh again"
+            f"{'; '.join(wrong)}: delete {VENV_PYTHON.parent.parent}, then run "
+            "scripts/setup_tpu.sh again"
         )
     return f"all of {' and '.join(files)} as pinned, commit {(commit or 'unknown')[:12]}"
 
@@ -320,7 +334,8 @@ def check_chips(args):
         print(f"process {process} has a chip open: {command}")
     with contextlib.suppress(FileNotFoundError):  # libtpu's; one of another user stops it
         print(
-            f"/tmp/libtpu_lockfile is of user {os.stat('/tmp/libtpu_lockfile').st_uid}; this is user {os.getuid()}"
+            f"/tmp/libtpu_lockfile is of user {os.stat('/tmp/libtpu_lockfile').st_uid}; this is "
+            f"user {os.getuid()}"
         )
     chips = tpu.num_available_chips()
     print(f"chips on PCI: {chips}")
@@ -328,11 +343,13 @@ def check_chips(args):
         raise NotHere(f"there is no chip here, and device = {config.device!r} asks for none")
     if not chips:
         raise Fault(
-            "there is no chip here: this is no host of a TPU slice, or its image is not the one for its chips"
+            "there is no chip here: this is no host of a TPU slice, or its image is not the one "
+            "for its chips"
         )
     print(f"{tpu.get_tpu_type()}, generation {tpu.version()}")
     print(
-        f"host {tpu.worker_id()} of {', '.join(tpu.get_worker_ips())}; processes here: {tpu.num_local_processes()}"
+        f"host {tpu.worker_id()} of {', '.join(tpu.get_worker_ips())}; processes here: "
+        f"{tpu.num_local_processes()}"
     )
     if holders():
         raise Fault(f"process {', '.join(holders())} has the chips: stop it (its command is above)")
@@ -344,8 +361,8 @@ def check_chips(args):
     )
     if here != planned:
         raise Fault(
-            f"tpu.accelerator_type = {config.tpu.accelerator_type!r} has {planned} chips, and {here} are here: "
-            "name this slice"
+            f"tpu.accelerator_type = {config.tpu.accelerator_type!r} has {planned} chips, and "
+            f"{here} are here: name this slice"
         )
     return f"{chips} here, {here} in the slice"
 
@@ -386,13 +403,14 @@ def check_bucket(args):
 
 
 def check_workers(args):
-    """All workers of the slice at once: all-reduce, and a few steps of training, without the TPU kernels and with."""
+    """All workers of the slice at once: all-reduce, and a few steps of training, without the TPU
+    kernels and with."""
     limit = SECTIONS["workers"].seconds - 60  # of which the imports take a part
     words = ["--config", args.config, *args.overrides, "--steps", "--limit", str(limit)]
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), "scripts/check_devices.py", *words])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Section(NamedTuple):
     check: Callable
     seconds: int  # after which it is ended
@@ -410,7 +428,8 @@ SECTIONS = {
         60,
         False,
         {
-            "metadata": "torch_xla and the login to the bucket ask the same server: they would fail, too"
+            "metadata": "torch_xla and the login to the bucket ask the same server: they would "
+            "fail, too"
         },
     ),
     "clock": Section(
@@ -437,9 +456,11 @@ SECTIONS = {
         900,
         True,
         {
-            "all-reduce": "the workers do not work together; a host that failed first says why in its part of the report",
+            "all-reduce": "the workers do not work together; a host that failed first says why "
+            "in its part of the report",
             "step": "training does not work on these chips, with or without the TPU kernels",
-            "kernels": "training works, not with the TPU kernels: training.pallas_kernels=false does without, slower",
+            "kernels": "training works, not with the TPU kernels: training.pallas_kernels=false "
+            "does without, slower",
         },
     ),
 }

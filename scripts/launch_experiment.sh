@@ -89,10 +89,10 @@ fi
 : "${RUN_NAME:=$(basename "${CONFIG%.*}")}"
 
 if [ -n "$local" ]; then
+    if [ -z "$DRY_RUN" ]; then set_up_environment; fi       # first: reading a configuration takes PyYAML
     read_settings "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}"
     training=(train_tpu.py --config "$CONFIG" --run_name "$RUN_NAME" "${OVERRIDES[@]}" "${FLAGS[@]}")
     if [ -n "$DRY_RUN" ]; then execute python "${training[@]}"; exit; fi
-    set_up_environment
     rm -rf "$SCRATCH"
     exec "$PYTHON" "${training[@]}"         # signals for this process are for the training
 fi

@@ -1,47 +1,58 @@
 #!/usr/bin/env bash
-# The cells of a study, configuration x seed, trained one after another or several at once; see scripts/sweep.py.
+# Train the cells of a study, configuration x seed: see scripts/sweep.py.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --local [options]
-       bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --slices SLICE... [options] [-- FLAGS]
+       bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --slices SLICE... [options]
+           [-- FLAGS]
+       bash scripts/launch_sweep.sh [CONFIG...] --status
 
-Trains every configuration (files, or a quoted glob pattern) with every seed. The same command goes on where it was stopped or
-killed, on the same host or, with the ledger in a bucket, on another; finished cells are skipped, failed ones are tried again.
-All configurations are checked before anything starts, each for every slice.
+Trains every configuration (files, or a quoted glob pattern) with every seed. Such a training is a
+cell of the sweep. The same command goes on where it was stopped or killed, on this host or, where
+logging.output_dir is in a bucket, on another one: cells that are finished are skipped, and failed
+ones are tried again. All configurations are checked before anything starts, each for every slice.
 
   --local             on this host
-  --jobs N            N cells at once (default 1); they share the host's cores
-  --max_steps N       stop every cell after step N, as a first look; the same command without it goes on from there
-  --slices SLICE...   on these TPU slices, one cell at a time on each, by scripts/keep_alive.sh, which makes them, and makes
-                      them again
-  --delete_when_done  delete a slice, with its queued resource, as soon as no cell is left that could run on it. A slice that
-                      another launcher uses or on which something runs is left alone; after Ctrl-C nothing is deleted
-  --seeds K...        seeds (training.seed); a run is then named CONFIG_seedK (default: the configuration's own seed, CONFIG)
-  --max_attempts N    failures of a cell before it is given up (default 3); one that ends by its user's mistake (status 2) is given up at once
+  --jobs N            N cells at once (default 1); they share the cores of the host
+  --max_steps N       only with --local: stop every cell after step N, as a first look; the same
+                      command without it goes on from there
+  --slices SLICE...   on these TPU slices, one cell at a time on each. scripts/keep_alive.sh makes
+                      them, and makes them again after a preemption
+  --delete_when_done  delete a slice, with its queued resource, as soon as no cell is left that could
+                      run on it. A slice that another launcher uses, or on which something runs, is
+                      left alone; after Ctrl-C nothing is deleted
+  --seeds K...        seeds (training.seed); a run is then named CONFIG_seedK (default: the
+                      configuration's own seed, and the run is named CONFIG)
+  --max_attempts N    give a cell up after N failures (default 3). A cell that ends by a mistake of
+                      its user (status 2) is given up at once
   --retry_failed      try the cells again that were given up
-  --ledger URL        folder of the ledger, local or gs:// (default: logging.output_dir/sweep, for slices in the bucket)
   --dry_run           print the cells, how they stand and their commands; nothing is started
-  --status            print the ledger as a table, in place of --local or --slices ... (or with them, where there are two);
-                      without CONFIG all of its cells
-  -- FLAGS            more flags for scripts/keep_alive.sh, the same for all slices, as -- --max_hours 100
+  --status            print how the cells stand as a table. Without CONFIG: all cells in the default
+                      logging.output_dir, or in another one by logging.output_dir=...
+  -- FLAGS            more flags for scripts/keep_alive.sh, the same for all slices, such as
+                      -- --max_hours 100
 
-A SLICE is NAME, or NAME and what is its own, in any order, each after a colon: its type, its zone, spot, queued. What it does
-not say is as the configuration and FLAGS have it; a slice is on demand where neither says spot:
+A SLICE is a NAME, or a NAME with its type, its zone, spot or queued, in any order, each after a
+colon. For the rest the configuration and FLAGS hold; a slice is on demand where neither says spot:
 
-  --slices trm-a:v4-64 trm-b:v4-64:spot trm-c:v6e-16:europe-west4-a:spot trm-d:v5litepod-16:us-central1-a:spot:queued
+  --slices trm-a:v4-64 trm-b:v4-64:spot trm-c:v6e-16:europe-west4-a:spot:queued
 
-A cell stays with the slice that it was begun on while that is one of --slices; otherwise another goes on with it, whatever
-its type. Hours on different types do not compare. The bucket is in one region: checkpoints and data to and from a slice in
-another one cost money and time.
+A cell stays with the slice that it was begun on while that is one of --slices. Otherwise another
+slice goes on with it, whatever its type. Hours on slices of different types do not compare. The
+bucket is in one region: traffic between it and a slice in another region is slow and costs money.
 
-Ctrl-C and SIGTERM go to the cells, which save and end (a run on a slice goes on there): exit status 130 and 143. Otherwise 0
-where every cell is finished (or at step --max_steps), 1 where one is not, 2 after a mistake in the command. At its end a
-sweep on slices prints for each slice that is left the command that deletes it. What a cell prints is in
-<ledger>/<cell>/output.log, or, with the ledger in a bucket, in the file that the launcher names.
+Ctrl-C, SIGTERM and the end of the terminal are passed on to the trainings, which save and end; a
+run on a slice goes on there. What a cell prints is in the file that the launcher names: output.log
+in logging.output_dir/sweep/CELL, or in a local folder where that is in a bucket. At its end a sweep
+on slices prints for each slice that is left the command that deletes it.
 
-environment variables: TRM_VENV, TRM_PYTHON (see scripts/environment.sh), TRM_CACHE; for slices TPU_PROJECT, TPU_ZONE, TPU_BUCKET
+exit status: 0 every cell is finished (or at step --max_steps); 1 one is not; 2 a mistake in the
+command, before anything was started; 130, 143, 129 after Ctrl-C, SIGTERM, the end of the terminal
+
+environment variables: TRM_VENV, TRM_PYTHON (see scripts/environment.sh), TRM_CACHE (folder of local
+copies); for slices TPU_PROJECT, TPU_ZONE, TPU_BUCKET
 TEXT
 }
 

@@ -7,8 +7,9 @@ usage() {
 usage: bash scripts/quickstart.sh [--max_steps N] [--run_name NAME]
 
 Makes the virtual environment (or reuses it), generates 9x9 Sudokus into data/quickstart, trains
-configs/quickstart.yaml on the CPU (under 3 minutes on 2 cores with instructions for bfloat16, about 10 without), evaluates on 1,000 held-out puzzles and shows one
-of them being solved. May be run again: what is done is not done twice.
+configs/quickstart.yaml on the CPU (under 3 minutes on 2 cores with instructions for bfloat16, about
+10 without), evaluates on 1,000 held-out puzzles and shows one of them being solved. May be run
+again: what is done is not done twice.
 
   --max_steps N     stop the training after step N (a quick look: 100)
   --run_name NAME   folder under runs/ (default: quickstart)
@@ -45,6 +46,19 @@ cat <<TEXT
 
 everything of this run is in runs/$run_name:
   metrics.jsonl    one record a line         config.yaml   what ran
-  eval.json        the final evaluation      checkpoints/  to go on from, or to solve puzzles with
+  checkpoints/     to go on from, or to solve puzzles with
   tensorboard/     pip install tensorboard && tensorboard --logdir runs
 TEXT
+if [ ! -e "runs/$run_name/eval.json" ]; then
+    echo "The training is not at its end, so there is no final evaluation yet: the same command without --max_steps goes on."
+    exit
+fi
+"$PYTHON" - "runs/$run_name/eval.json" <<'PYTHON'
+import json
+import sys
+
+for result in json.load(open(sys.argv[1]))["results"]:
+    name = {"ema": "averaged weights (EMA)", "raw": "last weights"}[result["weights"]]
+    print(f"exact accuracy on {result['count']:,} held-out puzzles, {name}: {result['exact_accuracy']:.1%}")
+print(f"({sys.argv[1]}, the final evaluation)")
+PYTHON

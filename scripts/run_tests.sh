@@ -5,7 +5,6 @@
 #   bash scripts/run_tests.sh tests.test_config -v   what is given to `python -m unittest`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-check_style=no    # yes, or no: ruff check, ruff format --check and mypy before the whole suite
 
 if [ "${1:-}" = --help ]; then
     cat << 'HELP'
@@ -30,9 +29,7 @@ if [ "${1:-}" = --fast ]; then
 fi
 set_up_environment requirements.txt requirements-tpu.txt requirements-test.txt requirements-analysis.txt
 if [ $# -gt 0 ]; then exec "$PYTHON" -m unittest "$@"; fi
-if [ "$check_style" = yes ]; then
-    "$PYTHON" -m ruff check
-    "$PYTHON" -m ruff format --check
-    "$PYTHON" -m mypy
-fi
+"$PYTHON" -m ruff check
+"$PYTHON" -m ruff format --check
+"$PYTHON" -m mypy
 exec "$PYTHON" -m tests.suite

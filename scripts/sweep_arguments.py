@@ -49,7 +49,6 @@ def parse_args():
     parser.add_argument("--max_steps", type=whole_number, metavar="N")
     parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="K")
     parser.add_argument("--max_attempts", type=whole_number, default=3, metavar="N")
-    parser.add_argument("--ledger", metavar="URL")
     for flag in ("--retry_failed", "--delete_when_done", "--dry_run", "--status"):
         parser.add_argument(flag, action="store_true")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -60,8 +59,12 @@ def parse_args():
         if "=" in text and not text.startswith("-") and not os.path.exists(text)
     ]
     args = parser.parse_intermixed_args([text for text in given if text not in overrides])
-    args.overrides, args.flags = overrides, flags
+    args.overrides, args.flags, args.output_dir = overrides, flags, None
     args.slices = parse_slices(args.slices or [])
+    if args.status and not args.configs and len(overrides) == 1:
+        key, _, value = overrides[0].partition("=")
+        if key == "logging.output_dir":
+            args.output_dir, args.overrides = value, []
     check_args(args)
     return args
 
@@ -77,8 +80,8 @@ def check_args(args):
             raise UserError(f"{name} {value}: must be >= 1")
     if not args.configs and (alone := [*args.overrides, *(["--seeds"] if args.seeds else [])]):
         raise UserError(
-            f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without any, --status shows all "
-            "cells of --ledger"
+            f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without "
+            "any, --status shows all cells of logging.output_dir"
         )
     if not args.status and not args.configs:
         raise UserError(
@@ -86,27 +89,30 @@ def check_args(args):
         )
     if args.local and args.slices or not args.status and not args.local and not args.slices:
         raise UserError(
-            "give either --local, to train on this host, or --slices SLICE ..., the TPU slices to train on"
+            "give either --local, to train on this host, or --slices SLICE ..., the TPU slices to "
+            "train on"
         )
     if args.slices and args.jobs > 1:
         raise UserError(
-            f"--jobs {args.jobs}: only with --local; on each of --slices there is one cell at a time"
+            f"--jobs {args.jobs}: only with --local; on each of --slices there is one cell at a "
+            "time"
         )
     if args.slices and args.max_steps:
         raise UserError(
-            f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: "
-            f"bash scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}"
+            f"--max_steps {args.max_steps}: only with --local; for a first look at a slice: bash "
+            f"scripts/launch_experiment.sh CONFIG -- --max_steps {args.max_steps}"
         )
     if args.delete_when_done and not args.slices:
         raise UserError("--delete_when_done: only with --slices, which it deletes")
     if "--delete_when_done" in args.flags:
         raise UserError(
-            "-- --delete_when_done: that would delete a slice after each of its cells: give it before --, for the end "
-            "of the sweep"
+            "-- --delete_when_done: that would delete a slice after each of its cells: give it "
+            "before --, for the end of the sweep"
         )
     if args.flags and not args.slices and not args.status:
         raise UserError(
-            f"-- {shlex.join(args.flags)}: these are for scripts/keep_alive.sh, so only with --slices"
+            f"-- {shlex.join(args.flags)}: these are for scripts/keep_alive.sh, so only with "
+            "--slices"
         )
     if args.slices and any(text.startswith("tpu.name=") for text in args.overrides):
         raise UserError("tpu.name: name the slices by --slices alone")

@@ -1,4 +1,5 @@
-"""The TPU slices of a sweep: how one is written on the command line, what is asked for, and how it is deleted."""
+"""The TPU slices of a sweep: how one is written on the command line, what is asked for, and how it
+is deleted."""
 
 import dataclasses
 import re
@@ -12,10 +13,11 @@ from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RULE = (
-    "a slice is NAME, or NAME and in any order, each after a colon, its type (v6e-16), its zone (europe-west4-a), spot, "
-    "queued: trm-b:v6e-16:europe-west4-a:spot"
+    "a slice is NAME, or NAME and in any order, each after a colon, its type (v6e-16), its zone "
+    "(europe-west4-a), spot, queued: trm-b:v6e-16:europe-west4-a:spot"
 )
 TYPE = r"v\d+[a-z]*-\d+"
+Place = tuple[str, str, str]  # project, accelerator type, zone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ def parse_slices(words):
     names = [one.name for one in slices]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"--slices: {', '.join(twice)} is given twice: a slice takes one cell at a time, so give each a name of "
-            "its own"
+            f"--slices: {', '.join(twice)} is given twice: a slice takes one cell at a time, so "
+            "give each a name of its own"
         )
     return slices
 
@@ -72,15 +74,16 @@ def _parse_slice(word):
         found[key] = value
     if not re.fullmatch(tpu_settings.RULES["name"][0], name):
         raise UserError(
-            f"--slices {word}: {name!r} is no name (small letters, digits and -, a letter first): {RULE}"
+            f"--slices {word}: {name!r} is no name (small letters, digits and -, a letter first): "
+            f"{RULE}"
         )
     return Slice(name, **found)
 
 
 def configs_on(path, changes, slices):
-    """(configuration as it is on the first slice, {name: (project, accelerator type, zone)} of all slices, bucket) of a
-    configuration file with overrides; without slices {} and "". Raises UserError, a line for every reason why it cannot run on
-    one of the slices."""
+    """(configuration as it is on the first slice, {name: (project, accelerator type, zone)} of all
+    slices, bucket) of a configuration file with overrides; without slices {} and "". Raises
+    UserError, a line for every reason why it cannot run on one of the slices."""
     if not slices:
         return load_config(path, changes), {}, ""
     config, places, bucket, wrong = None, {}, "", {}
@@ -88,9 +91,8 @@ def configs_on(path, changes, slices):
         words = [*changes, *one.overrides]
         try:
             loaded = load_config(path, words)
-            if (
-                loaded.device == "auto"
-            ):  # which on a slice is tpu: the batch has to divide by its chips
+            if loaded.device == "auto":
+                # On a slice this is tpu: the batch has to divide by its chips.
                 load_config(path, [*words, "device=tpu"])
             settings = tpu_settings.slice_settings(loaded, words, ["project"])
         except UserError as error:
@@ -112,7 +114,8 @@ def configs_on(path, changes, slices):
 
 
 def check_one_kind(cells):
-    """Raises UserError where the configurations do not agree on what a slice is: it is made once, for all of them."""
+    """Raises UserError where the configurations do not agree on what a slice is: it is made once,
+    for all of them."""
     wrong = []
     for name in cells[0].places if cells else ():
         kinds = {}
@@ -124,7 +127,8 @@ def check_one_kind(cells):
                 for (project, kind, zone), path in kinds.items()
             )
             wrong.append(
-                f"--slices {name}: it is {said}: give its type and zone with its name, as {name}:v4-64:us-central2-b"
+                f"--slices {name}: it is {said}: give its type and zone with its name, as "
+                f"{name}:v4-64:us-central2-b"
             )
     if wrong:
         raise UserError("\nerror: ".join(wrong))
@@ -142,7 +146,8 @@ def delete_command(name, place):
 
 
 def delete_if_idle(name, place):
-    """(exit status, output) of scripts/delete_tpu.sh, which leaves a slice alone on which something runs."""
+    """(exit status, output) of scripts/delete_tpu.sh, which leaves a slice alone on which something
+    runs."""
     # a session of its own: Ctrl-C in the terminal does not leave it half deleted
     done = subprocess.run(
         [*delete_command(name, place), "--yes", "--if_idle"],

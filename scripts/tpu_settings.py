@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What the shell scripts need to know of a configuration, as NAME=value lines for bash. Needs PyYAML and numpy alone.
+"""What the shell scripts need to know of a configuration, as NAME=value lines for bash. Needs
+PyYAML and numpy alone.
 
     python scripts/tpu_settings.py configs/e1_1.yaml --need project,name tpu.zone=us-central2-b
     python scripts/tpu_settings.py configs/e1_1.yaml --run_name e1_1_seed1 training.seed=1
     python scripts/tpu_settings.py configs/e1_1.yaml --finished eval.json metrics.jsonl
 
-environment variables: TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before the file's tpu.project, ...; an override on the
-command line goes before both.
+environment variables: TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before the file's
+tpu.project, ...; an override on the command line goes before both.
 """
 
 import argparse
@@ -80,7 +81,10 @@ def main():
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     if args.finished:
-        return 0 if finished(config, *map(Path, args.finished)) else 1
+        files = [
+            path.read_bytes() if (path := Path(name)).exists() else b"" for name in args.finished
+        ]
+        return 0 if is_finished(config.training.epochs, *files) else 1
     settings = slice_settings(config, args.overrides, [key for key in args.need.split(",") if key])
     if args.run_name is not None:
         settings |= run_settings(config, settings["TPU_BUCKET"], args)
@@ -89,7 +93,8 @@ def main():
 
 
 def slice_settings(config, overrides, need):
-    """{shell variable: text} of the slice; raises UserError where a needed one is not given, or one breaks its rule."""
+    """{shell variable: text} of the slice; raises UserError where a needed one is not given, or one
+    breaks its rule."""
     overridden = {text.partition("=")[0].strip() for text in overrides}
     slice_ = tpu_types.slice_type(config.tpu.accelerator_type)
     settings = {
@@ -108,8 +113,8 @@ def slice_settings(config, overrides, need):
         if value is None:
             if key in need:
                 raise UserError(
-                    f"tpu.{key} is not given: export {variable}=..., or write it into `tpu:` of the configuration "
-                    f"(or tpu.{key}=... on the command line)"
+                    f"tpu.{key} is not given: export {variable}=..., or write it into `tpu:` of "
+                    f"the configuration (or tpu.{key}=... on the command line)"
                 )
         elif not re.fullmatch(pattern, value):
             raise UserError(f"{said} = {value!r}: {rule}")
@@ -118,8 +123,9 @@ def slice_settings(config, overrides, need):
 
 
 def run_settings(config, bucket, args):
-    """{shell variable: text} of a run: where it writes and reads. On a slice a relative path lies in tpu.bucket, so that it
-    outlives the hosts and all of them see it; an absolute one is a folder that they share, or a dataset that each has."""
+    """{shell variable: text} of a run: where it writes and reads. On a slice a relative path lies
+    in tpu.bucket, so that it outlives the hosts and all of them see it; an absolute one is a folder
+    that they share, or a dataset that each has."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.run_name):
         raise UserError(
             f"--run_name {args.run_name!r}: must be one folder name of letters, digits, . _ and -"
@@ -131,7 +137,8 @@ def run_settings(config, bucket, args):
         dataset = on_slice("data.dataset_path", dataset, bucket)
         if config.device not in ("tpu", "auto"):
             raise UserError(
-                f"device = {config.device!r}: on a slice its chips would stand idle: use device=tpu, or --local"
+                f"device = {config.device!r}: on a slice its chips would stand idle: use "
+                "device=tpu, or --local"
             )
     return {
         "RUN_NAME": args.run_name,
@@ -148,24 +155,30 @@ def on_slice(key, path, bucket):
     checked_name(path.rstrip("/"), key)
     if not bucket:
         raise UserError(
-            f"{key} = {path!r}: on a slice a relative path lies in the bucket, and tpu.bucket is not given: export TPU_BUCKET=gs://..., "
-            f"or write it into `tpu:` of the configuration; or set {key} to a gs:// path or to a folder that all hosts share"
+            f"{key} = {path!r}: on a slice a relative path lies in the bucket, and tpu.bucket is "
+            "not given: export TPU_BUCKET=gs://..., or write it into `tpu:` of the configuration; "
+            f"or set {key} to a gs:// path or to a folder that all hosts share"
         )
     return join(bucket, path.rstrip("/"))
 
 
-def finished(config, eval_json, metrics):
-    """Whether eval.json is of the run's last step: an evaluation of an earlier checkpoint writes one, too. One more step would be
-    past training.epochs; the epoch at a step stands in metrics.jsonl, whatever the size of the dataset."""
+def is_finished(epochs: float, eval_json: bytes, metrics: bytes) -> bool:
+    """Whether eval.json is the evaluation of the last step of a run of so many epochs; metrics: the
+    content of metrics.jsonl.
+
+    The evaluation of an earlier checkpoint writes an eval.json, too. At the last step one more step
+    would be past `epochs`; metrics.jsonl tells which epoch a step is in, whatever the size of the
+    dataset.
+    """
     try:
-        steps = {result["step"] for result in json.loads(eval_json.read_text())["results"]}
+        steps = {result["step"] for result in json.loads(eval_json)["results"]}
         return any(
-            record["epoch"] * (record["step"] + 1) / record["step"] > config.training.epochs
-            for record in read_records(metrics.read_bytes(), metrics)
+            record["epoch"] * (record["step"] + 1) / record["step"] > epochs
+            for record in read_records(metrics, "metrics.jsonl")
             if record["split"] == "train" and record["step"] in steps
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # not there, or half-written
+    except (ValueError, KeyError, TypeError):
+        return False  # half-written
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def write_split(folder, inputs, labels, group_sizes=None, ratings=None):
 
 TINY = """\
 device: cpu
-tpu: {{}}
+tpu: {{accelerator_type: v4-8}}
 data: {{dataset_path: {data}}}
 model:
   {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1,

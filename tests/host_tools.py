@@ -1,6 +1,6 @@
-"""The programs of a host of tests/slice.py: those of this machine, but Python 3.10 as Ubuntu 22.04 has it, with pip and
-without venv, and a stand-in for the uv that this pip installs. Both know only what the kit uses of the real ones, and log it
-in ~/installed.jsonl."""
+"""The programs of a host of tests/slice.py: those of this machine, but Python 3.10 as Ubuntu 22.04
+has it, with pip and without venv, and a stand-in for the uv that this pip installs. Both know only
+what the kit uses of the real ones, and log it in ~/installed.jsonl."""
 
 import collections
 import json
@@ -30,7 +30,8 @@ MISSING = re.compile(r"(python|pip|pydoc|uv)x?[\d.]*(-config)?|gcloud|gsutil|bq|
 
 
 def make_programs(folder, environment_python):
-    """The folder that is a host's PATH; environment_python: a file, the interpreter of environments by the stand-in for uv."""
+    """The folder that is a host's PATH; environment_python: a file, the interpreter of environments
+    by the stand-in for uv."""
     folder.mkdir(parents=True)
     for place in ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"):
         for path in Path(place).glob("*"):
@@ -40,7 +41,8 @@ def make_programs(folder, environment_python):
     for name in ("apt-get", "apt"):  # a fresh host updates itself, and has apt's locks for minutes
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(
-            "#!/bin/sh\necho 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 1 (apt-get)' >&2\nexit 100\n"
+            "#!/bin/sh\necho 'E: Could not get lock /var/lib/apt/lists/lock. It is held by "
+            "process 1 (apt-get)' >&2\nexit 100\n"
         )
         (folder / name).chmod(0o755)
 
@@ -48,7 +50,8 @@ def make_programs(folder, environment_python):
 def write_program(path, name, environment_python):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {environment_python} {name} "$@"\n'
+        f"#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {environment_python} "
+        f'{name} "$@"\n'
     )
     path.chmod(0o755)
 
@@ -144,7 +147,8 @@ def uv(version, environment_python, words):
 def make_venv(python, folder, environment_python):
     if folder.exists() and any(folder.iterdir()):
         fail(
-            f"error: Failed to create virtual environment\n  cause: A directory already exists at: {folder}",
+            f"error: Failed to create virtual environment\n  cause: A directory already exists "
+            f"at: {folder}",
             2,
         )
     if not re.fullmatch(r"3\.\d+", python):
@@ -167,15 +171,18 @@ def install(flags):
     )
     if flags["--torch-backend"] not in ([], ["cpu"]):
         fail(
-            f"error: invalid value '{flags['--torch-backend'][0]}' for '--torch-backend <TORCH_BACKEND>'",
+            f"error: invalid value '{flags['--torch-backend'][0]}' for '--torch-backend "
+            "<TORCH_BACKEND>'",
             2,
         )
     for path in flags["--requirements"]:
         for name in re.findall(r"^([\w.-]+)==", Path(path).read_text(), re.MULTILINE):
             if version < (needs := NEEDS.get(name, (3, 10))):
                 fail(
-                    "error: No solution found when resolving dependencies\n  cause: Because the current Python version "
-                    f"({'.'.join(map(str, version))}) does not satisfy Python>={'.'.join(map(str, needs))} ...",
+                    "error: No solution found when resolving dependencies\n  cause: Because the "
+                    "current Python version "
+                    f"({'.'.join(map(str, version))}) does not satisfy "
+                    f"Python>={'.'.join(map(str, needs))} ...",
                     1,
                 )
         with open(

@@ -1,8 +1,9 @@
-"""The metadata server of one VM, for tests: the value `instance/preempted`, as strictly as Google's answers for it.
+"""The metadata server of one VM, for tests: the value `instance/preempted`, as strictly as Google's
+answers for it.
 
-Without the header Metadata-Flavor: Google a request is refused (403). With wait_for_change it is answered when the ETag
-is another than last_etag, or after timeout_sec, with what there is then. Any other parameter is refused (400), any other
-path unknown (404).
+Without the header Metadata-Flavor: Google a request is refused (403). With wait_for_change it is
+answered when the ETag is another than last_etag, or after timeout_sec, with what there is then. Any
+other parameter is refused (400), any other path unknown (404).
 """
 
 import contextlib
@@ -15,9 +16,11 @@ PATH = "/computeMetadata/v1/instance/preempted"
 
 
 class MetadataServer:
-    """On the loopback interface. host: what GCE_METADATA_HOST has to be. As a context: it ends with the block.
+    """On the loopback interface. host: what GCE_METADATA_HOST has to be. As a context: it ends with
+    the block.
 
-    flavor: of its answers; None: it is somebody else's server. down: it answers 503, as while it is restarted.
+    flavor: of its answers; None: it is somebody else's server. down: it answers 503, as while it is
+    restarted.
     """
 
     def __init__(self, flavor="Google", down=False):
@@ -68,7 +71,8 @@ class MetadataServer:
             self.down = False
 
     def wait_until(self, condition, seconds=60):
-        """Until `condition()`, which is looked at whenever something is asked or answered, holds."""
+        """Until `condition()`, which is looked at whenever something is asked or answered,
+        holds."""
         with self.changed:
             assert self.changed.wait_for(condition, seconds), (self.answers, self.waiting)
 

@@ -1,4 +1,5 @@
-"""A network for tests of an installation: package indexes, and a Python, behind a proxy that speaks for every host."""
+"""A network for tests of an installation: package indexes, and a Python, behind a proxy that speaks
+for every host."""
 
 import base64
 import hashlib
@@ -31,14 +32,18 @@ LEFT_OUT = {
 
 
 def find_python(version):
-    """A Python of this machine of that version, or None: not through a shim that another version may stand behind."""
+    """A Python of this machine of that version, or None: not through a shim that another version
+    may stand behind."""
     name = f"python{version}"
     for path in (
         sys.executable,
         shutil.which(name),
         *sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/{name}")),
     ):
-        code = "import os, sys; print('%d.%d' % sys.version_info[:2]); print(os.path.realpath(sys._base_executable))"
+        code = (
+            "import os, sys; print('%d.%d' % sys.version_info[:2]); "
+            "print(os.path.realpath(sys._base_executable))"
+        )
         if (
             path
             and (
@@ -53,7 +58,8 @@ def find_python(version):
 
 
 def packed_python(python):
-    """A tar.gz of an interpreter and its standard library as uv downloads it: under python/, to be unpacked anywhere."""
+    """A tar.gz of an interpreter and its standard library as uv downloads it: under python/, to be
+    unpacked anywhere."""
     base, name = python.parent.parent, python.name
 
     def chosen(member):
@@ -75,7 +81,8 @@ def wheel(name, version, modules, requires=(), requires_python=">=3.8", code="")
     """(file name, bytes) of a wheel with these modules, each with that code."""
     files = {f"{module.replace('.', '/')}/__init__.py": code.encode() for module in modules}
     metadata = [
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {requires_python}",
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: "
+        f"{requires_python}",
         *(f"Requires-Dist: {other}" for other in requires),
     ]
     return packed_wheel(name, version, "py3-none-any", files, "\n".join(metadata) + "\n")
@@ -86,7 +93,8 @@ def packed_wheel(name, version, tag, files, metadata):
     files = {
         **files,
         f"{stem}.dist-info/METADATA": metadata.encode(),
-        f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: {tag}\n".encode(),
+        f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: "
+        f"true\nTag: {tag}\n".encode(),
     }
     record = "".join(
         f"{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip('=')},{len(data)}\n"
@@ -118,9 +126,10 @@ def installed_wheel(name):
 
 
 class Network:
-    """files: {name: bytes}, each at the path /files/NAME of all hosts; indexes: {path: names of the wheels that it lists};
-    asked: the (host, path) of all requests; sent: the names of what the other side did not have. A file of `stuck` comes by
-    half, and the rest once `going` is set. ca: the certificate to trust; url: the proxy's."""
+    """files: {name: bytes}, each at the path /files/NAME of all hosts; indexes: {path: names of the
+    wheels that it lists}; asked: the (host, path) of all requests; sent: the names of what the
+    other side did not have. A file of `stuck` comes by half, and the rest once `going` is set. ca:
+    the certificate to trust; url: the proxy's."""
 
     def __init__(self, test, folder):
         self.files, self.indexes, self.asked, self.sent, self.stuck, self.folder = (
@@ -254,7 +263,8 @@ class Network:
         if not wheels:
             return None
         lines = [
-            f'<a href="/files/{file}#sha256={hashlib.sha256(self.files[file]).hexdigest()}" data-core-metadata="true" '
+            f'<a href="/files/{file}#sha256={hashlib.sha256(self.files[file]).hexdigest()}" '
+            f'data-core-metadata="true" '
             f'data-requires-python="{html.escape(requires_python(self.files[file]))}">{file}</a>'
             for file in wheels
         ]
@@ -266,7 +276,8 @@ class Network:
         self.indexes.setdefault(index, set()).update(name for name, _ in wheels)
 
     def add_python(self, python, packed, url):
-        """List this interpreter, `packed`, at that host's URL for uv, and a newer one that is not there; the list's path."""
+        """List this interpreter, `packed`, at that host's URL for uv, and a newer one that is not
+        there; the list's path."""
         version = subprocess.run(
             [python, "-c", "import platform; print(platform.python_version())"],
             check=True,
@@ -291,14 +302,11 @@ class Network:
         }
         path = self.folder / "pythons.json"
         newer = {**listed, "minor": minor + 3, "url": f"{url}/files/newer.tar.gz"}
-        path.write_text(
-            json.dumps(
-                {
-                    f"cpython-{each['major']}.{each['minor']}.{patch}-linux-{os.uname().machine}-gnu": each
-                    for each in (listed, newer)
-                }
-            )
-        )
+        end = f"{patch}-linux-{os.uname().machine}-gnu"
+        pythons = {
+            f"cpython-{each['major']}.{each['minor']}.{end}": each for each in (listed, newer)
+        }
+        path.write_text(json.dumps(pythons))
         return path
 
 

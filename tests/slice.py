@@ -1,4 +1,5 @@
-"""A TPU slice for tests: processes of this machine behind tests/gcloud, and a copy of the kit as its user has it, a git repository."""
+"""A TPU slice for tests: processes of this machine behind tests/gcloud, and a copy of the kit as
+its user has it, a git repository."""
 
 import hashlib
 import importlib.machinery
@@ -19,17 +20,32 @@ from tests.helpers import ROOT, CommandTest
 from tests.host_tools import make_programs
 
 NAME = "my-tpu"
-DELETE = f"uses up its quota until it is deleted: bash scripts/delete_tpu.sh tpu.name={NAME} tpu.zone=us-central2-b tpu.project=my-project-1"
-# the Python of a host's environment, which is filled in name alone (tests/host_tools.py): a training may pause, and each takes a line of the
-# file `instead` (if it is there) and does that; the check of the devices is left out unless there is a file real_check, and host `bad_host`
-# gets wrong sums
+DELETE = (
+    f"uses up its quota until it is deleted: bash scripts/delete_tpu.sh tpu.name={NAME} "
+    "tpu.zone=us-central2-b tpu.project=my-project-1"
+)
+# the Python of a host's environment, which is filled in name alone (tests/host_tools.py): a
+# training may pause, and each takes a line of the file `instead` (if it is there) and does that;
+# the check of the devices is left out unless there is a file real_check, and host `bad_host` gets
+# wrong sums
 HOST_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-    scripts/check_environment.py*) [ "$(printf '%s\n' "${{@:2}}")" = "$(cat "$(dirname "$0")/../files")" ] ;;
-    train_tpu.py*) if [ -s "$TRM_TEST_CLOUD/instead" ]; then read -r instead < "$TRM_TEST_CLOUD/instead"; sed -i 1d "$TRM_TEST_CLOUD/instead"; eval "$instead"; fi
-        if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then shift; set -- {root}/tests/slow_train.py "$@"; fi; PYTHONPATH=. exec {python} "$@" ;;
-    scripts/check_devices.py*) if [ ! -e "$TRM_TEST_CLOUD/real_check" ]; then exit; fi      # it takes seconds to import PyTorch
-        if [ "$(cat "$TRM_TEST_CLOUD/bad_host" 2>/dev/null)" = "$TRM_TEST_HOST" ]; then shift; set -- -c {wrong_sum} "$@"; fi
+    scripts/check_environment.py*)
+        [ "$(printf '%s\n' "${{@:2}}")" = "$(cat "$(dirname "$0")/../files")" ] ;;
+    train_tpu.py*)
+        if [ -s "$TRM_TEST_CLOUD/instead" ]; then
+            read -r instead < "$TRM_TEST_CLOUD/instead"
+            sed -i 1d "$TRM_TEST_CLOUD/instead"
+            eval "$instead"
+        fi
+        if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then shift; set -- {root}/tests/slow_train.py "$@"; fi
+        PYTHONPATH=. exec {python} "$@" ;;
+    scripts/check_devices.py*)
+        if [ ! -e "$TRM_TEST_CLOUD/real_check" ]; then exit; fi  # importing PyTorch takes seconds
+        if [ "$(cat "$TRM_TEST_CLOUD/bad_host" 2>/dev/null)" = "$TRM_TEST_HOST" ]; then
+            shift
+            set -- -c {wrong_sum} "$@"
+        fi
         exec {python} "$@" ;;
     *) exec {python} "$@" ;;
 esac
@@ -40,9 +56,9 @@ WRONG_SUM = (
     + """
 import sys
 sys.path[:0] = [".", "scripts"]
-import device, check_devices, utils
-right = device.Device.all_reduce
-device.Device.all_reduce = lambda self, tensors: [total - 1 for total in right(self, tensors)]
+import collectives, check_devices, utils
+right = collectives.Workers.all_reduce
+collectives.Workers.all_reduce = lambda self, sent: [total - 1 for total in right(self, sent)]
 utils.run_cli(check_devices.main)
 """
     + "'"
@@ -61,7 +77,8 @@ def load_gcloud():
 
 
 def installed_commands(test):
-    """The tree of commands and flags that an installed Google Cloud CLI completes; skips `test` where there is none."""
+    """The tree of commands and flags that an installed Google Cloud CLI completes; skips `test`
+    where there is none."""
     found = shutil.which("gcloud")
     tree = found and Path(found).resolve().parent.parent / "data" / "cli" / "gcloud_completions.py"
     if not tree or not tree.exists():
@@ -87,8 +104,9 @@ def free_port():
 
 
 class SliceTest(GCSTest, CommandTest):
-    """self.kit: the user's repository, with configs/tiny.yaml (CommandTest's, but device auto, and paths that lie in the bucket self.url);
-    self.cloud: the folder of tests/gcloud; self.script(...) runs one of the scripts on both."""
+    """self.kit: the user's repository, with configs/tiny.yaml (CommandTest's, but device auto, and
+    paths that lie in the bucket self.url); self.cloud: the folder of tests/gcloud; self.script(...)
+    runs one of the scripts on both."""
 
     @classmethod
     def setUpClass(cls):
@@ -191,7 +209,8 @@ class SliceTest(GCSTest, CommandTest):
         (self.cloud / "host_environment.json").write_text(json.dumps({**self.on_hosts, **more}))
 
     def hold(self, *steps):
-        """Trainings that start from now on wait before these steps of theirs (the K-th after their start), until release(step)."""
+        """Trainings that start from now on wait before these steps of theirs (the K-th after their
+        start), until release(step)."""
         for step in steps:
             (self.folder / f"hold.{step}").touch()
         self.write_host_environment(
@@ -202,7 +221,8 @@ class SliceTest(GCSTest, CommandTest):
         (self.folder / f"hold.{step}").unlink()
 
     def stand_in(self, *commands):
-        """The next trainings do these shell commands instead; returns how to wait until `count` of them have begun."""
+        """The next trainings do these shell commands instead; returns how to wait until `count` of
+        them have begun."""
         path = self.cloud / "instead"
         path.write_text("".join(f"{command}\n" for command in commands))
         return lambda count: self.wait_for(
@@ -210,7 +230,8 @@ class SliceTest(GCSTest, CommandTest):
         )
 
     def refuse(self, what, *errors):
-        """The next calls of gcloud that create, describe or ssh (`what`) end with these of tests/gcloud's ERRORS; "late_": after they were taken."""
+        """The next calls of gcloud that create, describe or ssh (`what`) end with these of
+        tests/gcloud's ERRORS; "late_": after they were taken."""
         (self.cloud / "refuse").mkdir(exist_ok=True)
         (self.cloud / "refuse" / what).write_text("\n".join(errors))
 
@@ -249,7 +270,8 @@ class SliceTest(GCSTest, CommandTest):
         return done.stdout
 
     def mistake(self, name, *words, says):
-        """The script ends with status 2 and one error line that holds each of `says`, before it changes anything."""
+        """The script ends with status 2 and one error line that holds each of `says`, before it
+        changes anything."""
         before = self.changes()
         output = self.script(name, *words, status=2)
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -283,7 +305,8 @@ class SliceTest(GCSTest, CommandTest):
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def changes(self):
-        """The commands so far that change the slice, the queue or what is on the hosts and in the bucket."""
+        """The commands so far that change the slice, the queue or what is on the hosts and in the
+        bucket."""
         return [
             call["command"].removeprefix("compute tpus ")
             for call in self.calls()
@@ -296,8 +319,8 @@ class SliceTest(GCSTest, CommandTest):
         (self.cloud / "slices" / NAME / "state").write_text(state)
 
     def preempt(self, state="PREEMPTED", noticed=None):
-        """The slice goes: SIGTERM to its processes and, if somebody has `noticed` (is called then), some time; SIGKILL to what is
-        left. state None: it is not even listed any more."""
+        """The slice goes: SIGTERM to its processes and, if somebody has `noticed` (is called then),
+        some time; SIGKILL to what is left. state None: it is not even listed any more."""
         mark = self.gcloud.mark(NAME)
         self.slice_state(state or "STOPPING")
         self.gcloud.end_processes(mark, *((25, noticed) if noticed else ()))
@@ -305,7 +328,8 @@ class SliceTest(GCSTest, CommandTest):
             shutil.rmtree(self.cloud / "slices" / NAME)
 
     def stop(self, run, held):
-        """`launch_experiment.sh stop`, of a run that is held before a step and goes on once it has SIGTERM."""
+        """`launch_experiment.sh stop`, of a run that is held before a step and goes on once it has
+        SIGTERM."""
         stopping = self.begin("launch_experiment", "stop", run)
         self.wait_for(
             lambda: any("flock\0--timeout\x0090" in line for line in self.host_processes().values())

@@ -1,5 +1,6 @@
-"""What goes wrong on Google Cloud, against tests/gcloud: quota, permission, login, health, slow ssh, keys in the terminal, a terminal
-that closes; and that its texts are those of an installed gcloud."""
+"""What goes wrong on Google Cloud, against tests/gcloud: quota, permission, login, health, slow
+ssh, keys in the terminal, a terminal that closes; and that its texts are those of an installed
+gcloud."""
 
 import contextlib
 import http.server
@@ -28,7 +29,8 @@ class Refusals(SliceTest):
         return self.script("setup_tpu", "configs/tiny.yaml", "--poll", "0.1", *words, **how)
 
     def test_what_waiting_does_not_mend_ends_at_once(self):
-        """With status 2, one message and the way out, from each script, and nothing is asked for again."""
+        """With status 2, one message and the way out, from each script, and nothing is asked for
+        again."""
         quota = "TPUV4sPreemptiblePodPerProjectPerRegionForTPUAPI"
         for error, *says in (
             (
@@ -42,12 +44,14 @@ class Refusals(SliceTest):
             ("denied", "the account may not do this in tpu.project = my-project-1", "TPU Admin"),
             (
                 "api_off",
-                "the service tpu.googleapis.com is off in my-project-1: gcloud services enable tpu.googleapis.com --project=my-project-1",
+                "the service tpu.googleapis.com is off in my-project-1: gcloud services enable "
+                "tpu.googleapis.com --project=my-project-1",
             ),
             ("no_zone", "tpu.zone = us-central2-b: Google knows no such zone"),
             (
                 "wrong_type",
-                "Google refuses the request: its message is above; check tpu.accelerator_type = v4-8",
+                "Google refuses the request: its message is above; check tpu.accelerator_type = "
+                "v4-8",
             ),
             ("late_wrong_type", "Google refuses the request"),
             ("expired", "gcloud's login has expired: gcloud auth login"),
@@ -104,7 +108,8 @@ class Refusals(SliceTest):
             ("late_no_room", "Google has no v4-8 free"),
             (
                 "full_quota",
-                "64, is in use: by another slice, or by a queued resource that is FAILED or SUSPENDED",
+                "64, is in use: by another slice, or by a queued resource that is FAILED or "
+                "SUSPENDED",
             ),
         ):
             self.refuse("create", error)
@@ -200,7 +205,8 @@ class Refusals(SliceTest):
             output = self.setup_tpu("--queued", "--max_hours", "0.0015", status=3)
         self.assertGreaterEqual(
             output.count(
-                "Google on the queued resource my-tpu:\n    state:\n      state: WAITING_FOR_RESOURCES"
+                "Google on the queued resource my-tpu:\n    state:\n      state: "
+                "WAITING_FOR_RESOURCES"
             ),
             2,
         )
@@ -258,7 +264,8 @@ class Health(SliceTest):
                 self.slice_state(f"READY {health}")
                 output = self.setup_tpu(status=1)
                 self.assertIn(
-                    f"my-tpu is READY and {health}, and its hosts do not answer ssh within 1 s: nothing is deleted",
+                    f"my-tpu is READY and {health}, and its hosts do not answer ssh within 1 s: "
+                    "nothing is deleted",
                     output,
                 )
                 self.assertIn(
@@ -298,7 +305,8 @@ class Health(SliceTest):
         self.assertEqual(self.changes(), ["tpu-vm scp"])
 
     def test_one_look_at_timeout_deletes_nothing(self):
-        """The slice was HEALTHY before; only one that was in TIMEOUT for all the time of silence is deleted."""
+        """The slice was HEALTHY before; only one that was in TIMEOUT for all the time of silence is
+        deleted."""
         self.gcloud.make_slice(NAME, "v4-8")
         (self.cloud / "later").mkdir()
         (self.cloud / "later" / "slices").write_text(
@@ -432,7 +440,8 @@ class Reaching(SliceTest):
 
     # ----- a terminal -----
     def in_terminal(self, script, *words):
-        """(pid, file descriptor of the other end) of a script that runs in a terminal of its own."""
+        """(pid, file descriptor of the other end) of a script that runs in a terminal of its
+        own."""
         pid, master = pty.fork()
         if pid == 0:
             os.chdir(self.kit)
@@ -463,7 +472,8 @@ class Reaching(SliceTest):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def test_a_key_stops_no_command(self):
-        """gcloud hands its standard input to ssh, which reads it: from a terminal's background that would stop it."""
+        """gcloud hands its standard input to ssh, which reads it: from a terminal's background that
+        would stop it."""
         (self.cloud / "first_contact").write_text("2")
         pid, master = self.in_terminal("setup_tpu", "configs/tiny.yaml", "--poll", "0.5")
         output = self.read_until(master, "may take minutes the first time")
@@ -562,7 +572,8 @@ class Words(SliceTest):
         self.addCleanup(shutil.rmtree, self.kit / "analysis")
         output = self.script("launch_experiment", "configs/tiny.yaml", status=2)
         self.assertIn(
-            "?? analysis/new.py\nerror: there are uncommitted changes, 1 in all, the first are above: commit them",
+            "?? analysis/new.py\nerror: there are uncommitted changes, 1 in all, the first are "
+            "above: commit them",
             output,
         )
 
@@ -614,7 +625,8 @@ class Words(SliceTest):
 
 
 class FakeAPI(http.server.BaseHTTPRequestHandler):
-    """Google's TPU service for an installed gcloud: a request for the slice `name` is answered with tests/gcloud's error of that name."""
+    """Google's TPU service for an installed gcloud: a request for the slice `name` is answered with
+    tests/gcloud's error of that name."""
 
     protocol_version, gcloud = "HTTP/1.1", None
 
@@ -668,7 +680,8 @@ class FakeAPI(http.server.BaseHTTPRequestHandler):
 
 
 class InstalledGcloud(FolderTest):
-    """The stand-in's texts, by which the scripts judge, are those that an installed gcloud makes of the same answers of Google's service."""
+    """The stand-in's texts, by which the scripts judge, are those that an installed gcloud makes of
+    the same answers of Google's service."""
 
     def test_texts(self):
         found = shutil.which("gcloud")

@@ -1,4 +1,5 @@
-"""scripts/diagnose.py: sections by themselves, hosts that are processes of this machine, and their reports in one file."""
+"""scripts/diagnose.py: sections by themselves, hosts that are processes of this machine, and their
+reports in one file."""
 
 import contextlib
 import fcntl
@@ -57,7 +58,8 @@ SECRETS = {  # where none of them is a real one
     "password = letmein": "letmein",
     "AIzaSyA1234567890abcdefghijklmnopqrstu": "AIzaSyA",
     "key=abc": "abc",
-    "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADAN\nBgkqhkiG9w0B\n-----END PRIVATE KEY-----": "BgkqhkiG9w0B",
+    "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADAN\nBgkqhkiG9w0B\n-----END PRIVATE "
+    "KEY-----": "BgkqhkiG9w0B",
     "ssh AAAAB3NzaC1yc2EAAAADAQABAAABgQC7abcdefghijklmnopqrstuvw me@laptop": "AAAAB3NzaC1yc2E",
 }
 HARMLESS = [
@@ -235,12 +237,15 @@ class Sections(FolderTest):
         return done.stdout
 
     def metadata_server(self):
-        """(its class, {variable: value} by which a section finds it) of a server that has what a healthy host's has."""
+        """(its class, {variable: value} by which a section finds it) of a server that has what a
+        healthy host's has."""
         healthy = {
             "attributes/accelerator-type": "v4-16",
             "attributes/agent-worker-number": "1",
-            "attributes/worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:127.0.0.2",
-            "attributes/tpu-env": "ACCELERATOR_TYPE: 'v4-16'\nWORKER_ID: '1'\nTPU_PROCESS_BOUNDS: '1,1,2'\n"
+            "attributes/worker-network-endpoints": "unknown:unknown:127.0.0.1,"
+            "unknown:unknown:127.0.0.2",
+            "attributes/tpu-env": "ACCELERATOR_TYPE: 'v4-16'\nWORKER_ID: '1'\n"
+            "TPU_PROCESS_BOUNDS: '1,1,2'\n"
             "TPU_CHIPS_PER_PROCESS_BOUNDS: '2,2,1'",
             "preempted": "FALSE",
             "maintenance-event": "NONE",
@@ -286,7 +291,8 @@ class Sections(FolderTest):
         several = {**where, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         output = self.section("network", **several, GLOO_SOCKET_IFNAME="lo")
         self.assertIn(
-            "hosts of the slice: 127.0.0.1, 127.0.0.2; the way to 127.0.0.1 is by lo, from 127.0.0.1\n",
+            "hosts of the slice: 127.0.0.1, 127.0.0.2; the way to 127.0.0.1 is by lo, from "
+            "127.0.0.1\n",
             output,
         )
         self.assertIn(
@@ -383,8 +389,9 @@ class Endings(unittest.TestCase):
 
     def test_each_is_a_failure_with_its_reason(self):
         in_section = (
-            "import sys, time, os; sys.path.insert(0, 'scripts'); sys.argv = ['', 'clock', '--config', 'x']; "
-            "import diagnose_sections as d; d.SECTIONS['clock'] = d.SECTIONS['clock']._replace(seconds={}, check=lambda args: {}); d.main()"
+            "import sys, time, os; sys.path.insert(0, 'scripts'); sys.argv = ['', 'clock', "
+            "'--config', 'x']; import diagnose_sections as d; d.SECTIONS['clock'] = "
+            "d.SECTIONS['clock']._replace(seconds={}, check=lambda args: {}); d.main()"
         )
         for code, says in (
             (in_section.format(9, "1 / 0"), "ZeroDivisionError: division by zero"),
@@ -397,7 +404,8 @@ class Endings(unittest.TestCase):
                 "signal 9 ended it; before that: nothing was printed",
             ),
             (
-                "print('error: worker 0: another worker has failed (x)\\nerror: worker 1: too hot'); exit(1)",
+                "print('error: worker 0: another worker has failed (x)\\nerror: worker 1: too "
+                "hot'); exit(1)",
                 "worker 1: too hot",
             ),
             ("print('[PASS] clock: fine'); exit(1)", "[PASS] clock: fine"),
@@ -406,7 +414,10 @@ class Endings(unittest.TestCase):
             with self.subTest(code=code):
                 failed, lines = self.result(code)
                 self.assertTrue(failed)
-                means = "  what it means: Google may refuse requests, and the times in records are wrong"
+                means = (
+                    "  what it means: Google may refuse requests, and the times in records are "
+                    "wrong"
+                )
                 self.assertEqual(lines[-2:], [f"[FAIL] clock: {says}", means])
                 if "sleep" in code:
                     self.assertTrue(any("in <lambda>" in line for line in lines), lines)
@@ -416,7 +427,10 @@ class Endings(unittest.TestCase):
         )
 
     def test_what_a_section_has_passed_stays(self):
-        code = "print('[PASS] all-reduce: right'); print('error: the loss of step 1 is not finite'); exit(1)"
+        code = (
+            "print('[PASS] all-reduce: right'); print('error: the loss of step 1 is not finite'); "
+            "exit(1)"
+        )
         failed, lines = self.result(code, "workers")
         self.assertTrue(failed)
         self.assertEqual(
@@ -429,7 +443,10 @@ class Endings(unittest.TestCase):
         )
 
     def test_one_that_hangs_silently_is_ended_with_what_it_started(self):
-        code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+        code = (
+            "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, "
+            "flush=True); time.sleep(600)"
+        )
         section = diagnose.SECTIONS["clock"]._replace(seconds=1)
         with (
             mock.patch.dict(diagnose.SECTIONS, clock=section),
@@ -452,7 +469,8 @@ class Endings(unittest.TestCase):
         self.assertEqual(
             (output, status),
             (
-                "error: /nowhere/bin/python is not there: scripts/setup_tpu.sh installs the environment",
+                "error: /nowhere/bin/python is not there: scripts/setup_tpu.sh installs the "
+                "environment",
                 2,
             ),
         )
@@ -468,7 +486,8 @@ class Steps(FolderTest):
                 write_config(
                     self.folder / "tiny.yaml",
                     "device: cpu\ntpu: {}\ndata: {dataset_path: nowhere}\n"
-                    "model: {num_heads: 2, forward_dtype: float32}\ntraining: {}\ncheckpoint: {}\nlogging: {}\nevaluation: {}\n",
+                    "model: {num_heads: 2, forward_dtype: float32}\ntraining: {}\ncheckpoint: "
+                    "{}\nlogging: {}\nevaluation: {}\n",
                 )
             )
         )
@@ -491,11 +510,13 @@ class Steps(FolderTest):
         step, kernels = self.check().splitlines()
         self.assertRegex(
             step,
-            r"^\[PASS\] step: loss \d\.\d+ to \d\.\d+, gradient norm \S+; first step .* s, then .* ms .*; "
+            r"^\[PASS\] step: loss \d\.\d+ to \d\.\d+, gradient norm \S+; first step .* s, then "
+            r".* ms .*; "
             r"compiles \[0,.*; kernels in 0 SwiGLUs$",
         )
         self.assertIn(
-            "[PASS] kernels: this configuration uses none on this device; the same steps again agree (loss ",
+            "[PASS] kernels: this configuration uses none on this device; the same steps again "
+            "agree (loss ",
             kernels,
         )
 
@@ -515,7 +536,8 @@ class Steps(FolderTest):
 
         with self.spoilt(wrong):
             self.fails(
-                r"after the first step z_H with the TPU kernels is \S+ \(relative\) off what it is without, and not"
+                r"after the first step z_H with the TPU kernels is \S+ \(relative\) off what it "
+                r"is without, and not"
             )
 
     def test_comparing(self):
@@ -568,7 +590,8 @@ class Steps(FolderTest):
             Device, "counters", lambda self: {"xla_compiles": next(counts), "xla_executions": 0}
         ):
             self.fails(
-                r"a step after the first compiles again \(compiles of steps 1 to 6: \[1, 1, 1, 1, 1, 1\]"
+                r"a step after the first compiles again \(compiles of steps 1 to 6: \[1, 1, 1, "
+                r"1, 1, 1\]"
             )
 
 
@@ -626,7 +649,8 @@ class Hosts(SliceTest):
         )
         self.assertRegex(
             text,
-            r"\[FAIL\] bucket: gs://no-such-bucket/trm/runs/diagnose\S*: there is no bucket 'no-such-bucket'",
+            r"\[FAIL\] bucket: gs://no-such-bucket/trm/runs/diagnose\S*: there is no bucket "
+            r"'no-such-bucket'",
         )
         self.assertRegex(
             text, r"\[FAIL\] all-reduce: \S+: worker 0 got a wrong sum over the 1 workers"

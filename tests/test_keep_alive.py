@@ -1,4 +1,5 @@
-"""scripts/keep_alive.sh, for real: a run on a slice of local processes that is preempted, gone, silent, failing or stopped."""
+"""scripts/keep_alive.sh, for real: a run on a slice of local processes that is preempted, gone,
+silent, failing or stopped."""
 
 import json
 import re
@@ -180,8 +181,10 @@ class KeepAlive(SliceTest):
             "failure 1 in a row: the next attempt is in 0.5 s",
             "unknown (gcloud gives no answer",
             f"unknown (the hosts of {NAME} do not answer, and Google calls it READY and HEALTHY)",
-            f"look by: gcloud compute tpus tpu-vm ssh {NAME} --project=my-project-1 --zone=us-central2-b --quiet",
-            f"{NAME} is READY and HEALTHY, and its hosts have not answered ten times: nothing is deleted",
+            f"look by: gcloud compute tpus tpu-vm ssh {NAME} --project=my-project-1 "
+            "--zone=us-central2-b --quiet",
+            f"{NAME} is READY and HEALTHY, and its hosts have not answered ten times: nothing is "
+            "deleted",
             DELETE,
         ):
             self.assertIn(text, log)

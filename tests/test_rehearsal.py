@@ -1,4 +1,5 @@
-"""A whole day on a slice of two hosts: made, preempted without and with notice, one host vanishing, finished, downloaded, deleted."""
+"""A whole day on a slice of two hosts: made, preempted without and with notice, one host vanishing,
+finished, downloaded, deleted."""
 
 import os
 import re
@@ -42,7 +43,8 @@ class Rehearsal(SliceTest):
         self.preempt("PREEMPTED", noticed=lambda: self.release(10))  # with it
         self.hold(15)
         self.arrived(35)
-        # the second host is gone with its connections open; its worker, and the process that minds it, answer nobody
+        # the second host is gone with its connections open; its worker, and the process that minds
+        # it, answer nobody
         (self.host(1) / "vanished").touch()
         for pid, home in self.processes_by_host().items():
             if home == str(self.host(1)):

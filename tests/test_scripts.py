@@ -1,9 +1,12 @@
-"""The cloud scripts, for real on slices of local processes: settings, making a slice, runs on it, results, deleting."""
+"""The cloud scripts, for real on slices of local processes: settings, making a slice, runs on it,
+results, deleting."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,8 +16,16 @@ from pathlib import Path
 from unittest import mock
 
 from checkpoint_manager import load_checkpoint
-from tests.helpers import ROOT
-from tests.slice import DELETE, ENDLESS, NAME, SliceTest, installed_commands, load_gcloud
+from tests.helpers import ROOT, FolderTest
+from tests.slice import (
+    DELETE,
+    ENDLESS,
+    NAME,
+    SliceTest,
+    executable,
+    installed_commands,
+    load_gcloud,
+)
 
 SCRIPTS = ("setup_tpu", "launch_experiment", "keep_alive", "download_results", "delete_tpu")
 
@@ -61,7 +72,8 @@ class Scratch(unittest.TestCase):
     def test_it_outlives_processes_that_are_killed_as_they_start(self):
         """Such a one still has the trap of the script that made it."""
         text = (
-            'set -euo pipefail; DRY_RUN=; . scripts/tpu.sh; for try in $(seq 100); do while sleep 9; do :; done & kill "$!"; wait "$!" || true; done; '
+            "set -euo pipefail; DRY_RUN=; . scripts/tpu.sh; for try in $(seq 100); do while "
+            'sleep 9; do :; done & kill "$!"; wait "$!" || true; done; '
             'ls -d "$SCRATCH"; echo "$SCRATCH" >&3'
         )
         done = subprocess.run(
@@ -73,6 +85,56 @@ class Scratch(unittest.TestCase):
         )
         self.assertEqual(done.returncode, 0)
         self.assertFalse(Path(done.stdout.split()[0]).exists())
+
+
+class Quickstart(FolderTest):
+    """scripts/quickstart.sh in a folder with an environment whose Python trains nothing."""
+
+    def setUp(self):
+        super().setUp()
+        (self.folder / "scripts").mkdir()
+        for name in ("quickstart.sh", "arguments.sh", "environment.sh"):
+            shutil.copy(ROOT / "scripts" / name, self.folder / "scripts")
+        requirements = shutil.copy(ROOT / "requirements.txt", self.folder)
+        digest = hashlib.sha256(Path(requirements).read_bytes()).hexdigest()[:16]
+        results = [
+            {"weights": "ema", "count": 1000, "exact_accuracy": 0.875},
+            {"weights": "raw", "count": 1000, "exact_accuracy": 0.5},
+        ]
+        (self.folder / "result.json").write_text(json.dumps({"results": results}))
+        executable(
+            self.folder / ".venv" / "bin" / "python",
+            "#!/bin/sh\n"
+            'case "$*" in\n'
+            "    train_tpu.py*--max_steps*) ;;\n"
+            "    train_tpu.py*) mkdir -p runs/mine; cp result.json runs/mine/eval.json ;;\n"
+            f'    "- "*) exec {sys.executable} "$@" ;;\n'
+            "esac\n",
+        )
+        (self.folder / ".venv" / f"installed-{digest}").touch()
+
+    def quickstart(self, *words):
+        environment = {name: text for name, text in os.environ.items() if name != "TRM_VENV"}
+        done = subprocess.run(
+            ["bash", "scripts/quickstart.sh", "--run_name", "mine", *words],
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            timeout=60,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout
+
+    def test_it_shows_the_accuracy_once_there_is_one(self):
+        output = self.quickstart("--max_steps", "100")
+        self.assertIn("there is no final evaluation yet", output)
+        self.assertNotIn("eval.json", output)
+        for _ in range(2):  # also when it is run again
+            output = self.quickstart()
+            self.assertIn("1,000 held-out puzzles, averaged weights (EMA): 87.5%", output)
+            self.assertIn("last weights: 50.0%\n(runs/mine/eval.json, ", output)
 
 
 class Settings(SliceTest):
@@ -94,7 +156,8 @@ class Settings(SliceTest):
         where = "--project=my-project-1 --zone=us-central2-b --quiet"
         setup = commands("setup_tpu", "configs/tiny.yaml", "--spot")
         self.assertIn(
-            f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 --version=tpu-ubuntu2204-base --spot",
+            f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 "
+            "--version=tpu-ubuntu2204-base --spot",
             setup,
         )
         for text, line in zip(
@@ -108,7 +171,8 @@ class Settings(SliceTest):
             "setup_tpu", "configs/tiny.yaml", "--queued", "tpu.accelerator_type=v4-16"
         )
         self.assertIn(
-            f"gcloud compute tpus queued-resources create {NAME} --node-id={NAME} {where} --accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base",
+            f"gcloud compute tpus queued-resources create {NAME} --node-id={NAME} {where} "
+            "--accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base",
             queued,
         )
         self.assertTrue(any(line.startswith("ssh-add ") for line in queued))
@@ -145,7 +209,8 @@ class Settings(SliceTest):
         self.assertEqual(
             [line for line in keep_alive if "tpu-vm create" in line or "follow" in line],
             [
-                f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 --version=tpu-ubuntu2204-base"
+                f"gcloud compute tpus tpu-vm create {NAME} {where} --accelerator-type=v4-8 "
+                "--version=tpu-ubuntu2204-base"
             ],
         )
         self.assertEqual(
@@ -282,11 +347,13 @@ class Setup(SliceTest):
         with mock.patch.dict(os.environ, PIP_EXTRA_INDEX_URL="https://wheels.example.org/a b"):
             output = self.setup_tpu("tpu.accelerator_type=v4-16", status=1)
         self.assertIn(
-            "worker 1 got a wrong sum over the 2 workers in 1048576 of 1048576 elements, the first 2 instead of 3",
+            "worker 1 got a wrong sum over the 2 workers in 1048576 of 1048576 elements, the first "
+            "2 instead of 3",
             output,
         )
         self.assertIn(
-            "the check of my-tpu failed: the message is above; where a chip or a link is bad, delete the slice and ask for another",
+            "the check of my-tpu failed: the message is above; where a chip or a link is bad, "
+            "delete the slice and ask for another",
             output,
         )
         self.assertIn(DELETE, output)
@@ -371,7 +438,8 @@ class Setup(SliceTest):
     def test_a_queue_that_does_not_move(self):
         output = self.setup_tpu("--queued", "--max_hours", "0.0001", status=3)
         self.assertIn(
-            "it stays asked for; bash scripts/delete_tpu.sh tpu.name=my-tpu tpu.zone=us-central2-b tpu.project=my-project-1 takes that back",
+            "it stays asked for; bash scripts/delete_tpu.sh tpu.name=my-tpu tpu.zone=us-central2-b "
+            "tpu.project=my-project-1 takes that back",
             output,
         )
         self.setup_tpu("--max_hours", "0.0001", status=3)  # waits on, asks for nothing else
@@ -393,7 +461,8 @@ class Setup(SliceTest):
                 self.assertEqual(process.returncode, 0, output)
                 self.assertRegex(
                     output,
-                    f"{NAME} is (GONE {state}|in health TIMEOUT, and its hosts have not answered for 1 s): deleting it",
+                    f"{NAME} is (GONE {state}|in health TIMEOUT, and its hosts have not answered "
+                    "for 1 s): deleting it",
                 )
                 self.assertEqual(
                     self.changes()[-3:], ["tpu-vm delete", "tpu-vm create", "tpu-vm scp"]
@@ -572,7 +641,8 @@ class Runs(SliceTest):
 
     def test_failures(self):
         self.make_slice()
-        begun = self.stand_in("exit 2", ENDLESS, ENDLESS)
+        warned = "trap 'exit 143' TERM; while :; do sleep 0.1; done"  # as a training ends then
+        begun = self.stand_in("exit 2", ENDLESS, ENDLESS, warned)
         self.assertIn("status 2", self.launch("--run_name", "wrong", status=4))
         self.assertIn("status 2", self.how("wrong", "failed"))
         self.launch("--detach", "--run_name", "killed")
@@ -586,16 +656,15 @@ class Runs(SliceTest):
             os.kill(pid, signal.SIGKILL)  # as a host that starts anew leaves it
         self.wait_for(lambda: not self.host_processes())
         self.assertIn("lost", self.how("lost", "preempted"))
-        self.hold(10)
         self.launch("--detach", "--run_name", "warned")
-        self.arrived(10)
-        self.gcloud.end_processes(
-            self.gcloud.mark(NAME), 25, lambda: self.release(10)
-        )  # a preemption, and the slice still READY
+        begun(4)
+        # a preemption, and the slice still READY
+        self.gcloud.end_processes(self.gcloud.mark(NAME), 25)
         self.assertIn("hosts: status 143", self.how("warned", "preempted"))
         (self.cloud / "silent").write_text("1")
         self.assertIn(
-            f"unknown: lost on {NAME}, the hosts of {NAME} do not answer, and Google calls it READY and HEALTHY",
+            f"unknown: lost on {NAME}, the hosts of {NAME} do not answer, and Google calls it "
+            "READY and HEALTHY",
             self.script("launch_experiment", "status", "lost", status=1),
         )
         self.refuse("describe", "offline")
@@ -695,11 +764,44 @@ class Runs(SliceTest):
         self.assertEqual(process.returncode, 143)
         self.launch("--local", "training.lr=fast", status=2)
         self.assertEqual(self.calls(), [])
-        where = f"logging.output_dir={self.folder}"  # a folder that hosts share is looked into from here, if it is to be seen
+        # A folder that hosts share is looked into from here, if it can be seen here.
+        where = f"logging.output_dir={self.folder}"
         self.assertIn(
             f"{self.folder}/here is not at its end",
             self.script("launch_experiment", "status", "here", where, status=5),
         )
+
+    def test_in_a_fresh_clone(self):
+        """Here is neither an environment nor PyYAML: --local makes an environment first, and a
+        command that only reads the configuration says how to get one."""
+        base, venv = self.folder / "python", self.folder / "my venv"
+        here = f"TRM_TEST_VENV={shlex.quote(str(self.folder / 'new'))}"
+        executable(
+            self.folder / "new",
+            "#!/bin/sh\n"
+            'case "$*" in\n'
+            '    "-m pip install "*--quiet*) ;;\n'
+            '    "-m pip install "*) echo Downloading numpy ;;\n'
+            "    scripts/check_environment.py*) ;;\n"
+            f'    *) exec {sys.executable} "$@" ;;\n'
+            "esac\n",
+        )
+        executable(
+            base,
+            f"#!/bin/sh\n{here}\n"
+            'case "$*" in\n'
+            '    *"import numpy, yaml"*) exit 1 ;;\n'
+            '    "-m venv "*) mkdir -p "$3/bin"; cp "$TRM_TEST_VENV" "$3/bin/python" ;;\n'
+            f'    *) exec {sys.executable} "$@" ;;\n'
+            "esac\n",
+        )
+        words = ["--local", f"logging.output_dir={self.folder}", "--", "--max_steps", "5"]
+        with mock.patch.dict(os.environ, TRM_VENV=str(venv), TRM_PYTHON=str(base)):
+            says = ["PyYAML", f"-m venv '{venv}'", "bash scripts/quickstart.sh"]
+            self.mistake("launch_experiment", "status", "tiny", says=says)
+            output = self.launch(*words)
+        self.assertIn("Downloading numpy", output)
+        self.assertIn("step 5 of 60: stopped by --max_steps", output)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,34 @@
-"""Sweeps: real launchers, killed and stopped and two at once; every cell is run once, to the end of an unbroken one."""
+"""Sweeps: real launchers, killed and stopped and two at once; every cell is run once, to the end of
+an unbroken one."""
 
+import dataclasses
 import json
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import unittest
+from pathlib import Path
 from unittest import mock
 
+import sweep_arguments
+from sweep_state import Progress, SweepFolder, changes, failures
+
 from checkpoint_manager import load_checkpoint
+from config import load_config
 from run_lock import RunLock
 from storage import join, open_folder
-from sweep_ledger import Ledger
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, TINY, CommandTest, write_config
 from tests.sweeps import SweepTest
 from utils import RunFailure
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import sweep_arguments
-
 
 class Cells:
-    """What holds over both kinds of ledger."""
+    """What holds in both kinds of folder."""
 
     def test_every_cell_once_and_the_summary(self):
         output = self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
@@ -32,16 +37,8 @@ class Cells:
             self.row(output, "b_seed1"),
             ["b_seed1", "finished", "1", "60", "87.50%", "50.00%", "1.50"],
         )
-        state = self.state("a_seed1")
-        self.assertEqual(
-            (
-                state["attempts"],
-                state["exit_status"],
-                state["failures"],
-                state["config"]["training"]["seed"],
-            ),
-            (1, 0, 0, 1),
-        )
+        (attempt,) = self.attempts("a_seed1")
+        self.assertEqual((attempt["exit_status"], attempt["given_up"]), (0, False))
         again = self.sweep(*self.configs(), "--local", "--seeds", "0", "1")
         self.assertEqual(self.starts(), {"a_seed0": 1, "a_seed1": 1, "b_seed0": 1, "b_seed1": 1})
         self.assertEqual(self.row(again, "a_seed0")[1], "finished")
@@ -62,11 +59,8 @@ class Cells:
         for output in [self.ends(launcher) for launcher in launchers]:
             self.assertEqual([self.row(output, name)[1] for name in "abcd"], ["finished"] * 4)
         self.assertEqual(self.starts(), {"a": 1, "b": 1, "c": 1, "d": 1})
-        self.assertEqual(
-            {self.state(name)["owner"]["pid"] for name in "abcd"}
-            - {launcher.pid for launcher in launchers},
-            set(),
-        )
+        pids = {attempt["pid"] for name in "abcd" for attempt in self.attempts(name)}
+        self.assertLessEqual(pids, {launcher.pid for launcher in launchers})
 
     def test_a_launcher_of_another_host_that_is_killed(self):
         """By its lock alone, whatever the clocks say; and not before it is dead."""
@@ -75,23 +69,23 @@ class Cells:
         self.until(lambda: self.pids("a"), first)
         second = self.begin(*self.configs(), "--local")
         self.until(lambda: self.states("b") == ["finished"], second)
-        time.sleep(4)  # longer than a dead one is watched
+        time.sleep(2.5)  # longer than a dead one is watched
         self.assertEqual((self.starts(), self.states("a")), ({"a": 1, "b": 1}, ["running"]))
-        status = self.sweep("--status", "--ledger", join(self.out, "sweep"))
+        status = self.sweep("--status", f"logging.output_dir={self.out}")
         self.assertRegex(status, rf"(?m)^a +running +1 .*process {first.pid} on \S+$")
         first.kill()
         os.killpg(self.pids("a")[0], signal.SIGKILL)
         # once when it was found, once when it had died: not at every look
         self.assertEqual(self.ends(second).count("watching for"), 2)
         self.assertEqual(self.starts(), {"a": 2, "b": 1})
-        self.assertEqual((self.state("a")["attempts"], self.state("a")["failures"]), (2, 0))
+        self.assertEqual([attempt["exit_status"] for attempt in self.attempts("a")], [None, 0])
 
 
-class LocalLedger(Cells, SweepTest):
+class LocalSweep(Cells, SweepTest):
     pass
 
 
-class GCSLedger(Cells, GCSTest, SweepTest):
+class GCSSweep(Cells, GCSTest, SweepTest):
     def setUp(self):
         super().setUp()
         self.out = join(self.url, "runs")
@@ -99,22 +93,20 @@ class GCSLedger(Cells, GCSTest, SweepTest):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def test_a_ledger_out_of_reach(self):
-        """When a cell has ended: it is found finished later."""
+    def test_a_folder_out_of_reach(self):
+        """When a cell has ended: its run folder tells so later, and it is not started again."""
         self.plan = {"a": ["wait"]}
         launcher = self.begin(*self.configs("a"), "--local", TRM_TEST_DEADLINE="2")
         self.until(lambda: self.pids("a"), launcher)
-        fault = self.proxy.fail(
-            "status", 503, times=99, method="POST", path="ifGenerationMatch"
-        )  # the launcher alone
+        # of the launcher alone
+        fault = self.proxy.fail("status", 503, times=99, method="POST", path="ifGenerationMatch")
         self.wait_file.unlink()
         says = ""
-        while "warning: " not in says or "state.json: no success within" not in says:
+        while "warning: " not in says or "attempts.json: no success within" not in says:
             self.assertTrue(says := launcher.stdout.readline())
-        self.assertEqual(self.states("a"), ["running"])
         fault.times = 0
         self.ends(launcher)
-        self.assertEqual((self.states("a"), self.starts()), (["finished"], {"a": 2}))
+        self.assertEqual((self.states("a"), self.starts()), (["finished"], {"a": 1}))
 
 
 class Launcher(SweepTest):
@@ -126,10 +118,10 @@ class Launcher(SweepTest):
         first.send_signal(signal.SIGSTOP)
         second = self.begin(*self.configs("a"), "--local")
         self.until(lambda: len(self.pids("a")) == 2, second)
-        state = self.state("a")
+        before = self.attempts("a")
         first.send_signal(signal.SIGCONT)
         self.until(lambda: "SIGTERM" in self.log("a"), first)
-        self.assertEqual((self.state("a"), state["owner"]["pid"]), (state, second.pid))
+        self.assertEqual((self.attempts("a"), before[-1]["pid"]), (before, second.pid))
         self.wait_file.unlink()
         self.ends(second)
         self.assertIn(f"was taken over by process {second.pid}", self.ends(first))
@@ -141,10 +133,11 @@ class Launcher(SweepTest):
         output = self.sweep(*arguments, status=1)
         self.assertEqual(self.starts(), {"a": 2, "b": 1, "c": 2, "d": 1})
         self.assertEqual(self.states(*"abcd"), ["failed", "failed", "finished", "finished"])
-        self.assertEqual([self.state(name)["exit_status"] for name in "abcd"], [137, 2, 0, 0])
+        last = [self.attempts(name)[-1] for name in "abcd"]
+        self.assertEqual([attempt["exit_status"] for attempt in last], [137, 2, 0, 0])
         self.assertEqual(self.row(output, "b")[:3], ["b", "failed", "1"])
         self.assertEqual(
-            [self.state(name)["error"] for name in "abcd"],
+            [attempt["error"] for attempt in last],
             ["killed by signal 9", "the loss is not finite", None, None],
         )
         # the others are not kept waiting by one that fails
@@ -156,7 +149,7 @@ class Launcher(SweepTest):
         self.assertEqual(self.starts(), {"a": 2, "b": 1, "c": 2, "d": 1})
         self.sweep(*arguments, "--retry_failed", status=1)
         self.assertEqual(self.starts(), {"a": 4, "b": 2, "c": 2, "d": 1})
-        self.assertEqual(self.state("a")["attempts"], 4)
+        self.assertEqual(len(self.attempts("a")), 4)
 
     def test_an_end_without_an_evaluation_is_none(self):
         self.plan = {"a": ["nothing"]}
@@ -197,13 +190,35 @@ class Launcher(SweepTest):
                     self.states(*(f"{name}_seed{k}" for k in range(3))), ["waiting"] * 3
                 )
                 for cell in (f"{name}_seed{k}" for k in range(2)):
-                    self.assertEqual(
-                        [self.state(cell)[key] for key in ("exit_status", "failures", "error")],
-                        [143, 0, None],
-                    )
+                    (attempt,) = self.attempts(cell)
+                    self.assertEqual((attempt["exit_status"], attempt["error"]), (143, None))
                     self.assertEqual(self.log(cell).split()[-1], "SIGTERM")
                 self.sweep(*arguments)
                 self.assertEqual([self.starts()[f"{name}_seed{k}"] for k in range(3)], [2, 2, 1])
+
+    def test_a_terminal_that_closes(self):
+        """The trainings are told to end, as by SIGTERM; under nohup nothing happens."""
+        self.plan = {"a": ["wait"]}
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(ROOT)
+            os.environ.update(self.environment())
+            os.execv(sys.executable, self.command(*self.configs("a"), "--local"))
+        self.until(lambda: self.pids("a"))
+        os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self.assertEqual((status, self.log("a").split()[-1]), (128 + signal.SIGHUP, "SIGTERM"))
+        self.assertEqual(
+            (self.states("a"), self.attempts("a")[-1]["exit_status"]), (["waiting"], 143)
+        )
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as by nohup
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+        self.plan = {"a": ["", "wait"]}
+        launcher = self.begin(*self.configs("a"), "--local")
+        self.until(lambda: len(self.pids("a")) == 2, launcher)
+        launcher.send_signal(signal.SIGHUP)
+        self.wait_file.unlink()
+        self.ends(launcher)
 
     def test_a_training_that_outlives_its_launcher(self):
         """It is waited for: two would write to one run."""
@@ -214,7 +229,7 @@ class Launcher(SweepTest):
         launcher.kill()
         launcher.wait()
         self.assertRegex(
-            self.sweep("--status", "--ledger", join(self.out, "sweep")),
+            self.sweep("--status", f"logging.output_dir={self.out}"),
             r"(?m)^a +running .*, no heartbeat$",
         )
         launcher = self.begin(*self.configs("a"), "--local")
@@ -222,7 +237,8 @@ class Launcher(SweepTest):
         self.assertEqual(self.starts(), {"a": 1})
         self.wait_file.unlink()
         self.ends(launcher)
-        self.assertEqual((self.starts(), self.states("a")), ({"a": 2}, ["finished"]))
+        # what it has finished is not started again
+        self.assertEqual((self.starts(), self.states("a")), ({"a": 1}, ["finished"]))
 
     def test_a_run_that_somebody_else_trains_is_no_mistake(self):
         self.plan = {"a": ["refused"]}
@@ -234,7 +250,7 @@ class Launcher(SweepTest):
             self.assertIn(says, launcher.stdout.readline())
         lock.release()
         self.ends(launcher)
-        self.assertEqual((self.starts(), self.state("a")["failures"]), ({"a": 2}, 0))
+        self.assertEqual((self.starts(), failures(self.attempts("a"))), ({"a": 2}, 0))
 
     def test_cells_at_once_share_the_cores(self):
         with mock.patch.dict(os.environ):
@@ -246,13 +262,32 @@ class Launcher(SweepTest):
             [f"threads {max(1, os.cpu_count() // 2)}\n"] * 2 + ["threads None\n"],
         )
 
-    def test_a_state_that_another_has_replaced(self):
-        ledgers = [Ledger(self.out) for _ in range(2)]
-        first = ledgers[0].write("a", {"state": "waiting"}, None)
-        second = ledgers[1].write("a", {"state": "running"}, first)
+    def test_attempts_that_another_has_replaced(self):
+        folders = [SweepFolder(self.out) for _ in range(2)]
+        first = folders[0].write("a", [{"pid": 1}], None)
+        second = folders[1].write("a", [{"pid": 2}], first)
         with self.assertRaisesRegex(RunFailure, "another launcher has taken over a"):
-            ledgers[0].write("a", {"state": "finished"}, first)
-        self.assertEqual(ledgers[0].read("a"), ({"state": "running"}, second))
+            folders[0].write("a", [{"pid": 3}], first)
+        self.assertEqual(folders[0].attempts("a"), ([{"pid": 2}], second))
+
+    def test_failures_are_counted_since_the_cell_was_given_up(self):
+        keys = ("exit_status", "given_up")
+        ends = [(1, False), (2, True), (None, False), (137, False), (143, False), (0, False)]
+        self.assertEqual(failures([dict(zip(keys, end)) for end in ends]), 1)
+        self.assertEqual(failures([dict(zip(keys, end)) for end in ends[:1] * 2]), 2)
+
+    def test_a_configuration_that_every_machine_settles_for_itself(self):
+        """A sweep that one machine has begun in bfloat16 goes on on one that would take float32."""
+        (path,) = self.configs("a")
+        text = Path(path).read_text().replace("forward_dtype: float32", "forward_dtype: auto")
+        Path(path).write_text(text)
+        ours = load_config(path)
+        for theirs in ("bfloat16", "float32", "auto"):
+            stored = dataclasses.asdict(ours)
+            stored["model"]["forward_dtype"] = theirs
+            self.assertEqual(changes(ours, Progress(config=stored)), "")
+        stored["model"]["hidden_size"] = 64
+        self.assertEqual(changes(ours, Progress(config=stored)), "model.hidden_size 64 -> 32")
 
     def test_dry_run_starts_nothing(self):
         self.sweep(*self.configs("a"), "--local")
@@ -282,7 +317,6 @@ class Launcher(SweepTest):
             ("--loc", "--loc: unknown argument"),
             ("--seeds --local", "--seeds: expected at least one argument"),
             ("--slices", "--slices: expected at least one argument"),
-            ("--local --ledger", "--ledger: expected one argument"),
             ("--local --max_steps", "--max_steps: expected one argument"),
             ("--local --max_steps 0", "--max_steps 0: must be >= 1"),
         ]:
@@ -299,30 +333,28 @@ class Launcher(SweepTest):
         good, here = self.configs("a"), f"{self.out}/sweep"
         output = self.sweep(*good, "--status", "--local", status=2)
         self.assertRegex(output, rf"\Aerror: no cell of this sweep is in {here}: .*\n\Z")
-        for words in (["training.lr=1"], ["--seeds", "1"], [f"logging.output_dir={self.out}"]):
+        for words in (["training.lr=1"], ["--seeds", "1"]):
             self.assertIn(
                 f"error: {words[0]}: of which configuration?",
                 self.sweep("--status", *words, status=2),
             )
         self.sweep(*good, "--local")
-        self.assertEqual(self.row(self.sweep("--status", "--ledger", here), "a")[1], "finished")
+        self.assertEqual(
+            self.row(self.sweep("--status", f"logging.output_dir={self.out}"), "a")[1], "finished"
+        )
         self.assertEqual(
             self.row(self.sweep(*self.configs("ab"), "--status"), "b")[1:3], ["waiting", "0"]
         )
         self.assertIn("no cell of this sweep", self.sweep(*self.configs("b"), "--status", status=2))
 
-    def test_a_ledger_of_before(self):
-        """One that has no history."""
-        self.plan = {"a": ["kill"]}
-        self.sweep(*self.configs("a"), "--local", "--max_attempts", "1", status=1)
-        ledger = Ledger(f"{self.out}/sweep")
-        state, version = ledger.read("a")
-        state |= {"state": "waiting", "failures": 0}
-        del state["history"]
-        ledger.write("a", state, version)
-        self.assertEqual(self.row(self.sweep(*self.configs("a"), "--status"), "a")[1], "waiting")
+    def test_a_run_that_was_trained_by_hand(self):
+        """It is a cell that is finished."""
         self.sweep(*self.configs("a"), "--local")
-        self.assertEqual([attempt["exit_status"] for attempt in self.state("a")["history"]], [0])
+        shutil.rmtree(f"{self.out}/sweep")
+        self.assertEqual(
+            self.row(self.sweep(*self.configs("a"), "--local"), "a")[1:3], ["finished", "0"]
+        )
+        self.assertEqual(self.starts(), {"a": 1})
 
     def test_mistakes(self):
         good, bad = (
@@ -351,11 +383,7 @@ class Launcher(SweepTest):
             ((*good, "training.seed=1", "--seeds", "1"), ["--seeds"]),
             (
                 (*good, str(write_config(self.folder / "e.yaml"))),
-                ["--ledger", "several logging.output_dir"],
-            ),
-            (
-                (*good, "--ledger", "gs://somewhere/sweep"),
-                ["gs://somewhere/sweep", "runs/a is a folder of this one"],
+                ["logging.output_dir: the configurations have several, ", "/runs and runs, "],
             ),
         ]:
             with self.subTest(arguments):
@@ -369,10 +397,6 @@ class Launcher(SweepTest):
         self.sweep(*good, "--local")
         self.assertIn(
             "training.lr 0.01 -> 0.02", self.sweep(*good, "--local", "training.lr=2e-2", status=2)
-        )
-        moved = (f"logging.output_dir={self.folder}/elsewhere", "--ledger", join(self.out, "sweep"))
-        self.assertIn(
-            f"runs/a -> {self.folder}/elsewhere/a", self.sweep(*good, "--local", *moved, status=2)
         )
         self.assertEqual(self.starts(), {"a": 1})
 
@@ -457,9 +481,8 @@ class RealTraining(CommandTest, SweepTest):
             for path in (self.folder / "runs" / "tiny" / "checkpoints").glob("*.json")
         ]
         self.assertGreaterEqual(max(steps), 17)
-        self.assertEqual(
-            (self.states("tiny"), self.state("tiny")["exit_status"]), (["waiting"], 143)
-        )
+        self.assertEqual(self.states("tiny"), ["waiting"])
+        self.assertEqual(self.attempts("tiny")[-1]["exit_status"], 143)
 
     def test_datasets_are_looked_at_before_anything_starts(self):
         broken = write_config(
@@ -471,9 +494,8 @@ class RealTraining(CommandTest, SweepTest):
             "scripts/sweep.py",
             str(self.config),
             str(broken),
+            f"logging.output_dir={self.folder}/none",
             "--local",
-            "--ledger",
-            str(self.folder / "none"),
         ]
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
         self.assertEqual(done.returncode, 2, done.stderr)

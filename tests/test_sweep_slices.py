@@ -1,9 +1,11 @@
-"""Sweeps on TPU slices: what a slice is, which cell runs where, and what becomes of a slice at the end."""
+"""Sweeps on TPU slices: what a slice is, which cell runs where, and what becomes of a slice at the
+end."""
 
 import contextlib
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -13,16 +15,16 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import sweep_cells
+import sweep_launcher
+import sweep_slices
+from sweep_state import SweepFolder
+
 from storage import join, open_folder
-from sweep_ledger import Ledger
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, TINY, write_config
 from tests.slice import NAME, SliceTest, executable, load_gcloud
 from tests.sweeps import SweepTest
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import sweep
-import sweep_slices
 
 
 class Slices(GCSTest, SweepTest):
@@ -65,7 +67,7 @@ class Slices(GCSTest, SweepTest):
         for launcher in launchers:
             self.ends(launcher)
         self.assertEqual(self.starts(), dict.fromkeys("abcde", 1))
-        self.assertEqual({self.state(name)["owner"]["slice"] for name in "abcde"}, {"s1", "s2"})
+        self.assertEqual({self.attempts(name)[-1]["slice"] for name in "abcde"}, {"s1", "s2"})
 
     def test_what_runs_on_a_slice_is_gone_on_with_there(self):
         self.plan = {"a": ["locked", "attach"], "b": ["locked", "attach"]}
@@ -81,7 +83,7 @@ class Slices(GCSTest, SweepTest):
         )
         launcher.kill()
         launcher.wait()
-        on = {name: self.state(name)["owner"]["slice"] for name in "ab"}
+        on = {name: self.attempts(name)[-1]["slice"] for name in "ab"}
         launcher = self.begin(
             *configs, "--slices", on["b"], on["a"]
         )  # the first cell that is there is not the first slice's
@@ -89,7 +91,7 @@ class Slices(GCSTest, SweepTest):
         self.wait_file.unlink()
         self.assertNotIn("another training", self.ends(launcher))
         self.assertEqual(self.starts(), {"a": 2, "b": 2, "c": 1})
-        self.assertEqual({name: self.state(name)["owner"]["slice"] for name in "ab"}, on)
+        self.assertEqual({name: self.attempts(name)[-1]["slice"] for name in "ab"}, on)
 
     def make_slices(self, *names):
         gcloud = load_gcloud()
@@ -101,10 +103,10 @@ class Slices(GCSTest, SweepTest):
 
     def history(self, name):
         keys = ("slice", "accelerator_type", "zone", "spot", "exit_status")
-        return [tuple(attempt[key] for key in keys) for attempt in self.state(name)["history"]]
+        return [tuple(attempt[key] for key in keys) for attempt in self.attempts(name)]
 
     def test_slices_of_several_kinds(self):
-        """Each is asked for as its word says, and the ledger tells what ran where."""
+        """Each is asked for as its word says, and attempts.json tells what ran where."""
         kinds = ("s1:queued", "s2:spot:v4-16:europe-west4-a")
         output = self.sweep(
             *self.configs("abcd"), "--slices", *kinds, "tpu.zone=us-east1-d", "--", "--queued"
@@ -122,17 +124,20 @@ class Slices(GCSTest, SweepTest):
             (words,) = self.commands(name)
             own = {
                 "s1": "tpu.name=s1 --queued",
-                "s2": "tpu.name=s2 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a --spot --queued",
+                "s2": "tpu.name=s2 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a --spot"
+                " --queued",
             }
             self.assertTrue(words.endswith(f" tpu.zone=us-east1-d {own[one]}"), words)
         for one in (
             "tpu.name=s1 tpu.project=my-project-1 tpu.accelerator_type=v4-8 tpu.zone=us-east1-d",
-            "tpu.name=s2 tpu.project=my-project-1 tpu.accelerator_type=v4-16 tpu.zone=europe-west4-a",
+            "tpu.name=s2 tpu.project=my-project-1 tpu.accelerator_type=v4-16 "
+            "tpu.zone=europe-west4-a",
         ):
             self.assertIn(f"  bash scripts/delete_tpu.sh {one}", lines)
 
     def test_a_cell_goes_on_on_another_kind(self):
-        """Where its slice is none of --slices; after Ctrl-C nothing is deleted, and what is left is said."""
+        """Where its slice is none of --slices; after Ctrl-C nothing is deleted, and what is left is
+        said."""
         self.plan = {"a": ["wait"]}
         self.make_slices("s1")
         launcher = self.begin(*self.configs("a"), "--slices", "s1", "--delete_when_done")
@@ -166,9 +171,7 @@ class Slices(GCSTest, SweepTest):
         self.assertEqual(self.starts(), {"a": 1})
         self.wait_file.unlink()
         self.ends(launcher)
-        self.assertEqual(
-            [zone for _, _, zone, *_ in self.history("a")], ["us-central2-b", "us-east1-d"]
-        )
+        self.assertEqual(self.states("a"), ["finished"])
 
     def test_a_slice_that_google_does_not_give(self):
         """Its cells are no failures: they go on on another slice, or another time."""
@@ -198,7 +201,8 @@ class Slices(GCSTest, SweepTest):
         self.assertNotIn("scripts/delete_tpu.sh", output)
 
     def test_a_slice_in_use_is_not_deleted(self):
-        """By another launcher, by a run of the kit that is none of the sweep's, or by any program that has its chips."""
+        """By another launcher, by a run of the kit that is none of the sweep's, or by any program
+        that has its chips."""
         self.plan = {"b": ["wait"]}
         self.make_slices("s1", "s2", "s3", "s4")
         other = self.begin(*self.configs("b"), "--slices", "s1")
@@ -235,9 +239,9 @@ class Slices(GCSTest, SweepTest):
         for word, told in (("s1", True), ("s2", False)):
             cell = mock.Mock(places={word: ("my-project-1", "v4-8", "us-central2-b")})
             cell.name = "a"
-            launcher = sweep.Sweep(
+            launcher = sweep_launcher.Launcher(
                 [cell],
-                Ledger(str(self.folder)),
+                SweepFolder(str(self.folder)),
                 sweep_slices.parse_slices([word]),
                 1,
                 [],
@@ -247,7 +251,7 @@ class Slices(GCSTest, SweepTest):
             if told:
                 launcher.stop.set()
             with (
-                mock.patch.object(sweep, "delete_if_idle", return_value=(0, "")) as delete,
+                mock.patch.object(sweep_launcher, "delete_if_idle", return_value=(0, "")) as delete,
                 contextlib.redirect_stdout(io.StringIO()),
             ):
                 launcher._next(launcher.slots[0])
@@ -257,7 +261,8 @@ class Slices(GCSTest, SweepTest):
 
     @contextlib.contextmanager
     def open_file(self, path, then):
-        """A program that has the file open, and has done the shell command `then` to it (as 9), until the block ends."""
+        """A program that has the file open, and has done the shell command `then` to it (as 9),
+        until the block ends."""
         path.parent.mkdir()
         path.write_text("theirs\n")
         shell = f'exec 9<"$0"; {then}; echo; exec sleep 100'
@@ -313,6 +318,15 @@ class Slices(GCSTest, SweepTest):
             unknown[1:], [line.replace("  waiting  ", "  unknown  ") for line in known]
         )
         self.proxy.faults.clear()
+        with mock.patch.dict(os.environ):
+            del os.environ["TPU_BUCKET"]
+            not_given = self.sweep(*configs, "--slices", "s1", "s2:spot", "--dry_run").splitlines()
+            self.sweep(*configs, "--slices", "s1", status=2)
+        self.assertIn("not known: tpu.bucket is not given: export TPU_BUCKET", not_given[0])
+        # The stand-in for a command names the folder of the run, the real one does not.
+        self.assertEqual(
+            [line.replace(sweep_cells.NO_BUCKET, self.url) for line in not_given[1:]], unknown[1:]
+        )
         for words, status in ((["--dry_run"], 0), ([], 2)):
             output = self.sweep(
                 *configs,
@@ -333,7 +347,8 @@ class Slices(GCSTest, SweepTest):
             (["s1", "--max_steps", "2"], "--max_steps 2: only with --local"),
             (
                 ["s1:v4"],
-                "--slices s1:v4: 'v4' is no type, no zone and neither spot nor queued: a slice is NAME, or",
+                "--slices s1:v4: 'v4' is no type, no zone and neither spot nor queued: a slice is "
+                "NAME, or",
             ),
             (["s1:v4-8:spot:v4-8"], "'v4-8' is the second type"),
             (["v4-8:S1"], "'S1' is no type"),
@@ -351,7 +366,8 @@ class Slices(GCSTest, SweepTest):
         )
 
     def test_a_configuration_that_a_slice_cannot_run(self):
-        """Its global batch, 8, divides by the chips of a v4-16: all that do not fit are named at once."""
+        """Its global batch, 8, divides by the chips of a v4-16: all that do not fit are named at
+        once."""
         a, b, c = self.configs("abc")
         for old, new in (
             ("global_batch_size: 8", "global_batch_size: 4"),
@@ -360,7 +376,8 @@ class Slices(GCSTest, SweepTest):
             Path(c).write_text(Path(c).read_text().replace(old, new))
         output = self.sweep(a, b, c, "--slices", "s1", "s2:v4-16", "s3:v4-32", "s4:v4-32", status=2)
         found = re.findall(
-            r"^error: \S*/(\w).yaml on ([\w, ]+): .*must be divisible by workers .* = (\d+) x 1 = .*$",
+            r"^error: \S*/(\w).yaml on ([\w, ]+): .*must be divisible by workers .* = (\d+) x 1 = "
+            r".*$",
             output,
             re.MULTILINE,
         )
@@ -374,11 +391,14 @@ class Slices(GCSTest, SweepTest):
 
     def test_configurations_that_want_different_slices(self):
         a, b = self.configs("ab")
-        Path(b).write_text(Path(b).read_text().replace("tpu: {}", "tpu: {accelerator_type: v4-16}"))
+        Path(b).write_text(
+            Path(b).read_text().replace("accelerator_type: v4-8", "accelerator_type: v4-16")
+        )
         output = self.sweep(a, b, "--slices", "s1", "s2:v4-8", status=2)
         self.assertRegex(
             output,
-            r"\Aerror: --slices s1: it is v4-8 in us-central2-b of my-project-1 by \S+a.yaml and v4-16 in .*\n\Z",
+            r"\Aerror: --slices s1: it is v4-8 in us-central2-b of my-project-1 by \S+a.yaml and "
+            r"v4-16 in .*\n\Z",
         )
         self.sweep(a, b, "--slices", "s2:v4-8")
 
@@ -411,10 +431,8 @@ class OnASlice(SliceTest):
         self.release(17)
         output, _ = sweep.communicate(timeout=120)
         self.assertEqual(sweep.returncode, 0, output)
-        state = json.loads(self.in_bucket("runs/sweep/tiny_seed1/state.json"))
-        self.assertEqual(
-            (state["state"], state["attempts"], state["owner"]["slice"]), ("finished", 1, NAME)
-        )
+        (attempt,) = json.loads(self.in_bucket("runs/sweep/tiny_seed1/attempts.json"))
+        self.assertEqual((attempt["exit_status"], attempt["slice"]), (0, NAME))
         self.assertEqual([start["step"] for start in self.starts("tiny_seed1")], [0, 14])
         self.assertRegex(
             output, f"(?m)^tiny_seed1  finished         1     60 .* {NAME}:v4-8:us-central2-b$"
@@ -423,6 +441,48 @@ class OnASlice(SliceTest):
         self.assertEqual(
             (self.changes()[-1], os.listdir(self.cloud / "slices")), ("tpu-vm delete", [])
         )
+
+    def test_a_terminal_that_closes(self):
+        """What the sweep has started on this machine ends with it; the run on the slice goes on."""
+        self.hold(17)
+        words = ["configs/tiny.yaml", "--slices", NAME, "--", "--poll", "0.5"]
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.kit)
+            words += ["--log_dir", str(self.folder / "log")]
+            os.execvp("bash", ["bash", "scripts/launch_sweep.sh", *words])
+        self.arrived(17)
+
+        def helpers():
+            # all that the sweep has started here: they have its environment, and are not on a host
+            here = f"TRM_TEST_CLOUD={self.cloud}".encode()
+            found = {}
+            for folder in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if here in (folder / "environ").read_bytes() and "scripts/" in command:
+                        found[int(folder.name)] = command
+            return {
+                number: command
+                for number, command in found.items()
+                if number not in self.host_processes() and number != os.getpid()
+            }
+
+        self.assertTrue(any("keep_alive.sh" in command for command in helpers().values()))
+        os.close(terminal)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        self.assertEqual(status, 128 + signal.SIGHUP)
+        self.wait_for(lambda: not helpers())
+        self.assertTrue(self.host_processes())
+        self.release(17)
+
+    def test_a_dry_run_without_a_bucket(self):
+        with mock.patch.dict(os.environ):
+            del os.environ["TPU_BUCKET"]
+            words = ["configs/tiny.yaml", "--slices", NAME, "--dry_run"]
+            output = self.script("launch_sweep", *words)
+        self.assertRegex(output, "(?m)^tiny  unknown  bash .*keep_alive.sh configs/tiny.yaml ")
+        self.assertEqual(self.calls(), [])
 
     def test_what_could_not_start_is_said_before(self):
         for words, says in (
