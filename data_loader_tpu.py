@@ -1,7 +1,7 @@
-"""Sudoku datasets in the original's folder layout, and batches whose order depends on (seed, step) alone.
+"""Sudoku datasets in the original's folder layout, and batches that depend on (seed, step) alone.
 
-Everything stays uint8 until it is on the device. The global batch of a step does not depend on the number of
-workers: each worker takes its slice of it.
+Everything stays uint8 until it is on the device. The global batch of a step does not depend on the
+number of workers: each worker takes its slice of it.
 """
 
 import hashlib
@@ -9,11 +9,14 @@ import io
 import json
 import math
 from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from config import Config
 from sudoku import BOX_SHAPES, SudokuAugmenter, paired
 from utils import (
     STREAM_AUGMENTATION,
@@ -23,7 +26,7 @@ from utils import (
     random_stream,
 )
 
-# name: dimensions; ratings may be missing
+# the arrays of a split, all__{name}.npy, and their dimensions; ratings may be missing
 FIELDS = {
     "inputs": 2,
     "labels": 2,
@@ -33,18 +36,42 @@ FIELDS = {
     "ratings": 1,
 }
 
+Batch = dict[str, np.ndarray]  # inputs, labels [b, S] uint8; puzzle_identifiers [b] int32
+
 
 class SudokuDatasetTPU:
     """One split of a dataset folder, checked and held in memory.
 
-    inputs, labels: [N, S] uint8 (0 pad, 1 empty cell, 2.. digits); puzzle_identifiers: [N] int32;
-    group_indices: [G+1] (a group is one puzzle and its augmentations); ratings: [N] int32 or None (datasets of
-    the original have none). Raises UserError where a file is missing, damaged or of another format.
+    inputs, labels: [N, S] uint8 (0 pad, 1 empty cell, 2 and above digits); puzzle_identifiers:
+    [N]; group_indices: [G+1], where group g is the rows group_indices[g] to group_indices[g+1], one
+    puzzle and its stored augmentations; ratings: [N], or None if the dataset has none, as the
+    original's; fingerprint: SHA-256 of inputs and labels.
+
+    Raises UserError if a file is missing, damaged or of another format.
     """
 
-    def __init__(self, dataset_path, split):
+    def __init__(self, dataset_path: str | Path, split: str):
         self.path, self.split = Path(dataset_path), split
         folder = self.path / split
+        self._read_metadata(folder)
+        files = {name: folder / f"all__{name}.npy" for name in FIELDS}
+        if not files["ratings"].exists():
+            del files["ratings"]
+        arrays = {name: self._load(file) for name, file in files.items()}
+        self.inputs = np.ascontiguousarray(arrays["inputs"])
+        self.labels = np.ascontiguousarray(arrays["labels"])
+        self.puzzle_identifiers = arrays["puzzle_identifiers"]
+        self.group_indices = arrays["group_indices"]
+        self.ratings = arrays.get("ratings")
+        self._check_shapes(arrays)
+        self._check_content()
+        self.inputs = self.inputs.astype(np.uint8, copy=False)
+        self.labels = self.labels.astype(np.uint8, copy=False)
+        sha256 = hashlib.sha256(self.inputs.data)
+        sha256.update(self.labels.data)
+        self.fingerprint = sha256.hexdigest()
+
+    def _read_metadata(self, folder: Path) -> None:
         try:
             meta = json.loads((folder / "dataset.json").read_text())
             self.seq_len, self.vocab_size = int(meta["seq_len"]), int(meta["vocab_size"])
@@ -55,125 +82,102 @@ class SudokuDatasetTPU:
             others = [p.parent.name for p in sorted(self.path.glob("*/dataset.json"))]
             has = f" (it has {', '.join(others)})" if others else ""
             raise UserError(
-                f"data.dataset_path = {str(self.path)!r}: there is no {split} split{has} in {self.path.resolve()}: "
-                "build it by the `# dataset:` command at the top of the configuration file "
-                "(python scripts/build_sudoku_dataset.py --help), or name another folder"
+                f"data.dataset_path = {str(self.path)!r}: there is no {self.split} split{has} in "
+                f"{self.path.resolve()}: build it by the `# dataset:` command at the top of the "
+                "configuration file (python scripts/build_sudoku_dataset.py --help), or name "
+                "another folder; a relative path counts from the current folder"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"dataset.json: {type(error).__name__}: {error}") from None
-        files = {name: folder / f"all__{name}.npy" for name in FIELDS}
-        arrays = {
-            name: self._load(file)
-            for name, file in files.items()
-            if name != "ratings" or file.exists()
-        }
-        self.inputs, self.labels = (
-            np.ascontiguousarray(arrays[name]) for name in ("inputs", "labels")
-        )
-        self.puzzle_identifiers, self.group_indices, self.ratings = (
-            arrays.get(k) for k in ("puzzle_identifiers", "group_indices", "ratings")
-        )
-        self._check(arrays, pad, ignored)
-        digest = hashlib.sha256(self.inputs)
-        digest.update(self.labels)
-        self.fingerprint = digest.hexdigest()
+        square = self.size in BOX_SHAPES and self.size**2 == self.seq_len
+        if not square or self.vocab_size != self.size + 2 or pad or ignored:
+            raise self._damaged(
+                f"seq_len {self.seq_len}, vocab_size {self.vocab_size}, pad_id {pad}, "
+                f"ignore_label_id {ignored}: Sudokus of size n in {list(BOX_SHAPES)} have n*n, "
+                "n+2, 0, 0"
+            )
 
-    def _load(self, file):
+    def _load(self, file: Path) -> np.ndarray:
         try:
-            # no pickles: numpy would run what they say; its advice to allow them is left out of the message
+            # No pickles: numpy would execute them. Its advice to allow them is left out of the
+            # message.
             return np.lib.format.read_array(io.BytesIO(file.read_bytes()), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or str(error).split(". ")[0]
             raise self._damaged(f"{file.name}: {reason}") from None
 
-    def _damaged(self, what):
+    def _damaged(self, what: str) -> UserError:
         return UserError(
             f"dataset {self.path}, split {self.split}, is damaged or of another format: {what}. "
             "Build it again with scripts/build_sudoku_dataset.py --overwrite"
         )
 
-    def _check(self, arrays, pad, ignored):
+    def _check_shapes(self, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             if array.ndim != FIELDS[name] or array.dtype.kind not in "iu":
                 raise self._damaged(f"all__{name}.npy is {array.dtype}{list(array.shape)}")
-        if (
-            self.size not in BOX_SHAPES
-            or self.size**2 != self.seq_len
-            or self.vocab_size != self.size + 2
-            or pad
-            or ignored
-        ):
-            raise self._damaged(
-                f"seq_len {self.seq_len}, vocab_size {self.vocab_size}, pad_id {pad}, ignore_label_id "
-                f"{ignored}: Sudokus of size n in {list(BOX_SHAPES)} have n*n, n+2, 0, 0"
-            )
         count = len(self.inputs)
-        lengths = {
-            len(a)
-            for a in (
-                self.labels,
-                self.puzzle_identifiers,
-                arrays["puzzle_indices"][1:],
-                arrays.get("ratings", self.labels),
-            )
-        }
-        if (
-            lengths != {count}
-            or not count
-            or self.inputs.shape != self.labels.shape
-            or self.inputs.shape[1] != self.seq_len
-        ):
+        rows = {name: len(array) for name, array in arrays.items() if name != "group_indices"}
+        rows["puzzle_indices"] -= 1
+        shape = (count, self.seq_len)
+        same_length = count > 0 and set(rows.values()) == {count}
+        if not same_length or not self.inputs.shape == self.labels.shape == shape:
             raise self._damaged(
-                f"its arrays differ in length (inputs {list(self.inputs.shape)}, labels {list(self.labels.shape)})"
+                f"its arrays differ in length (inputs {list(self.inputs.shape)}, labels "
+                f"{list(self.labels.shape)})"
             )
         if not np.array_equal(arrays["puzzle_indices"], np.arange(count + 1)):
             raise self._damaged("a puzzle of a Sudoku dataset has exactly one example")
-        groups = self.group_indices
-        if (
-            len(groups) < 2
-            or groups[0] != 0
-            or groups[-1] != count
-            or (np.diff(groups.astype(np.int64)) < 1).any()
-        ):
+
+    def _check_content(self) -> None:
+        count, groups = len(self.inputs), self.group_indices.astype(np.int64)
+        covers_all = len(groups) > 1 and groups[0] == 0 and groups[-1] == count
+        if not covers_all or (np.diff(groups) < 1).any():
             raise self._damaged("all__group_indices.npy does not cut the puzzles into groups")
-        identifiers = self.puzzle_identifiers
-        if identifiers.min() < 0 or identifiers.max() >= self.num_puzzle_identifiers:
+        lowest, highest = self.puzzle_identifiers.min(), self.puzzle_identifiers.max()
+        if lowest < 0 or highest >= self.num_puzzle_identifiers:
             raise self._damaged(
-                f"puzzle identifiers go from {identifiers.min()} to {identifiers.max()}, of {self.num_puzzle_identifiers}"
+                f"puzzle identifiers go from {lowest} to {highest}, of "
+                f"{self.num_puzzle_identifiers}"
             )
         digits = (self.labels >= 2) & (self.labels < self.vocab_size)
         wrong = ~(digits & ((self.inputs == 1) | (self.inputs == self.labels))).all(1)
         if wrong.any():
             raise self._damaged(
-                f"{wrong.sum()} of {count} puzzles do not agree with their solution (first: row {int(wrong.argmax())})"
+                f"{wrong.sum()} of {count} puzzles do not agree with their solution (first: row "
+                f"{int(wrong.argmax())})"
             )
-        self.inputs, self.labels = (
-            self.inputs.astype(np.uint8, copy=False),
-            self.labels.astype(np.uint8, copy=False),
-        )
 
-    def __len__(self):
-        """Examples."""
+    def __len__(self) -> int:
+        """Number of examples: puzzles and stored augmentations."""
         return len(self.inputs)
 
     @property
-    def num_puzzles(self):
-        """Puzzles: groups of one puzzle and its stored augmentations."""
+    def num_puzzles(self) -> int:
+        """Number of puzzles, without their stored augmentations."""
         return len(self.group_indices) - 1
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class TrainLoader:
     """Endless training batches of one worker, prepared ahead by a thread.
 
-    Puzzles stand in an endless row of epochs, each a permutation of them all; step s takes the s-th stretch of
-    global_batch_size of them, and for each draws one of its stored augmentations and, if asked, a fresh one.
+    Concatenate one permutation of the puzzles for each epoch; step s, from 0, reads the positions
+    s*B to (s+1)*B, where B is the global batch size. For each puzzle it draws one of the stored
+    augmentations and, if `augment`, applies a random symmetry.
     """
 
     def __init__(
-        self, dataset, seed, global_batch_size, augment, prefetch_batches, rank=0, world_size=1
+        self,
+        dataset: SudokuDatasetTPU,
+        seed: int,
+        global_batch_size: int,
+        augment: bool,
+        prefetch_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.dataset, self.seed, self.global_batch_size = dataset, seed, global_batch_size
         self.prefetch_batches = prefetch_batches
@@ -181,49 +185,49 @@ class TrainLoader:
         self.mine = slice(rank * local, (rank + 1) * local)
         self.augmenter = SudokuAugmenter(dataset.size, first_digit=2) if augment else None
         self.pairs = paired(dataset.inputs, dataset.labels)
-        self.orders = {}
+        self.orders: dict[int, np.ndarray] = {}
         self.step = 0  # batches handed out
 
-    def _puzzles(self, step):
-        """Puzzle (group) numbers of the global batch of `step`, [global_batch_size]."""
+    def _puzzles(self, step: int) -> np.ndarray:
+        """This worker's puzzles (group numbers) of `step`, int64 [b]."""
         count = self.dataset.num_puzzles
-        position = step * self.global_batch_size + np.arange(self.global_batch_size)[self.mine]
-        epochs, places = np.divmod(position, count)
-        chosen = np.empty(len(places), np.int64)
+        positions = step * self.global_batch_size + np.arange(self.global_batch_size)[self.mine]
+        epochs, offsets = np.divmod(positions, count)
+        chosen = np.empty(len(positions), np.int64)
         for epoch in range(epochs[0], epochs[-1] + 1):
-            if epoch not in self.orders:
-                # two orders at a time: the thread needs at most the epoch that ends and the one that begins
-                self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
-                self.orders[epoch] = random_stream(
-                    self.seed, STREAM_EPOCH_ORDER, epoch
-                ).permutation(count)
             here = epochs == epoch
-            chosen[here] = self.orders[epoch][places[here]]
+            chosen[here] = self._order(epoch)[offsets[here]]
         return chosen
 
-    def batch(self, step):
-        """This worker's part of the global batch of `step` (from 0): numpy inputs, labels [b, S] uint8,
-        puzzle_identifiers [b] int32. A pure function of (seed, step)."""
+    def _order(self, epoch: int) -> np.ndarray:
+        """The permutation of an epoch, [puzzles]; two are kept, that which ends and that which
+        begins."""
+        if epoch not in self.orders:
+            self.orders = {k: order for k, order in self.orders.items() if k == epoch - 1}
+            stream = random_stream(self.seed, STREAM_EPOCH_ORDER, epoch)
+            self.orders[epoch] = stream.permutation(self.dataset.num_puzzles)
+        return self.orders[epoch]
+
+    def batch(self, step: int) -> Batch:
+        """This worker's part of the global batch of `step` (from 0), a function of (seed, step).
+
+        inputs, labels: [b, S] uint8; puzzle_identifiers: [b] int32.
+        """
         data, puzzles = self.dataset, self._puzzles(step)
-        bits = random_stream(self.seed, STREAM_AUGMENTATION, step).bit_generator.random_raw(
-            2 * self.global_batch_size
-        )
-        member, draws = bits.reshape(-1, 2)[self.mine].T
+        stream = random_stream(self.seed, STREAM_AUGMENTATION, step)
+        bits = stream.bit_generator.random_raw(2 * self.global_batch_size)
+        members, draws = bits.reshape(-1, 2)[self.mine].T
         first = data.group_indices[puzzles].astype(np.int64)
-        examples = first + (
-            member % (data.group_indices[puzzles + 1] - first).astype(np.uint64)
-        ).astype(np.int64)
+        sizes = (data.group_indices[puzzles + 1] - first).astype(np.uint64)
+        examples = first + (members % sizes).astype(np.int64)
         if self.augmenter is None:
             inputs, labels = data.inputs[examples], data.labels[examples]
         else:
             inputs, labels = self.augmenter(self.pairs[examples], draws)
-        return {
-            "inputs": inputs,
-            "labels": labels,
-            "puzzle_identifiers": data.puzzle_identifiers[examples].astype(np.int32),
-        }
+        identifiers = data.puzzle_identifiers[examples].astype(np.int32)
+        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
-    def __iter__(self):
+    def __iter__(self) -> Generator[Batch, None, None]:
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
             ahead = deque(
                 thread.submit(self.batch, self.step + k) for k in range(self.prefetch_batches)
@@ -238,8 +242,8 @@ class TrainLoader:
                 for future in ahead:
                     future.cancel()
 
-    def state_dict(self):
-        """Where the loader stands, and what that position belongs to."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the loader, and the data that this position belongs to."""
         return {
             "step": self.step,
             "seed": self.seed,
@@ -247,18 +251,21 @@ class TrainLoader:
             "fingerprint": self.dataset.fingerprint,
         }
 
-    def load_state_dict(self, state):
-        """Go on from `state`. Raises UserError if the training puzzles are not those it was saved with."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the position of `state`. Raises UserError if it belongs to other puzzles."""
         if state["fingerprint"] != self.dataset.fingerprint:
             raise UserError(
-                f"the training puzzles in {self.dataset.path} are not those this run began with (their checksum "
-                "differs): restore that dataset, or start a new run with --run_name"
+                f"the training puzzles in {self.dataset.path} are not those this run began with "
+                "(their checksum differs): restore that dataset, or start a new run with "
+                "--run_name"
             )
         self.step = state["step"]
 
 
-def create_dataloader_tpu(dataset, config, rank=0, world_size=1):
-    """TrainLoader of one worker for a Config; rank's slice of each global batch is disjoint from the others'."""
+def create_dataloader_tpu(
+    dataset: SudokuDatasetTPU, config: Config, rank: int = 0, world_size: int = 1
+) -> TrainLoader:
+    """The TrainLoader of one worker; each worker has another slice of every global batch."""
     return TrainLoader(
         dataset,
         config.training.seed,
@@ -270,29 +277,33 @@ def create_dataloader_tpu(dataset, config, rank=0, world_size=1):
     )
 
 
-def evaluation_batches(dataset, batch_size, max_examples=None, rank=0, world_size=1):
-    """One worker's share of the examples, every one in exactly one share, in as many batches on each worker.
+def evaluation_batches(
+    dataset: SudokuDatasetTPU,
+    batch_size: int,
+    max_examples: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """One worker's share of the examples. Each example is in exactly one share, and each worker has
+    the same number of batches.
 
-    Yields (batch, rows): a batch of one fixed shape like the loader's, its last rows pads where examples run out, and the
-    example numbers [<= batch_size] of its real rows. max_examples: a random subset, the same at every call.
+    Yields (batch, rows): a batch of `batch_size` rows like the loader's, which ends with padding
+    where the examples run out, and the numbers of its real examples, [<= batch_size].
+    max_examples: a random subset, the same at every call.
     """
-    chosen = np.arange(len(dataset))
+    chosen: np.ndarray = np.arange(len(dataset))
     if max_examples is not None and max_examples < len(dataset):
-        chosen = np.sort(
-            random_stream(0, STREAM_EVAL_SUBSET, 0).permutation(len(dataset))[:max_examples]
-        )
+        order = random_stream(0, STREAM_EVAL_SUBSET, 0).permutation(len(dataset))
+        chosen = np.sort(order[:max_examples])
     share = math.ceil(len(chosen) / world_size)
     ours = chosen[rank * share : (rank + 1) * share]
     for start in range(0, share, batch_size):
         rows = ours[start : start + batch_size]
         missing = batch_size - len(rows)
-        yield (
-            {
-                "inputs": np.pad(dataset.inputs[rows], ((0, missing), (0, 0))),
-                "labels": np.pad(dataset.labels[rows], ((0, missing), (0, 0))),
-                "puzzle_identifiers": np.pad(dataset.puzzle_identifiers[rows], (0, missing)).astype(
-                    np.int32
-                ),
-            },
-            rows,
-        )
+        identifiers = np.pad(dataset.puzzle_identifiers[rows], (0, missing))
+        batch = {
+            "inputs": np.pad(dataset.inputs[rows], ((0, missing), (0, 0))),
+            "labels": np.pad(dataset.labels[rows], ((0, missing), (0, 0))),
+            "puzzle_identifiers": identifiers.astype(np.int32),
+        }
+        yield batch, rows

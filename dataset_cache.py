@@ -1,4 +1,4 @@
-"""Datasets in gs:// folders, downloaded once per host and version."""
+"""Datasets in gs:// folders, downloaded once for each host and version."""
 
 import fcntl
 import json
@@ -8,90 +8,106 @@ import shutil
 from pathlib import Path
 
 from storage import (
+    GCSFolder,
     LocalFolder,
+    ObjectVersion,
     cache_folder,
     checked_name,
     digest,
     is_remote,
-    open_folder,
     sync_folder,
 )
-from utils import UserError
+from utils import UserError, sha256_of
 
 DATASET_FILE = re.compile(
     r"identifiers\.json|build_info\.json|[^/]+/(?:dataset\.json|all__[^/]+\.npy)"
 )
 
 
-def local_dataset(url, cache_dir=None):
-    """The local folder of the dataset at `url`: a local path as it is, a gs:// one downloaded once per host and version.
+def local_dataset(url: str, cache_dir: str | Path | None = None) -> Path:
+    """The local folder of the dataset at `url`: a local path as it is, a gs:// one downloaded.
 
-    cache_dir: by default $TRM_CACHE, or ~/.cache/trm. Processes of a host wait while one of them downloads. Another
-    listing (names, sizes, generations, checksums) is another version; earlier ones stay, runs may be reading them.
-    Raises UserError where there is no whole dataset, or a name in it leads out of its folder; StorageError.
+    cache_dir: by default $TRM_CACHE, or ~/.cache/trm. The processes of a host wait while one of
+    them downloads. If the listing in the bucket (names, sizes, generations, checksums) changes,
+    that is another version, and earlier ones stay: runs may be reading them.
+    Raises UserError if there is no whole dataset, or if a name in it leads out of its folder;
+    StorageError if the bucket does not answer.
     """
     if not is_remote(url):
         return Path(url)
-    folder = open_folder(url)
-    stored = folder.versions()
-    for name in stored:
-        checked_name(name, folder.url)
-    stored = {name: stored[name] for name in sorted(stored) if DATASET_FILE.fullmatch(name)}
-    if not any(name.endswith("/dataset.json") for name in stored):
-        raise UserError(
-            f"{folder.url}: there is no dataset: upload the folder that scripts/build_sudoku_dataset.py wrote, "
-            "so that its splits lie in this one (train/dataset.json)"
-        )
-    listing = json.dumps(list(stored.values()))
+    folder = GCSFolder(url)
+    versions = _dataset_files(folder)
     home = Path(cache_dir or cache_folder()) / "datasets" / digest(folder.url.encode())[:16]
+    listing = json.dumps(list(versions.values()))
     dataset = home / digest(listing.encode())[:16]
     try:
         home.mkdir(parents=True, exist_ok=True)
         lock = open(home / "lock", "a")
     except OSError as error:
         raise UserError(
-            f"{home}: the dataset cannot be kept there ({error.strerror}): set TRM_CACHE to a folder that can be written"
+            f"{home}: the dataset cannot be kept there ({error.strerror}): set TRM_CACHE to a "
+            "folder that can be written"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets it go when its holder is killed
-        if LocalFolder(dataset).list() != {name: version.size for name, version in stored.items()}:
-            _download(folder, stored, dataset)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder is killed
+        sizes = {name: version.size for name, version in versions.items()}
+        if LocalFolder(dataset).list() != sizes:
+            _download(folder, versions, dataset)
     return dataset
 
 
-def _download(folder, stored, dataset):
+def _dataset_files(folder: GCSFolder) -> dict[str, ObjectVersion]:
+    """The files of the dataset in `folder`, sorted by name. Raises UserError if there is none."""
+    stored = folder.versions()
+    for name in stored:
+        checked_name(name, folder.url)
+    versions = {name: stored[name] for name in sorted(stored) if DATASET_FILE.fullmatch(name)}
+    if not any(name.endswith("/dataset.json") for name in versions):
+        raise UserError(
+            f"{folder.url}: there is no dataset: upload the folder that "
+            "scripts/build_sudoku_dataset.py wrote, so that its splits lie in this one "
+            "(train/dataset.json)"
+        )
+    return versions
+
+
+def _download(folder: GCSFolder, versions: dict[str, ObjectVersion], dataset: Path) -> None:
     for leftover in dataset.parent.glob("*.tmp"):
         shutil.rmtree(leftover)
     changed = any(path.is_dir() and path != dataset for path in dataset.parent.iterdir())
+    size = sum(version.size for version in versions.values())
     print(
-        f"{folder.url}{' has changed:' if changed else ':'} downloading {len(stored)} files, "
-        f"{sum(version.size for version in stored.values()) / 1e6:.1f} MB, to {dataset}",
+        f"{folder.url}{' has changed:' if changed else ':'} downloading {len(versions)} files, "
+        f"{size / 1e6:.1f} MB, to {dataset}",
         flush=True,
     )
     building = dataset.with_name(dataset.name + ".tmp")
-    for name, version in stored.items():
+    for name, version in versions.items():
         folder.get_version(name, version, building / name)
     _check_build(folder.url, building)
-    if dataset.exists():  # files of it were deleted or cut off by somebody
+    if dataset.exists():  # somebody has deleted files of it, or cut them off
         shutil.rmtree(dataset)
     os.replace(building, dataset)
     sync_folder(dataset.parent)
 
 
-def _check_build(url, dataset):
-    """Raises UserError if the files are not those that build_info.json (where there is one) was written for."""
+def _check_build(url: str, dataset: Path) -> None:
+    """Raises UserError if the files are not those that build_info.json describes, if there is
+    one."""
     try:
         digests = json.loads((dataset / "build_info.json").read_bytes())["sha256"].items()
     except FileNotFoundError:
         return
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{url}/build_info.json is damaged ({type(error).__name__}: {error}): upload the dataset again"
+            f"{url}/build_info.json is damaged ({type(error).__name__}: {error}): upload the "
+            "dataset again"
         ) from None
     for name, expected in digests:
         path = dataset / checked_name(name, f"{url}/build_info.json")
-        if not path.is_file() or digest(path.read_bytes()) != expected:
+        if not path.is_file() or sha256_of(path) != expected:
+            fault = "not the file (sha256)" if path.is_file() else "missing, a file"
             raise UserError(
-                f"{url}/{name} is {'not the file (sha256)' if path.is_file() else 'missing, a file'} that build_info.json "
-                "names: upload the dataset again, all of it"
+                f"{url}/{name} is {fault} that build_info.json names: upload the dataset again, "
+                "all of it"
             )

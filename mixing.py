@@ -7,6 +7,7 @@ import torch
 from config import Config
 from device import Device
 from layers import SwiGLU
+from tpu_types import Generation
 from trm_model import TinyRecursiveModel
 
 
@@ -28,10 +29,8 @@ def choose_mixing(
         return
     reason = _reason_against_kernels(model, config, device, training)
     if not device.workers.any(reason is not None):
-        import pallas_mixing
-
         assert device.generation, "a TPU has one"
-        pallas_mixing.use(model, device.generation)
+        use_kernels(model, device.generation)
     elif device.workers.rank == 0:
         print(
             "warning: the TPU kernels are not used, and a step takes longer: "
@@ -41,13 +40,20 @@ def choose_mixing(
         )
 
 
+def use_kernels(model: TinyRecursiveModel, chip: Generation) -> None:
+    """Let the model's SwiGLUs run as kernels on this generation of TPU, where they can."""
+    # jax is needed for the kernels only
+    import pallas_mixing
+
+    pallas_mixing.use(model, chip)
+
+
 def _reason_against_kernels(model, config, device, training):
     """Why the kernels cannot be used on this worker, one line, or None."""
     shares = device.workers.world_size * config.training.grad_accumulation_steps
     training_batch = config.training.global_batch_size // shares if training else None
     try:
-        # jax is needed for the kernels only
-        import pallas_mixing
+        import pallas_mixing  # needs jax, too
 
         return pallas_mixing.find_error(model, device, training_batch, config.evaluation.batch_size)
     # jax may be missing, and jax, its export or the compiler may raise anything: no reason to end a

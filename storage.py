@@ -1,6 +1,7 @@
-"""One interface to a local folder and to gs://bucket/prefix. google-cloud-storage is imported when a gs:// path is used.
+"""One interface to a local folder and to gs://bucket/prefix.
 
-A name is a path within the folder, parts separated by "/". Whatever is written under a name appears whole or not at all.
+A name is a path within the folder, its parts separated by "/". What is written under a name appears
+whole or not at all. google-cloud-storage is imported when a gs:// path is used, not before.
 """
 
 import base64
@@ -15,8 +16,10 @@ import re
 import secrets
 import shutil
 import types
-import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from utils import RunFailure, UserError
 
@@ -24,61 +27,61 @@ GCS_URL = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.
 
 
 class StorageError(RunFailure, OSError):
-    """The storage could not be reached, or failed, until the deadline: the same call may succeed later."""
+    """The storage failed, or could not be reached, until the deadline. The same call may succeed
+    later."""
 
 
-class _Spoilt(Exception):
-    """An object was damaged on its way, or replaced while it was read: worth another attempt."""
+class _Damaged(Exception):
+    """An object was damaged on its way, or replaced while it was read: another attempt may
+    succeed."""
 
 
-def is_remote(url):
-    """Whether `url` is a gs:// path (a malformed one too: opening it says what is wrong)."""
+def is_remote(url: str | Path) -> bool:
+    """Whether `url` is a gs:// path. A malformed one counts: opening it says what is wrong."""
     return str(url).startswith("gs:")
 
 
-def join(url, *names):
-    """`url`/name/name as text, for both kinds of path."""
-    return (
-        "/".join([str(url).rstrip("/"), *map(str, names)])
-        if is_remote(url)
-        else os.path.join(url, *names)
-    )
+def join(url: str | Path, *names: str | Path) -> str:
+    """The path url/name/name as text, local or gs://."""
+    if is_remote(url):
+        return "/".join([str(url).rstrip("/"), *map(str, names)])
+    return os.path.join(url, *names)
 
 
-def open_folder(url, deadline=120.0):
-    """The LocalFolder or GCSFolder at `url`; it need not exist. A folder may be used by several threads.
+def open_folder(url: str | Path, deadline: float = 120.0) -> "LocalFolder | GCSFolder":
+    """The folder at `url`, which need not exist. Several threads may use it.
 
-    deadline: seconds for which an operation on GCS is tried again while what fails may pass.
-    Raises UserError for a malformed gs:// path, without google-cloud-storage, where there are no credentials, and where a file
-    is in the way.
+    deadline: for how many seconds an operation on GCS that failed is tried again.
+    Raises UserError for a malformed gs:// path, if google-cloud-storage is not installed, if there
+    are no credentials, and if a file is where a folder should be.
     """
     if is_remote(url):
         return GCSFolder(str(url), deadline)
     for path in (Path(url), *Path(url).parents):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(
-                f"{url}: {path} is no folder, and one must be there: move it away, or name another place (of runs: logging.output_dir)"
+                f"{url}: {path} is no folder, and one must be there: move it away, or name "
+                "another place (of runs: logging.output_dir)"
             )
     return LocalFolder(url)
 
 
-def checked_name(name, where):
-    """`name`, where it is a path that stays within its folder; UserError, naming the folder `where`, otherwise."""
-    if (
-        name.startswith("/")
-        or "\\" in name
-        or "\0" in name
-        or not {"", ".", ".."}.isdisjoint(name.split("/"))
-    ):
+def checked_name(name: str, where: str) -> str:
+    """`name`, if it is a path that stays within its folder.
+
+    Raises UserError otherwise, which names the folder `where`.
+    """
+    parts = set(name.split("/"))
+    if name.startswith("/") or "\\" in name or "\0" in name or parts & {"", ".", ".."}:
         raise UserError(
-            f"{where}: the name {name!r} could lead out of the folder: names are relative, with no empty part, "
-            "`.`, `..` or backslash: rename it"
+            f"{where}: the name {name!r} could lead out of the folder: names are relative, with "
+            "no empty part, `.`, `..` or backslash: rename it"
         )
     return name
 
 
-def sync_folder(folder):
-    """Bring a folder's entries (files made, renamed, deleted) to the disk."""
+def sync_folder(folder: str | Path) -> None:
+    """Bring the entries of a folder (files made, renamed, deleted) to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -86,9 +89,20 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """$TRM_CACHE, or ~/.cache/trm: for downloads, and for runs whose own folder is in a bucket."""
+    return Path(os.environ.get("TRM_CACHE") or "~/.cache/trm").expanduser()
+
+
+def digest(data: bytes) -> str:
+    """Hexadecimal SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
 @contextlib.contextmanager
-def _whole(path):
-    """A file to write and read, that appears as `path` after the block, or not at all if the block raises."""
+def _whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write and read, which becomes `path` after the block, or disappears if the block
+    raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -103,82 +117,127 @@ def _whole(path):
     sync_folder(path.parent)
 
 
-def _copy(source, target):
+def _copy(source: Path, target: Path) -> None:
     if not (target.exists() and target.samefile(source)):
         with open(source, "rb") as content, _whole(target) as file:
             shutil.copyfileobj(content, file)
 
 
-class _Folder:
-    def read(self, name):
-        """The content, bytes. Raises FileNotFoundError where there is none."""
+class Folder(ABC):
+    """What a LocalFolder and a GCSFolder can do. `url` is where the folder is."""
+
+    url: str
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """{name: size in bytes} of all files, at any depth, whose name begins with `prefix`."""
+
+    @abstractmethod
+    def read_version(self, name: str) -> tuple[bytes, str]:
+        """(content, token). The token identifies this version, for replace_if and delete.
+
+        Raises FileNotFoundError if there is no such file.
+        """
+
+    def read(self, name: str) -> bytes:
+        """The content. Raises FileNotFoundError if there is no such file."""
         return self.read_version(name)[0]
 
-    def create(self, name, data):
-        """Write bytes only if there is nothing: the version's token, or None where somebody was first."""
-        return self.replace_if(name, data, None)
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write bytes, whatever was there before."""
+
+    @abstractmethod
+    def replace_if(self, name: str, data: bytes, token: str | None) -> str | None:
+        """Write bytes only over the version of `token`, or if it is None, only if there is no file.
+
+        Returns the token of the new version, or None if another version is there. Of several that
+        try at the same time, one succeeds.
+        """
+
+    @abstractmethod
+    def put(self, local_path: str | Path, name: str) -> None:
+        """Copy a local file into the folder."""
+
+    @abstractmethod
+    def take(self, local_path: str | Path, name: str) -> None:
+        """Move a local file into the folder."""
+
+    @abstractmethod
+    def get(self, name: str, local_path: str | Path) -> None:
+        """Copy a file of the folder to a local file, which is synced before it has its name.
+
+        Raises FileNotFoundError if there is no such file.
+        """
+
+    @abstractmethod
+    def delete(self, name: str, token: str | None = None) -> None:
+        """Delete a file; with a token, only that version. A missing file is no error."""
 
 
-class LocalFolder(_Folder):
-    """A folder of this machine. The methods are those of GCSFolder, which says what they do; they raise plain OSErrors."""
+class LocalFolder(Folder):
+    """A folder of this machine. Its methods also raise plain OSErrors."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path, self.url = Path(path), str(path)
 
-    def _path(self, name):
+    def _path(self, name: str) -> Path:
         return self.path / checked_name(name, self.url)
 
-    def list(self, prefix=""):
-        def failed(error):
-            if not isinstance(error, FileNotFoundError):  # no folder yet, or one deleted meanwhile
+    def list(self, prefix: str = "") -> dict[str, int]:
+        def failed(error: OSError) -> None:
+            # the folder does not exist yet, or was deleted a moment ago
+            if not isinstance(error, FileNotFoundError):
                 raise error
 
         found = {}
         for folder, _, files in os.walk(self.path, onerror=failed):
-            for path in (
-                Path(folder, file)
-                for file in files
-                if not re.fullmatch(r".*\.tmp|\..*\.lock", file, re.DOTALL)
-            ):
-                if (name := path.relative_to(self.path).as_posix()).startswith(prefix):
+            for file in files:
+                path = Path(folder, file)
+                name = path.relative_to(self.path).as_posix()
+                hidden = re.fullmatch(r".*\.tmp|\..*\.lock", file, re.DOTALL)
+                if name.startswith(prefix) and not hidden:
                     with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                         found[name] = path.stat().st_size
         return dict(sorted(found.items()))
 
-    def read_version(self, name):
+    def read_version(self, name: str) -> tuple[bytes, str]:
         with open(self._path(name), "rb") as file:
             data = file.read()
-            # content alone would not tell a lock that was released and taken again from one that was kept
+            # the content alone would not distinguish a lock that was released and taken again from
+            # one that was kept
             return data, f"{os.fstat(file.fileno()).st_mtime_ns}-{digest(data)}"
 
-    def write(self, name, data):
+    def write(self, name: str, data: bytes) -> None:
         with _whole(self._path(name)) as file:
             file.write(data)
 
     @contextlib.contextmanager
-    def _locked(self, name):
-        """Between comparing and replacing, nobody else may do either. The lock file stays: deleting it would let two in."""
+    def _locked(self, name: str) -> Iterator[Path]:
+        """Let nobody else compare or replace this file meanwhile. The lock file stays: if it were
+        deleted, two could hold a lock."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f".{path.name}.lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield path
 
-    def _token(self, name):
+    def _token(self, name: str) -> str | None:
         with contextlib.suppress(FileNotFoundError):
             return self.read_version(name)[1]
+        return None
 
-    def replace_if(self, name, data, token):
+    def replace_if(self, name: str, data: bytes, token: str | None) -> str | None:
         with self._locked(name):
             if self._token(name) != token:
                 return None
             self.write(name, data)
             return self._token(name)
 
-    def put(self, local_path, name):
+    def put(self, local_path: str | Path, name: str) -> None:
         _copy(Path(local_path), self._path(name))
 
-    def take(self, local_path, name):
+    def take(self, local_path: str | Path, name: str) -> None:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(local_path, "rb") as file:
@@ -186,21 +245,23 @@ class LocalFolder(_Folder):
         os.replace(local_path, path)
         sync_folder(path.parent)
 
-    def get(self, name, local_path):
+    def get(self, name: str, local_path: str | Path) -> None:
         _copy(self._path(name), Path(local_path))
 
-    def delete(self, name, token=None):
+    def delete(self, name: str, token: str | None = None) -> None:
         if token is None:
-            return self._path(name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
+            return
         with self._locked(name) as path:
             if self._token(name) == token:
                 path.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Google Cloud Storage
-# ---------------------------------------------------------------------------------------------------------
-def _google(url):
+# --------------------------------------------------------------------------------------------------
+def _google(url: str) -> types.SimpleNamespace:
+    """What is used of google-cloud-storage. Raises UserError if it is not installed."""
     try:
         import google_crc32c
         import requests
@@ -214,23 +275,21 @@ def _google(url):
             f"{url}: gs:// paths need the package google-cloud-storage ({error}): "
             "pip install google-cloud-storage, or give a local path"
         ) from None
+    http_error = urllib3.exceptions.HTTPError
+    network = (requests.RequestException, http_error, ConnectionError, auth.TransportError)
     return types.SimpleNamespace(
         Checksum=google_crc32c.Checksum,
         api=api,
         auth=auth,
         Retry=Retry,
         Client=Client,
-        network=(
-            requests.RequestException,
-            urllib3.exceptions.HTTPError,
-            ConnectionError,
-            auth.TransportError,
-        ),
+        network=network,
     )
 
 
-class _Stored(typing.NamedTuple):
-    """One version of an object. Not the library's Blob: a download overwrites what that says with the answer's headers."""
+class ObjectVersion(NamedTuple):
+    """One version of an object. The library's Blob would not do: a download overwrites its fields
+    with the headers of the answer."""
 
     name: str
     size: int
@@ -238,45 +297,50 @@ class _Stored(typing.NamedTuple):
     crc32c: str
 
     @classmethod
-    def of(cls, blob):
+    def of(cls, blob: Any) -> "ObjectVersion":
+        """The version that a Blob of the library describes."""
         return cls(blob.name, blob.size, blob.generation, blob.crc32c)
 
 
-class GCSFolder(_Folder):
-    """The objects under gs://bucket/prefix, with the credentials and the endpoint of the environment (STORAGE_EMULATOR_HOST).
+class GCSFolder(Folder):
+    """The objects under gs://bucket/prefix, with the credentials and the endpoint that the
+    environment gives (STORAGE_EMULATOR_HOST).
 
-    Every method may raise StorageError (unreachable or failing until the deadline) and UserError (no permission, no
-    such bucket, no credentials, a name that leads out of the folder). Each operation has one deadline, and starts over
-    when it fails: an attempt that gets on is not cut short by it, one that hears nothing for `timeout` seconds is.
+    Every method may raise StorageError (unreachable or failing until the deadline) and UserError
+    (no permission, no such bucket, no credentials, a name that leads out of the folder). Each
+    operation has one deadline and starts again when it fails. An attempt that makes progress is not
+    interrupted by the deadline; one that hears nothing for `timeout` seconds is.
     """
 
-    def __init__(self, url, deadline=120.0):
+    def __init__(self, url: str, deadline: float = 120.0):
         match = GCS_URL.fullmatch(url)
         if not match:
             raise UserError(
-                f"{url!r} is not a Cloud Storage path: write gs://bucket/folder, the bucket's name in small letters, digits, - _ ."
+                f"{url!r} is not a Cloud Storage path: write gs://bucket/folder, the bucket's name "
+                "in small letters, digits, - _ ."
             )
         prefix = (match[2] or "").rstrip("/")
         self.url = f"gs://{match[1]}" + (f"/{checked_name(prefix, url)}" if prefix else "")
         self.prefix = prefix and f"{prefix}/"
         self.deadline, self.timeout = deadline, min(60.0, deadline)
         self.google = _google(self.url)
-        # the library's tracing, though off, would have a thread ask for the bucket's metadata, which needs a permission of its own
+        # The library's tracing, though off, would let a thread ask for the bucket's metadata, which
+        # needs another permission.
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         self.client = self._call("", lambda: self.google.Client(project=None))
         self.bucket = self.client.bucket(match[1])
-        self.options = {
-            "timeout": self.timeout,
-            "retry": None,
-        }  # _call retries whole operations, and then checks them whole
+        # no retries in the library: _call repeats whole operations, and then checks them whole
+        self.options = {"timeout": self.timeout, "retry": None}
 
-    def _call(self, name, attempt):
-        """The result of `attempt()`, called again with exponential backoff while what it raises may pass."""
+    def _call(self, name: str, attempt: Callable[[], Any]) -> Any:
+        """The result of `attempt()`, which is called again, with exponential backoff, while its
+        error is transient."""
         google, what = self.google, join(self.url, name) if name else self.url
         retry = google.Retry(
-            self._may_pass, initial=0.5, maximum=20.0, multiplier=2.0, timeout=self.deadline
+            self._is_transient, initial=0.5, maximum=20.0, multiplier=2.0, timeout=self.deadline
         )
-        # "from None": the library's own messages hold request URLs, and an upload's URL is a credential for that upload
+        # "from None": the library's own messages hold the URLs of requests, and the URL of an
+        # upload is a credential for that upload
         try:
             return retry(attempt)()
         except google.api.RetryError as error:
@@ -288,38 +352,36 @@ class GCSFolder(_Folder):
                 f"{what}: there is no bucket {self.bucket.name!r}: make it, or correct the path"
             ) from None
         except google.api.Forbidden as error:
-            permission = re.search(r"storage\.(?:objects|buckets)\.[a-z]+", error.message)
+            found = re.search(r"storage\.(?:objects|buckets)\.[a-z]+", error.message)
+            permission = f" ({found[0]})" if found else ""
             raise UserError(
-                f"{what}: permission denied"
-                + (f" ({permission[0]})" if permission else "")
-                + ": give the account this runs as "
-                "the role Storage Object Admin on the bucket, or use a folder it may write"
+                f"{what}: permission denied{permission}: give the account this runs as the role "
+                "Storage Object Admin on the bucket, or use a folder it may write"
             ) from None
         except (google.api.Unauthorized, google.auth.GoogleAuthError) as error:
             raise UserError(
-                f"{what}: there are no valid Google credentials here ({type(error).__name__}): give the TPU VM a service "
-                "account with access to the bucket, or run gcloud auth application-default login"
+                f"{what}: there are no valid Google credentials here ({type(error).__name__}): "
+                "give the TPU VM a service account with access to the bucket, or run gcloud auth "
+                "application-default login"
             ) from None
         except google.api.GoogleAPIError as error:
             raise StorageError(
                 f"{what}: Cloud Storage refused the request: {self._cause(error)}"
             ) from None
 
-    def _may_pass(self, error):
+    def _is_transient(self, error: Exception) -> bool:
         google = self.google
         if isinstance(error, google.api.GoogleAPICallError):
-            return (
-                error.code in (408, 410, 429) or (error.code or 0) >= 500
-            )  # 410: an upload's session has ended
-        if isinstance(
-            error, google.auth.RefreshError
-        ):  # the VM's metadata server out of reach comes as one, too
+            # 410: the session of an upload has ended
+            return error.code in (408, 410, 429) or (error.code or 0) >= 500
+        if isinstance(error, google.auth.RefreshError):
+            # also what the library raises when the VM's metadata server does not answer
             return error.retryable or isinstance(error.__cause__, google.auth.TransportError)
-        return isinstance(error, (_Spoilt, *google.network))
+        return isinstance(error, (_Damaged, *google.network))
 
-    def _cause(self, error):
+    def _cause(self, error: Any) -> str:
         """For messages: no URL, no header, nothing that a server chose to repeat."""
-        if isinstance(error, _Spoilt):
+        if isinstance(error, _Damaged):
             return str(error)
         if isinstance(error, self.google.api.GoogleAPICallError):
             return f"HTTP {int(error.code)} {http.client.responses.get(error.code, '')}".rstrip()
@@ -329,11 +391,11 @@ class GCSFolder(_Folder):
             error = error.__cause__ or error.__context__
         return text
 
-    def _blob(self, name):
+    def _blob(self, name: str) -> Any:
         return self.bucket.blob(self.prefix + checked_name(name, self.url))
 
-    def _measured(self, file):
-        """(bytes, crc32c in GCS's spelling) of a whole file."""
+    def _measured(self, file: BinaryIO) -> tuple[int, str]:
+        """(bytes, crc32c as GCS writes it) of a whole file."""
         file.seek(0)
         size, checksum = 0, self.google.Checksum()
         while block := file.read(1 << 20):
@@ -341,14 +403,13 @@ class GCSFolder(_Folder):
             checksum.update(block)
         return size, base64.b64encode(checksum.digest()).decode()
 
-    def list(self, prefix=""):
-        """{name: size in bytes} of everything in the folder, at any depth, whose name begins with `prefix`."""
-        return {name: stored.size for name, stored in self.versions(prefix).items()}
+    def list(self, prefix: str = "") -> dict[str, int]:
+        return {name: version.size for name, version in self.versions(prefix).items()}
 
-    def versions(self, prefix=""):
-        """{name: what identifies the version that is stored now}, for get_version."""
+    def versions(self, prefix: str = "") -> dict[str, ObjectVersion]:
+        """{name: the version that is stored now}, for get_version."""
 
-        def attempt():
+        def attempt() -> dict[str, ObjectVersion]:
             blobs = self.client.list_blobs(
                 self.bucket,
                 prefix=self.prefix + prefix,
@@ -357,84 +418,86 @@ class GCSFolder(_Folder):
             )
             # consoles make empty objects that end with "/" to show folders
             return {
-                blob.name[len(self.prefix) :]: _Stored.of(blob)
+                blob.name[len(self.prefix) :]: ObjectVersion.of(blob)
                 for blob in blobs
                 if not blob.name.endswith("/")
             }
 
         return self._call(prefix, attempt)
 
-    def _stat(self, name):
+    def _stat(self, name: str) -> ObjectVersion:
         blob = self.bucket.get_blob(self._blob(name).name, **self.options)
         if blob is None:
             self._check_bucket()
             raise FileNotFoundError(errno.ENOENT, "there is no such object", join(self.url, name))
-        return _Stored.of(blob)
+        return ObjectVersion.of(blob)
 
-    def _check_bucket(self):
-        """Raises NotFound where the bucket is what is missing: the answers for an object do not tell. Costs a request."""
-        list(self.client.list_blobs(self.bucket, prefix=self.prefix, max_results=1, **self.options))
+    def _check_bucket(self) -> None:
+        """Raises NotFound if the bucket is what is missing, which the answers for an object do not
+        tell. Costs a request."""
+        for _ in self.client.list_blobs(
+            self.bucket, prefix=self.prefix, max_results=1, **self.options
+        ):
+            pass
 
-    def _fetch(self, stored, file):
-        """One attempt to bring exactly this version of an object into `file`, verified against its metadata: the library
-        checks neither a download that it resumed nor, here, any other."""
+    def _fetch(self, version: ObjectVersion, file: BinaryIO) -> None:
+        """One attempt to bring exactly this version of an object into `file`.
+
+        It is checked here: the library does not check a download that it has resumed.
+        """
         file.seek(0)
         file.truncate()
         try:
-            # raw: as stored, which is what its size and checksum are of
-            self.bucket.blob(stored.name, generation=stored.generation).download_to_file(
+            # raw: as it is stored, which is what its size and checksum are of
+            self.bucket.blob(version.name, generation=version.generation).download_to_file(
                 file, raw_download=True, checksum=None, **self.options
             )
         except self.google.api.NotFound:
-            raise _Spoilt("it was replaced while it was read") from None
-        if self._measured(file) != (stored.size, stored.crc32c):
-            raise _Spoilt("what arrived is not what is stored (size or checksum)")
+            raise _Damaged("it was replaced while it was read") from None
+        if self._measured(file) != (version.size, version.crc32c):
+            raise _Damaged("what arrived is not what is stored (size or checksum)")
 
-    def read_version(self, name):
-        """(content, token): the token stands for this version, in replace_if and delete. Raises FileNotFoundError."""
-
-        def attempt():
-            stored, file = self._stat(name), io.BytesIO()
-            self._fetch(stored, file)
-            return file.getvalue(), str(stored.generation)
+    def read_version(self, name: str) -> tuple[bytes, str]:
+        def attempt() -> tuple[bytes, str]:
+            version, file = self._stat(name), io.BytesIO()
+            self._fetch(version, file)
+            return file.getvalue(), str(version.generation)
 
         return self._call(name, attempt)
 
-    def get(self, name, local_path):
-        """Bring an object into a local file: verified and synced before it has that name. Raises FileNotFoundError."""
+    def get(self, name: str, local_path: str | Path) -> None:
         self._call(name, lambda: self._get(self._stat(name), local_path))
 
-    def get_version(self, name, version, local_path):
-        """As `get`, of a version that `versions` told of; StorageError if it has been replaced."""
+    def get_version(self, name: str, version: ObjectVersion, local_path: str | Path) -> None:
+        """As `get`, of a version from `versions`; StorageError if it has been replaced."""
         self._call(name, lambda: self._get(version, local_path))
 
-    def _get(self, stored, local_path):
+    def _get(self, version: ObjectVersion, local_path: str | Path) -> None:
         with _whole(local_path) as file:
-            self._fetch(stored, file)
+            self._fetch(version, file)
 
-    def write(self, name, data):
-        """Write bytes, whoever wrote there before."""
+    def write(self, name: str, data: bytes) -> None:
         self._upload(name, io.BytesIO(data))
 
-    def put(self, local_path, name):
-        """Upload a local file: the server takes it only if its checksum is the file's. Of a file that grows, what it is now."""
+    def put(self, local_path: str | Path, name: str) -> None:
+        """Copy a local file into the folder. The server refuses it if its checksum is wrong. If the
+        file grows meanwhile, only what was there at the beginning is copied."""
         with open(local_path, "rb") as file:
             self._upload(name, file)
 
-    def take(self, local_path, name):
-        """As `put`, and the local file is gone afterwards."""
+    def take(self, local_path: str | Path, name: str) -> None:
         self.put(local_path, name)
         os.unlink(local_path)
 
-    def replace_if(self, name, data, token):
-        """Write bytes only over the version of `token` (None: only if there is nothing). Returns the new version's token,
-        or None where the version is another: of several that try at once, one succeeds."""
+    def replace_if(self, name: str, data: bytes, token: str | None) -> str | None:
         return self._upload(name, io.BytesIO(data), int(token or 0))
 
-    def _upload(self, name, file, generation=None):
+    def _upload(self, name: str, file: BinaryIO, generation: int | None = None) -> str | None:
+        """Upload a file, if `generation` is given only over that version (0: none). Returns the new
+        version's token, or None if another version was there."""
         (size, crc32c), write_id, api = self._measured(file), secrets.token_hex(16), self.google.api
 
-        def attempt():
+        def attempt() -> str | None:
             blob = self._blob(name)
             blob.crc32c, blob.metadata = crc32c, {"write_id": write_id}
             try:
@@ -447,23 +510,21 @@ class GCSFolder(_Folder):
                     **self.options,
                 )
             except api.PreconditionFailed:
-                # the answer to an earlier attempt may have been lost: then what is there is ours
+                # if the answer to an earlier attempt was lost, the object that is there is ours
                 blob = self.bucket.get_blob(blob.name, **self.options)
                 if blob is None or (blob.metadata or {}).get("write_id") != write_id:
                     return None
             except api.NotFound:
                 self._check_bucket()
-                raise _Spoilt("the server no longer knew the upload") from None
+                raise _Damaged("the server no longer knew the upload") from None
             if (blob.size, blob.crc32c) != (size, crc32c):
-                raise _Spoilt("what is stored is not what was sent (size or checksum)")
+                raise _Damaged("what is stored is not what was sent (size or checksum)")
             return str(blob.generation)
 
         return self._call(name, attempt)
 
-    def delete(self, name, token=None):
-        """Delete, with a token only that version; nothing there, or another version, is no error."""
-
-        def attempt():
+    def delete(self, name: str, token: str | None = None) -> None:
+        def attempt() -> None:
             try:
                 self._blob(name).delete(if_generation_match=token and int(token), **self.options)
             except self.google.api.NotFound:
@@ -472,13 +533,3 @@ class GCSFolder(_Folder):
                 pass
 
         self._call(name, attempt)
-
-
-def cache_folder():
-    """$TRM_CACHE, or ~/.cache/trm: for what is downloaded, and for runs whose own folder is in a bucket."""
-    return Path(os.environ.get("TRM_CACHE") or "~/.cache/trm").expanduser()
-
-
-def digest(data):
-    """Hexadecimal SHA-256 of bytes."""
-    return hashlib.sha256(data).hexdigest()

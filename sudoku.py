@@ -1,4 +1,6 @@
-"""Sudoku rules, solver, puzzle generator and symmetries for sizes 4, 6 and 9 (numpy and the standard library).
+"""Sudoku rules, solver, puzzle generator and symmetries for sizes 4, 6 and 9.
+
+It needs numpy and the standard library only.
 
 A grid is its cells in reading order: digits 1..size, 0 for an empty cell. The solver sees the
 puzzle as exact cover. One Python integer holds every candidate, bit d * cells + c meaning "digit
@@ -9,6 +11,8 @@ Python that is several times faster than visiting cells.
 """
 
 import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -17,22 +21,24 @@ import numpy as np
 BOX_SHAPES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size -> (rows, columns) of a box
 
 
+Grid = np.ndarray | Sequence[int]  # [S] of 0..size: an array, a list or bytes
+
+
 class Solved(NamedTuple):
-    """What `solve` found: `solutions`, a list of bytes objects (one byte per cell, 1..size), at most
-    `limit` of them, and `guesses`, the number of failed guesses."""
+    """What `solve` found."""
 
-    solutions: list
-    guesses: int
+    solutions: list[bytes]  # at most `limit`; one byte for each cell, 1..size
+    guesses: int  # the number of failed guesses
 
 
-def box_shape(size):
+def box_shape(size: int) -> tuple[int, int]:
     """(rows, columns) of a box of a size x size grid. ValueError for an unsupported size."""
     if size not in BOX_SHAPES:
         raise ValueError(f"size {size!r} is not one of {sorted(BOX_SHAPES)}")
     return BOX_SHAPES[size]
 
 
-def size_of(cells):
+def size_of(cells: int) -> int:
     """Side of a grid of `cells` cells. ValueError unless it is 16, 36 or 81."""
     for size in BOX_SHAPES:
         if size * size == cells:
@@ -40,7 +46,7 @@ def size_of(cells):
     raise ValueError(f"{cells} cells; a grid has one of {[s * s for s in BOX_SHAPES]}")
 
 
-def parse(text):
+def parse(text: str) -> np.ndarray:
     """Puzzle string, '.' or '0' for an empty cell, to uint8 [S] of 0..size.
     ValueError on a wrong length or character."""
     size = size_of(len(text))
@@ -51,12 +57,34 @@ def parse(text):
     return np.array([0 if char == "." else int(char) for char in text], np.uint8)
 
 
-def format_grid(grid):
+def split_puzzles(text: str) -> list[tuple[int, str]]:
+    """[(line number from 1, puzzle string)] of a text that holds puzzles.
+
+    A puzzle is one line, or a grid of as many lines as it has columns. Spaces, empty lines, a
+    byte-order mark and what follows # do not count. Nothing is checked: see `parse`.
+    """
+    lines = [
+        (number, "".join(line.partition("#")[0].split()))
+        for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1)
+    ]
+    lines = [(number, line) for number, line in lines if line]
+    found, position = [], 0
+    while position < len(lines):
+        number, first = lines[position]
+        rows = [line for _, line in lines[position : position + len(first)]]
+        is_grid = len(first) in BOX_SHAPES and {len(row) for row in rows} == {len(first)}
+        taken = len(first) if is_grid and len(rows) == len(first) else 1
+        found.append((number, "".join(rows[:taken])))
+        position += taken
+    return found
+
+
+def format_grid(grid: Iterable[int]) -> str:
     """Grid [S] of 0..size to a puzzle string with '.' for an empty cell."""
     return "".join("." if digit == 0 else str(int(digit)) for digit in grid)
 
 
-def units(size):
+def units(size: int) -> np.ndarray:
     """Cell numbers of every row, column and box: int [3 * size, size]."""
     rows, columns = box_shape(size)
     cell = np.arange(size * size).reshape(size, size)
@@ -64,12 +92,12 @@ def units(size):
     return np.concatenate([cell, cell.T, boxes.reshape(size, size)])
 
 
-def is_solved(grids):
+def is_solved(grids: np.ndarray) -> np.ndarray:
     """bool [N]: which of the uint8 [N, S] grids hold every digit 1..size once in each row, column
     and box."""
     grids = np.asarray(grids)
     size = size_of(grids.shape[1])
-    legal = ((grids >= 1) & (grids <= size)).all(1)
+    legal: np.ndarray = np.all((grids >= 1) & (grids <= size), axis=1)
     seen = np.left_shift(1, np.where(legal[:, None], grids, 1).astype(np.int32))
     for unit in units(size):
         # size values whose bitwise OR has all size bits are all different.
@@ -77,7 +105,7 @@ def is_solved(grids):
     return legal
 
 
-def has_conflict(puzzles):
+def has_conflict(puzzles: np.ndarray) -> np.ndarray:
     """bool [N]: which of the uint8 [N, S] puzzles hold a digit twice in a row, column or box."""
     puzzles = np.asarray(puzzles)
     size = size_of(puzzles.shape[1])
@@ -92,17 +120,17 @@ def has_conflict(puzzles):
 class _Tables(NamedTuple):
     cells: int
     full: int  # every candidate
-    kinds: list  # (shifts, mask, spread) for cells, rows, columns, boxes
-    keep: list  # per candidate: all candidates but those it rules out
+    kinds: list[tuple[list[int], int, int]]  # (shifts, mask, spread): cells, rows, columns, boxes
+    keep: list[int]  # for each candidate: all candidates but those that it rules out
 
 
 @cache
-def _tables(size):
+def _tables(size: int) -> _Tables:
     rows, columns = box_shape(size)
     cells = size * size
     full = (1 << size * cells) - 1
 
-    def kind(shifts, first):
+    def kind(shifts: list[int], first: Iterable[int]) -> tuple[list[int], int, int]:
         mask = sum(1 << f for f in first)
         return shifts, mask, sum(1 << s for s in shifts)
 
@@ -129,10 +157,12 @@ def _tables(size):
     return _Tables(cells, full, kinds, keep)
 
 
-def _propagate(tables, x, done):
-    """Naked and hidden singles until nothing changes. `x`: candidates left; `done`: those already
-    known to be true and carried through. Returns (x, done), or (0, 0) on a contradiction.
-    The result does not depend on the order of the steps."""
+def _propagate(tables: _Tables, x: int, done: int) -> tuple[int, int]:
+    """Find naked and hidden singles until nothing changes.
+
+    x: the candidates left; done: those that are known to be true and were carried through. Returns
+    (x, done), or (0, 0) on a contradiction. The result does not depend on the order of the steps.
+    """
     keep = tables.keep
     while True:
         singles = 0
@@ -144,7 +174,8 @@ def _propagate(tables, x, done):
                 once |= part
             if once != mask:
                 return 0, 0
-            # The product copies each lone group's first bit to all the group's places, no carries.
+            # The product copies the first bit of each group with one candidate to the whole group;
+            # nothing carries.
             singles |= x & (once ^ twice) * spread
         new = singles & ~done
         if not new:
@@ -156,7 +187,7 @@ def _propagate(tables, x, done):
             new ^= low
 
 
-def _choices(tables, x):
+def _choices(tables: _Tables, x: int) -> list[int]:
     """Candidate numbers of the first cell among those with the fewest (but two or more)."""
     shifts, mask, _ = tables.kinds[0]
     at_least = [mask] + [0] * (len(shifts) + 1)
@@ -172,11 +203,14 @@ def _choices(tables, x):
     raise AssertionError("no open cell")
 
 
-def _search(tables, x, done, limit, order=None):
+def _search(
+    tables: _Tables, x: int, done: int, limit: int, order: Callable[[list], None] | None = None
+) -> Solved:
     """Depth-first search from candidates x; see `solve`. `order(list)` may reorder the choices."""
-    solutions, failed = [], 0
+    solutions: list[bytes] = []
+    failed = 0
 
-    def visit(x, done):
+    def visit(x: int, done: int) -> bool:
         """Returns whether propagation alone refuted these candidates."""
         nonlocal failed
         x, done = _propagate(tables, x, done)
@@ -201,7 +235,7 @@ def _search(tables, x, done, limit, order=None):
     return Solved(solutions, failed)
 
 
-def _digits(tables, x):
+def _digits(tables: _Tables, x: int) -> bytes:
     grid = bytearray(tables.cells)
     while x:
         low = x & -x
@@ -211,7 +245,7 @@ def _digits(tables, x):
     return bytes(grid)
 
 
-def _start(tables, puzzle):
+def _start(tables: _Tables, puzzle: Grid) -> tuple[int, int]:
     """Candidates left by the givens alone, and the givens as candidates."""
     x, done = tables.full, 0
     for cell, digit in enumerate(puzzle):
@@ -222,7 +256,7 @@ def _start(tables, puzzle):
     return x, done
 
 
-def solve(puzzle, limit=2):
+def solve(puzzle: Grid, limit: int = 2) -> Solved:
     """Solutions of a puzzle ([S] of 0..size; array, list or bytes), at most `limit`, as `Solved`.
 
     Singles are propagated, then the candidates of the first cell with the fewest are tried in
@@ -239,14 +273,11 @@ def solve(puzzle, limit=2):
     return _search(tables, *_start(tables, puzzle), limit)
 
 
-def is_unique(puzzle):
-    """Whether the puzzle has exactly one solution."""
-    return len(solve(puzzle).solutions) == 1
+def random_solution(size: int, rng: random.Random) -> bytes:
+    """A completed grid as bytes: a shuffled first row, completed with random guesses.
 
-
-def random_solution(size, rng):
-    """A completed grid as bytes, from random.Random `rng`: a shuffled first row, completed with
-    random guesses. Every grid can come out, though not all with the same probability."""
+    Every grid can come out, though not all with the same probability.
+    """
     tables = _tables(size)
     row = list(range(1, size + 1))
     rng.shuffle(row)
@@ -254,10 +285,12 @@ def random_solution(size, rng):
     return _search(tables, x, done, 1, rng.shuffle).solutions[0]
 
 
-def dig(solution, rng, clues=0):
-    """Empties cells of a completed grid in random order, keeping the solution unique, until
-    `clues` are left or no clue can go. Returns the puzzle as bytes. One pass is enough: a clue
-    that was needed once stays needed when fewer others are left."""
+def dig(solution: bytes, rng: random.Random, clues: int = 0) -> bytes:
+    """Empty cells of a completed grid in random order, as long as the solution stays unique.
+
+    It ends when `clues` are left, or when no clue can be removed. Returns the puzzle as bytes. One
+    pass is enough: a clue that was needed once stays needed when fewer others are left.
+    """
     tables = _tables(size_of(len(solution)))
     puzzle, left = bytearray(solution), len(solution)
     cells = list(range(len(solution)))
@@ -280,12 +313,14 @@ MIN_CLUES = {4: 4, 6: 9, 9: 22}  # below these, digging random grids practically
 _MAX_DIGS = 5000
 
 
-def generate(size, rng, clues=None):
+def generate(
+    size: int, rng: random.Random, clues: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """A random puzzle with exactly one solution and that solution, two uint8 [S] arrays.
 
-    `clues`: how many givens, MIN_CLUES[size]..size^2; other grids are dug until one gets there,
-    which takes up to seconds at the low end. None: dig until no clue can be removed.
-    `rng`: random.Random; the same state gives the same puzzle. ValueError on clues out of range.
+    clues: how many givens, MIN_CLUES[size]..size^2; grids are tried until one allows so few, which
+    takes up to seconds at the low end. None: remove clues until none can go. The same state of
+    `rng` gives the same puzzle. Raises ValueError if clues is out of range.
     """
     box_shape(size)
     if clues is not None and not MIN_CLUES[size] <= clues <= size * size:
@@ -298,19 +333,23 @@ def generate(size, rng, clues=None):
     raise RuntimeError(f"no {size}x{size} puzzle with {clues} clues in {_MAX_DIGS} grids")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Symmetries
-# ---------------------------------------------------------------------------------------------------------
-def _all_permutations(n):
-    """Every permutation of 0..n-1, [n!, n] int64, built by insertion (no Python loop over permutations)."""
-    table = np.zeros((1, 1), np.int64)
+# --------------------------------------------------------------------------------------------------
+def _all_permutations(n: int) -> np.ndarray:
+    """Every permutation of 0..n-1, [n!, n] int64, built by insertion: no Python loop over them."""
+    table: np.ndarray = np.zeros((1, 1), np.int64)
     for k in range(1, n):
         table = np.concatenate([np.insert(table, place, k, axis=1) for place in range(k + 1)])
     return table
 
 
-def _line_permutations(blocks, width):
-    """Every order of `blocks` bands of `width` lines that keeps bands together, [blocks! * (width!)^blocks, n]."""
+@cache
+def line_permutations(blocks: int, width: int) -> np.ndarray:
+    """Every order of the lines that keeps bands together, [blocks! * (width!)^blocks, n].
+
+    blocks: bands (or stacks); width: lines in each; n = blocks * width.
+    """
     inner = _all_permutations(width)
     return np.array(
         [
@@ -321,32 +360,35 @@ def _line_permutations(blocks, width):
     )
 
 
-def paired(puzzles, solutions):
-    """Two uint8 [N, S] arrays as one, [N, S] uint16: what `SudokuAugmenter` moves about at half the cost."""
+def paired(puzzles: np.ndarray, solutions: np.ndarray) -> np.ndarray:
+    """Two uint8 [N, S] arrays as one, [N, S] uint16, which `SudokuAugmenter` permutes at half the
+    cost."""
     return np.stack((puzzles, solutions), axis=-1).view(np.uint16)[..., 0]
 
 
 class SudokuAugmenter:
-    """Symmetries of Sudoku: digits relabelled, bands, stacks and the lines in them permuted, and transposed where
-    boxes are square. The same map for puzzle and solution.
+    """Symmetries of Sudoku, the same map for a puzzle and its solution.
 
-    first_digit: the code of digit 1: 1 in this module's grids, 2 in a dataset. Codes below it (empty, pad) stay.
+    Digits are relabelled; bands, stacks and the lines within them permuted; and the grid transposed
+    if its boxes are square. first_digit: the code of digit 1, which is 1 in this module's grids and
+    2 in a dataset. Codes below it (empty cell, padding) stay as they are.
     """
 
-    def __init__(self, size, first_digit=1):
+    def __init__(self, size: int, first_digit: int = 1):
         box_height, box_width = box_shape(size)
         self.size, self.square = size, box_height == box_width
-        self.rows = _line_permutations(size // box_height, box_height)
-        self.columns = _line_permutations(size // box_width, box_width)
+        self.rows = line_permutations(size // box_height, box_height)
+        self.columns = line_permutations(size // box_width, box_width)
         digits = _all_permutations(size).astype(np.uint8) + np.uint8(first_digit)
         kept = np.tile(np.arange(first_digit, dtype=np.uint8), (len(digits), 1))
         self.digits = np.concatenate([kept, digits], axis=1)  # [size!, codes]
 
-    def __call__(self, pairs, draws):
+    def __call__(self, pairs: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """pairs: [B, S] uint16, see `paired`; draws: [B] uint64, uniform.
 
-        Returns the images of puzzles and solutions, each [B, S] uint8. One draw decides the whole map: it is read
-        as a number in mixed radix (the excess of 2^64 over the number of maps biases none by more than 1e-6).
+        Returns the images of puzzles and solutions, each [B, S] uint8. One draw decides the whole
+        map: it is read as a number in mixed radix. (2^64 is no multiple of the number of maps,
+        which changes the probability of each by a factor of 1e-6 at most.)
         """
         batch, size = len(pairs), self.size
         draws, row = np.divmod(draws, np.uint64(len(self.rows)))
@@ -359,9 +401,8 @@ class SudokuAugmenter:
         rows = self.rows[row.astype(np.int64)] * row_stride + first_cell
         columns = self.columns[column.astype(np.int64)] * column_stride
         cells = (rows[:, :, None] + columns[:, None, :]).reshape(batch, -1)
-        moved = np.take(pairs.reshape(-1), cells).view(
-            np.uint8
-        )  # [B, 2S], puzzle and solution in turn
+        # [B, 2S], puzzle and solution in turn
+        moved = np.take(pairs.reshape(-1), cells).view(np.uint8)
         codes = self.digits.shape[1]
         maps = self.digits[digit.astype(np.int64)]
         relabelled = np.take(maps.reshape(-1), moved + (np.arange(batch) * codes)[:, None])

@@ -2,9 +2,11 @@
 
 import errno
 import hashlib
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,8 +82,11 @@ def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file in hexadecimal, read block by block."""
+    sha256 = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def check_output_file(flag: str, path: str | Path, make_folder: bool = False) -> None:
@@ -116,3 +121,18 @@ def replace_file(path: str | Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def end_with_parent() -> None:
+    """End this process with status 1, and without clean-up, as soon as its parent has ended.
+
+    For a process that multiprocessing has started.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the main process has no parent to end with"
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()

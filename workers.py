@@ -16,7 +16,7 @@ import preemption
 import tpu_types
 from config import Config, batch_fault, planned_workers
 from device import Device, resolve_device
-from utils import UserError, run_cli, warn
+from utils import UserError, end_with_parent, run_cli, warn
 
 # how long the other workers have to end by themselves, once one has ended
 END_TOGETHER_SECONDS = 60
@@ -200,7 +200,7 @@ def _child(environment, function, local_rank, *args):
     # Before the TPU's runtime starts, because that replaces the default handler by its own.
     preemption.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
-    die_with_parent()
+    end_with_parent()
     os.environ.update(environment)
     os.environ["LOCAL_RANK"] = str(local_rank)
     if local_rank == 0:
@@ -229,9 +229,3 @@ def _global_rank(local_rank):
         runtime_name, reason = os.environ["PJRT_DEVICE"], str(error).strip().splitlines()[0]
         raise UserError(f"device: the {runtime_name} runtime does not start ({reason})") from None
     return runtime.global_ordinal()  # ordinals are not in the order of hosts or chips
-
-
-def die_with_parent():
-    """End this process with status 1, and without clean-up, as soon as its parent has ended."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,10 +1,14 @@
 """A training step on XLA that is traced once and then replayed.
 
-torch_xla traces a step anew each time, operation by operation: for TRM some thousands of them, and more host time than a slice
-needs to compute the step. Here the first call traces and compiles; each later one hands the compiled program its arguments and
-gives the results to the tensors that the step changes. What torch_xla's own torch.compile backend does with a captured graph,
-without the capture.
+torch_xla traces each step anew, operation by operation. For TRM these are some thousands of
+operations, and tracing them takes more host time than a slice needs to compute the step. Here only
+the first call traces and compiles. Each later call gives the compiled program its arguments, and
+puts its results into the tensors that the step changes. torch_xla's backend for torch.compile does
+the same with a captured graph; here nothing is captured.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch_xla
@@ -13,48 +17,56 @@ from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 _XLAC = torch_xla._XLAC
 
 
-def places(tensors):
-    """{what torch_xla knows a tensor by: its place among `tensors`}."""
+def places(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """{torch_xla's number of a tensor: its place among `tensors`}."""
     return {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
 
 
-def changed_places(tensors):
-    """[place] of those that are still to be computed: what was in these places before is done with."""
-    return [
-        place
-        for place, pending in enumerate(_XLAC._check_tensor_need_materialization(tensors))
-        if pending
-    ]
+def changed_places(tensors: list[torch.Tensor]) -> list[int]:
+    """The places of the tensors that are still to be computed.
+
+    What was in these places before the step is not needed any more.
+    """
+    is_pending = _XLAC._check_tensor_need_materialization(tensors)
+    return [place for place, pending in enumerate(is_pending) if pending]
 
 
 class XLAProgram:
     """function(batch), traced at its first call.
 
-    function: changes the tensors of `state` (in place, or by putting others in their places) and returns nothing. All else that
-    it reads, numbers and configuration, is fixed by the first call.
-    state: a function that returns the list of all tensors on the device that `function` reads or changes, besides those of
-    `batch`; the same places at every call, with the same shapes.
+    function: changes the tensors of `state`, in place or by putting others into their places, and
+        returns nothing. Everything else that it reads, such as numbers and configuration, is fixed
+        by the first call.
+    state: returns the list of all tensors on the device that `function` reads or changes, besides
+        those of `batch`. At every call they have the same places and shapes.
     """
 
-    def __init__(self, function, state):
-        self.function, self.state, self.key = function, state, None
+    def __init__(
+        self,
+        function: Callable[[dict[str, torch.Tensor]], None],
+        state: Callable[[], list[torch.Tensor]],
+    ):
+        self.function, self.state = function, state
+        self.key: str | None = None  # torch_xla's, of the compiled program
+        # (place of an argument in the state and the batch, None), or (None, a constant)
+        self.arguments: list[tuple[int | None, Any]] = []
 
     @torch.no_grad()
-    def __call__(self, batch):
-        """batch: {name: tensor on the device}; the same names and shapes at every call."""
+    def __call__(self, batch: dict[str, torch.Tensor]) -> None:
+        """Start the program. batch: on the device; the same names and shapes at every call."""
         if self.key is None:
             arguments = self._trace(batch)
         else:
             given = self.state() + list(batch.values())
             arguments = [
-                given[place] if constant is None else constant for place, constant in self.arguments
+                constant if place is None else given[place] for place, constant in self.arguments
             ]
         results = _XLAC._run_cached_graph(self.key, arguments)
         state = self.state()
         for place, result in zip(self.changed, results, strict=True):
             state[place].data = result
 
-    def _trace(self, batch):
+    def _trace(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Trace and compile; returns the program's arguments at this call."""
         given = self.state() + list(batch.values())
         torch_xla.sync(wait=True)  # what is pending would become part of the program
@@ -65,12 +77,14 @@ class XLAProgram:
         self.changed = changed_places(state)
         outputs = [state[place] for place in self.changed]
         ids, arguments = _XLAC._get_tensors_xla_device_data_node(outputs)
-        # an argument that is neither state nor batch is a number of the function's own, which torch_xla keeps on the device
+        # An argument that is neither state nor batch is a number of the function's own, which
+        # torch_xla keeps on the device.
         self.arguments = [
             (known.get(tensor_id), None if tensor_id in known else value)
             for tensor_id, value in zip(ids, arguments)
         ]
-        with alias_with_buffer_donor_config():  # a changed tensor's memory goes to its successor
+        # a changed tensor's memory goes to the tensor that replaces it
+        with alias_with_buffer_donor_config():
             for (place, _), value in zip(self.arguments, arguments):
                 if place in self.changed:
                     _XLAC._set_buffer_donation(value, True)

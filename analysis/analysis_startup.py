@@ -1,6 +1,6 @@
-"""What the commands for tables, figures and reports import first.
+"""What the commands of this folder import first.
 
-It puts the kit's own folder on the path, so that these commands run from any folder.
+It puts the kit's own folder on the path, so that the commands run from any folder.
 """
 
 import importlib.util
@@ -12,10 +12,10 @@ import startup
 
 
 def require(*packages: str) -> None:
-    """End with status 2 and one line unless these packages (names to import) are installed.
+    """End with status 2 and one line unless torch and these packages are installed.
 
-    They are those of requirements-analysis.txt. The environment that scripts/quickstart.sh makes
-    does without them, so they have a message of their own.
+    packages: names to import, of requirements-analysis.txt. The environment that
+    scripts/quickstart.sh makes does without them, so they have a message of their own.
     """
     startup.require("torch")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]

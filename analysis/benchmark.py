@@ -36,7 +36,6 @@ import contextlib
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -44,10 +43,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import startup
+import analysis_startup
 
-startup.require("torch")
+analysis_startup.require()
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

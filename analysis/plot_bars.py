@@ -254,7 +254,8 @@ def throughput(groups: Sequence[Group]) -> list[Drawing]:
         xerr=[rate - table.low.to_numpy(), table.high.to_numpy() - rate],
         error_kw={"elinewidth": 0.8},
     )
-    ax.set_xlabel("training examples a second")
+    # at the right end, because long names of runs make the axis short
+    ax.set_xlabel("training examples a second", loc="right")
     legend_below(fig, [drawn[table.device.tolist().index(device)] for device in devices], devices)
     caption = (
         "Training speed of one run of each: median over the logging intervals, with the 10th and "

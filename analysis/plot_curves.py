@@ -16,6 +16,7 @@ from plot_style import (
     pages,
     panels,
     plain_log,
+    plain_numbers,
     readable,
     whole_numbers,
 )
@@ -70,6 +71,7 @@ def _curves_page(
     axes[0].set_yscale("log")
     plain_log(axes[0].yaxis)
     axes[-1].set_xlabel(X_AXES[x])
+    plain_numbers(axes[-1].xaxis)
     fig.align_ylabels(axes)
     handles = [matplotlib.lines.Line2D([], [], **line_style(k)) for k in range(len(groups))]
     labels = [group.label for group in groups]

@@ -113,6 +113,7 @@ def _scaling_figure(table: pd.DataFrame, label: str) -> Drawing:
     ax.set_xscale("log")
     if (error > 0).all():
         ax.set_yscale("log")
+        ax.set_ylim(top=min(ax.get_ylim()[1], 110))  # a fitted band may go above 100%
         plain_log(ax.yaxis)
     ticks_at(ax, sorted(set(table.x)))
     ax.set_xlabel(label)
@@ -174,7 +175,8 @@ def frontier(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def pareto(cost: str, label: str, needed: str) -> Callable[[Sequence[Group]], list[Drawing]]:
     """A drawing function: final accuracy against Group.mean(cost), one point a group.
 
-    Groups without a finished run are left out. label: of the axis. needed: what a run must have.
+    Groups without a finished run are left out, and at least two must remain. label: of the axis.
+    needed: what a run must have.
     """
 
     def draw(groups):
@@ -186,6 +188,8 @@ def pareto(cost: str, label: str, needed: str) -> Callable[[Sequence[Group]], li
                 rows.append(row | {"low": accuracy.low, "high": accuracy.high})
         if not rows:
             raise NoData(f"no finished run has {needed}")
+        if len(rows) == 1:
+            raise NoData(f"only {rows[0]['group']} is finished and has {label}")
         caption = f"Exact accuracy at the end of the training against {label}."
         return [_pareto_figure(pd.DataFrame(rows), cost, label, caption)]
 

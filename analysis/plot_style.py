@@ -139,10 +139,15 @@ def readable(number: float) -> str:
     return f"{number / 1e3:.3g}k" if number >= 10_000 else f"{number:.4g}"
 
 
+def plain_numbers(axis: Any) -> None:
+    """Ticks as `readable` writes them: 10k in place of 10000."""
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: readable(value)))
+
+
 def plain_log(axis: Any) -> None:
     """Ticks at 1, 2, 5, 10, 20, ... on a logarithmic axis, in plain numbers."""
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: readable(value)))
+    plain_numbers(axis)
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 

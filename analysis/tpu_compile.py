@@ -2,37 +2,40 @@
 
     python analysis/tpu_compile.py FOLDER v4-64
 
-analysis/tpu_report.py runs this in a process of its own (the compiler and torch_xla do not share one), after
-analysis/tpu_trace.py. Reads FOLDER/trace.json and FOLDER/NAME.hlo.pb; writes FOLDER/NAME.optimised.txt (HLO) and
-FOLDER/compile.json.
+analysis/tpu_report.py runs this after analysis/tpu_trace.py, in a process of its own, because the
+compiler and torch_xla cannot share one. It reads FOLDER/trace.json and FOLDER/NAME.hlo.pb, and
+writes FOLDER/NAME.optimised.txt (HLO) and FOLDER/compile.json.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+
 import tpu_types
 
 
-def main():
+def main() -> None:
     folder, accelerator = Path(sys.argv[1]), sys.argv[2]
     tpu_environment(folder, accelerator)
     devices = slice_devices(accelerator)
     results = {}
     for program in json.loads((folder / "trace.json").read_text())["programs"]:
         name, start = program["name"], time.perf_counter()
+        text = mlir_text((folder / f"{name}.hlo.pb").read_bytes())
         try:
-            executable = compile_program(
-                mlir_text((folder / f"{name}.hlo.pb").read_bytes()), devices, program["donated"]
-            )
-        except RuntimeError as error:  # what the compiler says; anything else is a bug here
+            executable = compile_program(text, devices, program["donated"])
+        except RuntimeError as error:  # of the compiler; any other error is a bug of this script
             results[name] = {"error": str(error), "compile_seconds": time.perf_counter() - start}
             break
-        memory = executable.get_compiled_memory_stats()
         (folder / f"{name}.optimised.txt").write_text(executable.hlo_modules()[0].to_string())
+        memory = executable.get_compiled_memory_stats()
         results[name] = {
             "error": None,
             "compile_seconds": time.perf_counter() - start,
@@ -47,8 +50,11 @@ def main():
     (folder / "compile.json").write_text(json.dumps(results))
 
 
-def tpu_environment(folder, accelerator):
-    """What the compiler wants to know before jax is imported. No chip is touched: several may compile at once."""
+def tpu_environment(folder: str | Path, accelerator: str) -> None:
+    """Set the environment variables that the compiler reads when jax is imported.
+
+    No chip is used, so that several processes may compile at the same time.
+    """
     os.environ.update(
         JAX_PLATFORMS="cpu",
         TPU_SKIP_MDS_QUERY="1",
@@ -59,8 +65,8 @@ def tpu_environment(folder, accelerator):
     )
 
 
-def slice_devices(accelerator):
-    """The slice's chips, each one device (megacore: its two TensorCores work as one)."""
+def slice_devices(accelerator: str) -> list[Any]:
+    """jax's device of each chip of a slice. (The two cores of a v4 or v5p work as one device.)"""
     from jax.experimental import topologies
 
     slice_ = tpu_types.slice_type(accelerator)
@@ -73,16 +79,19 @@ def slice_devices(accelerator):
     ).devices
 
 
-def mlir_text(hlo):
+def mlir_text(hlo: bytes) -> str:
     """The MLIR module of an HLO protobuf."""
     from jax._src.lib import xla_client
 
     return xla_client._xla.mlir.xla_computation_to_mlir_module(xla_client.XlaComputation(hlo))
 
 
-def compile_program(text, devices, donated=()):
-    """The executable of an MLIR module, one replica a device. donated: arguments whose memory results may take."""
-    import numpy as np
+def compile_program(text: str, devices: Sequence[Any], donated: Sequence[int] = ()) -> Any:
+    """Compile an MLIR module with one replica on each device; returns jax's executable.
+
+    donated: the arguments (by number) whose memory the results may take. Raises RuntimeError with
+    the compiler's message.
+    """
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jax._src.lib.mlir import ir
@@ -90,21 +99,18 @@ def compile_program(text, devices, donated=()):
     options = xla_client.CompileOptions()
     options.num_replicas, options.num_partitions = len(devices), 1
     options.device_assignment = xla_client.DeviceAssignment.create(
-        np.int32([[device.id] for device in devices])
+        np.array([[device.id] for device in devices], np.int32)
     )
     with mlir.make_ir_context():
-        module = ir.Module.parse(text)
+        module: Any = ir.Module.parse(text)  # jax's own hints lack what is used here
         main_function = next(op for op in module.body.operations if op.name.value == "main")
-        donor, plain = (
-            ir.DictAttr.get({"jax.buffer_donor": ir.BoolAttr.get(True)}),
-            ir.DictAttr.get({}),
-        )
+        donor = ir.DictAttr.get({"jax.buffer_donor": ir.BoolAttr.get(True)})
+        plain = ir.DictAttr.get({})
         main_function.arg_attrs = ir.ArrayAttr.get(
             [donor if k in donated else plain for k in range(len(main_function.type.inputs))]
         )
-        return devices[0].client.compile(
-            mlir.module_to_bytecode(module), xla_client._xla.DeviceList(tuple(devices)), options
-        )
+        device_list = xla_client._xla.DeviceList(tuple(devices))
+        return devices[0].client.compile(mlir.module_to_bytecode(module), device_list, options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""How long the compiler's schedule of each Pallas kernel is, in cycles: the estimate of a program leaves its kernels out.
+"""Count the cycles of the compiler's schedule for each Pallas kernel of compiled programs.
 
     python analysis/tpu_kernels.py FOLDER v4-64
 
-analysis/tpu_report.py runs this in a process of its own, after analysis/tpu_compile.py. Reads FOLDER/NAME.optimised.txt, compiles
-each distinct kernel in them by itself and counts the instruction bundles that the compiler has scheduled for it, one a cycle. They
-wait for results that take longer, but not for memory. Writes FOLDER/kernels.json: {key of the kernel (tpu_hlo.kernel_key): cycles}.
+The compiler's estimate of a program leaves out its kernels. This script reads
+FOLDER/NAME.optimised.txt, compiles each distinct kernel in them by itself, and counts the
+instruction bundles that the compiler has scheduled for it. A core executes one bundle in each
+cycle. The schedule contains the waits for results of slow instructions, but not those for memory.
 
-A kernel is taken to be one loop over its grid, all in it unrolled; the cores of a chip share what is parallel in it.
+It writes FOLDER/kernels.json: {key of the kernel (tpu_hlo.kernel_key): cycles}.
+
+A kernel is taken to be one loop over its grid, in which everything is unrolled. The cores of a chip
+share the parallel axes of the grid. analysis/tpu_report.py runs this after analysis/tpu_compile.py,
+in a process of its own.
 """
 
 import base64
@@ -17,6 +22,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tpu_hlo
@@ -24,98 +30,124 @@ from tpu_compile import compile_program, slice_devices, tpu_environment
 
 import tpu_types
 
+DUMP_FLAGS = (
+    "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=.*final_bundles"
+)
 
-def main():
+
+def main() -> None:
     folder, accelerator = Path(sys.argv[1]), sys.argv[2]
-    calls = {}
-    for text in folder.glob("*.optimised.txt"):
-        for _, computation, instruction in tpu_hlo.executed(*tpu_hlo.parse(text.read_text())):
-            if instruction.opcode == "custom-call" and tpu_hlo.kernel_key(instruction):
-                calls.setdefault(tpu_hlo.kernel_key(instruction), (computation, instruction))
-    if calls:
+    found = kernels(folder)
+    counted = {}
+    if found:
         with tempfile.TemporaryDirectory() as dump:
             tpu_environment(folder, accelerator)
-            os.environ["LIBTPU_INIT_ARGS"] = (
-                f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles"
-            )
-            device, cores = (
-                slice_devices(accelerator)[:1],
-                tpu_types.slice_type(accelerator).generation.cores,
-            )
-            calls = {key: cycles(*call, device, cores, Path(dump)) for key, call in calls.items()}
-    (folder / "kernels.json").write_text(json.dumps(calls))
+            os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(dump)
+            device = slice_devices(accelerator)[0]
+            cores = tpu_types.slice_type(accelerator).generation.cores
+            counted = {
+                key: cycles(*kernel, device, cores, Path(dump)) for key, kernel in found.items()
+            }
+    (folder / "kernels.json").write_text(json.dumps(counted))
 
 
-def cycles(computation, instruction, device, cores, dump):
-    """Of one execution of a kernel on one chip."""
+def kernels(folder: Path) -> dict[str, tuple[tpu_hlo.Computation, tpu_hlo.Instruction]]:
+    """{key: (computation, instruction)} of each distinct kernel in the optimised programs."""
+    found: dict[str, tuple[tpu_hlo.Computation, tpu_hlo.Instruction]] = {}
+    for path in folder.glob("*.optimised.txt"):
+        for _, computation, instruction in tpu_hlo.executed(*tpu_hlo.parse(path.read_text())):
+            key = tpu_hlo.kernel_key(instruction)
+            if instruction.opcode == "custom-call" and key:
+                found.setdefault(key, (computation, instruction))
+    return found
+
+
+def cycles(
+    computation: tpu_hlo.Computation,
+    instruction: tpu_hlo.Instruction,
+    device: Any,
+    cores: int,
+    dump: Path,
+) -> int:
+    """The cycles of one execution of a kernel on one chip.
+
+    dump: the folder in which the compiler writes its schedules.
+    """
     for old in dump.iterdir():
         old.unlink()
-    (operands, operand_layouts), (results, result_layouts) = (
-        tensors(shape)
-        for shape in (
-            " ".join(computation[name].shape for name in instruction.operands),
-            instruction.shape,
-        )
-    )
-    config = json.loads(re.search(r"backend_config=(\{.*\})", instruction.rest)[1])[
-        "custom_call_config"
+    config = json.loads(tpu_hlo.search(r"backend_config=(\{.*\})", instruction.rest))
+    kernel = config["custom_call_config"]
+    compile_program(module_of_kernel(computation, instruction, kernel), [device])
+    texts = [
+        path.read_text()
+        for path in dump.glob("*schedule-analysis_final_bundles.txt")
+        if "-TLP-" not in path.name  # the program around the kernel
     ]
+    (schedule,) = (text for text in texts if '"tpu_custom_call"' in text)
+    bundles = int(tpu_hlo.search(r"total scheduled bundles:\s*(\d+)", schedule))
+    return bundles * passes(kernel["body"], cores)
+
+
+def module_of_kernel(
+    computation: tpu_hlo.Computation, instruction: tpu_hlo.Instruction, kernel: dict[str, Any]
+) -> str:
+    """An MLIR module that does nothing but call the kernel. kernel: its custom_call_config."""
+    shapes = " ".join(computation[name].shape for name in instruction.operands)
+    operands, operand_layouts = tensors(shapes)
+    results, result_layouts = tensors(instruction.shape)
     arguments = [f"%p{k}" for k in range(len(operands))]
-    returned = [f"%kernel#{k}" for k in range(len(results))] if len(results) > 1 else ["%kernel"]
-    module = f"""
-        func.func public @main({", ".join(map(": ".join, zip(arguments, operands)))}) -> ({", ".join(results)}) {{
-            %kernel{f":{len(results)}" if len(results) > 1 else ""} = stablehlo.custom_call @tpu_custom_call({", ".join(arguments)}) {{
-                backend_config = {json.dumps(json.dumps({"custom_call_config": config}))},
-                operand_layouts = [{", ".join(operand_layouts)}], result_layouts = [{", ".join(result_layouts)}]
-            }} : ({", ".join(operands)}) -> ({", ".join(results)})
-            return {", ".join(returned)} : {", ".join(results)}
+    parameters = ", ".join(f"{name}: {kind}" for name, kind in zip(arguments, operands))
+    operand_types, result_types = ", ".join(operands), ", ".join(results)
+    call, returned = "%kernel", "%kernel"
+    if len(results) > 1:
+        call = f"%kernel:{len(results)}"
+        returned = ", ".join(f"%kernel#{k}" for k in range(len(results)))
+    # a string of MLIR, whose content is JSON
+    backend_config = json.dumps(json.dumps({"custom_call_config": kernel}))
+    return f"""
+        func.func public @main({parameters}) -> ({result_types}) {{
+            {call} = stablehlo.custom_call @tpu_custom_call({", ".join(arguments)}) {{
+                backend_config = {backend_config},
+                operand_layouts = [{", ".join(operand_layouts)}],
+                result_layouts = [{", ".join(result_layouts)}]
+            }} : ({operand_types}) -> ({result_types})
+            return {returned} : {result_types}
         }}"""
-    compile_program(module, device)
-    (said,) = (
-        text
-        for path in dump.glob(
-            "*schedule-analysis_final_bundles.txt"
-        )  # TLP is the program around it
-        if '"tpu_custom_call"' in (text := path.read_text()) and "-TLP-" not in path.name
-    )
-    return int(re.search(r"total scheduled bundles:\s*(\d+)", said)[1]) * passes(
-        config["body"], cores
-    )
 
 
-def tensors(shape):
-    """(MLIR types, row-major layouts) of the arrays in an HLO shape's text; a kernel takes them as they are, whatever the text says."""
-    arrays = [
-        (dtype, dims.split(",")) for dtype, dims in re.findall(r"\b(bf16|f32)\[([\d,]+)\]", shape)
-    ]
-    return (
-        [f"tensor<{'x'.join(dims)}x{dtype}>" for dtype, dims in arrays],
-        [
-            f"dense<[{', '.join(map(str, reversed(range(len(dims)))))}]> : tensor<{len(dims)}xindex>"
-            for _, dims in arrays
-        ],
-    )
+def tensors(shape: str) -> tuple[list[str], list[str]]:
+    """(MLIR types, row-major layouts) of the arrays in the text of an HLO shape.
+
+    A kernel always takes row-major arrays, whatever layout the text says.
+    """
+    types, layouts = [], []
+    for dtype, text in re.findall(r"\b(bf16|f32)\[([\d,]+)\]", shape):
+        dims = text.split(",")
+        axes = ", ".join(str(axis) for axis in reversed(range(len(dims))))
+        types.append(f"tensor<{'x'.join(dims)}x{dtype}>")
+        layouts.append(f"dense<[{axes}]> : tensor<{len(dims)}xindex>")
+    return types, layouts
 
 
-def passes(body, cores):
-    """Passes of a kernel's grid that one core does."""
+def passes(body: str, cores: int) -> int:
+    """The passes of a kernel's grid that one core executes.
+
+    body: the kernel's program (MLIR bytecode in base64). cores: of the chip.
+    """
     from jax._src.lib import tpu
     from jax._src.lib.mlir import ir
 
     with ir.Context() as context:
-        tpu.register_dialect(context)
+        tpu.register_dialect(context)  # type: ignore[attr-defined]  # jax has no hint for it
         context.allow_unregistered_dialects = True
         text = str(ir.Module.parse(base64.b64decode(body)))
-    bounds = [
-        int(bound)
-        for bound in re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)[1].split(",")
-    ]
-    parallel = [
-        bound
-        for bound, kind in zip(bounds, re.findall(r"dimension_semantics<(\w+)>", text))
-        if kind == "parallel"
-    ]
-    return math.prod(bounds) // (cores if math.prod(parallel) % cores == 0 else 1)
+    grid = tpu_hlo.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)
+    bounds = [int(bound) for bound in grid.split(",")]
+    kinds = re.findall(r"dimension_semantics<(\w+)>", text)
+    parallel = [bound for bound, kind in zip(bounds, kinds) if kind == "parallel"]
+    shared = math.prod(parallel) % cores == 0
+    return math.prod(bounds) // (cores if shared else 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Trace the training and the evaluation step of a configuration as one worker of its TPU slice, on any machine.
+"""Trace a configuration's training step and evaluation step as one worker of its TPU slice.
 
     python analysis/tpu_trace.py FOLDER
 
-analysis/tpu_report.py runs this in a process of its own. Reads FOLDER/config.yaml; writes the programs that torch_xla
-would compile, FOLDER/train.hlo.pb and FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. Nothing is computed: weights,
-optimizer, average and carry are placeholders without memory, so that a configuration of any size can be traced.
+This works on any machine; analysis/tpu_report.py runs it in a process of its own. It reads
+FOLDER/config.yaml. It writes the programs that torch_xla would compile, FOLDER/train.hlo.pb and
+FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. Nothing is computed: weights, optimizer, average
+and carry are placeholders without memory, so that a configuration of any size can be traced.
 """
 
 import dataclasses
@@ -13,11 +14,14 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-# one process of many: without it torch_xla leaves the all-reduce out of a program of one process. What this CPU itself computes, for the
-# host's time, would take longer to compile than to run
+# Before torch_xla is imported. Without XLA_ALWAYS_ALLREDUCE torch_xla would leave the all-reduce
+# out of a program of one process alone. What this CPU computes itself, to measure the host's time,
+# would take longer to optimise than to run.
 os.environ.update(
     PJRT_DEVICE="CPU", XLA_ALWAYS_ALLREDUCE="1", XLA_FLAGS="--xla_backend_optimization_level=0"
 )
@@ -30,239 +34,275 @@ from torch_xla.core.xla_builder import create_placeholder_tensor
 
 import tpu_types
 import trm_model
-from config import load_config
+from config import Config, load_config
 from device import Device, tree_map
-from mixing import num_kernels
+from mixing import num_kernels, use_kernels
 from train_state import TrainState, load_dataset, settle_forward_dtype
 from utils import UserError, run_cli
 from xla_program import changed_places, places
 
 SUDOKU_EXTREME_TEST_PUZZLES = 422_786
 WARMUP_STEPS, TIMED_STEPS, TIMED_EXAMPLES = 3, 15, 8
+XLAC = torch_xla._XLAC
+Batch = dict[str, np.ndarray]
+Program = dict[str, Any]
 
 
-def main():
+def main() -> None:
     folder = Path(sys.argv[1])
     config = load_config(folder / "config.yaml")
-    dataset, known = training_puzzles(config)
+    dataset, dataset_source = training_puzzles(config)
     device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type))
     config = settle_forward_dtype(config, device)
-    run = traced_run(config, device, dataset)
-    batch = run.loader.batch(0)
-    device.follow(run)
-
-    # ----- programs, with the line of code that each operation comes from -----
-    torch_xla._XLAC._set_ir_debug(True)
-    train_step(run, batch)
-    programs = [
-        {"name": "train" if k == 0 else f"train_{k + 1}", **program}
-        for k, program in enumerate(device.programs)
-    ]
-    programs.append({"name": "evaluation", **trace_evaluation(run, dataset)})
-    torch_xla._XLAC._set_ir_debug(False)
+    state = traced_state(config, device, dataset)
+    batch = state.loader.batch(0)
+    programs = trace_programs(state, device, batch, dataset)
     for program in programs:
         (folder / f"{program['name']}.hlo.pb").write_bytes(program.pop("hlo"))
 
-    # ----- host time -----
-    per_step = host_milliseconds(run, batch, dataset)
-    per_evaluation_step = milliseconds(lambda: trace_evaluation(run, dataset, keep=False))
+    step_ms = host_milliseconds(state, batch, dataset)
+    evaluation_ms = milliseconds(lambda: trace_evaluation(state, dataset, keep=False))
     per_chip = config.training.global_batch_size // device.workers.world_size
+    flops = trm_model.step_flops_per_example(state.model, train=True)
     trace = {
         "programs": programs,
-        "host_ms_per_step": statistics.median(per_step),
-        "host_ms_range": [min(per_step), max(per_step)],
-        "evaluation_host_ms_per_step": statistics.median(per_evaluation_step),
-        "parameters": trm_model.num_parameters(run.model),
+        "host_ms_per_step": statistics.median(step_ms),
+        "host_ms_range": [min(step_ms), max(step_ms)],
+        "evaluation_host_ms_per_step": statistics.median(evaluation_ms),
+        "parameters": trm_model.num_parameters(state.model),
         "per_chip_batch": per_chip,
-        "sequence_length": run.model.length,
-        "model_flops_per_chip_step": per_chip
-        * trm_model.step_flops_per_example(run.model, train=True),
-        "in_kernel": in_kernel(run.model),
+        "sequence_length": state.model.length,
+        "model_flops_per_chip_step": per_chip * flops,
+        "in_kernel": in_kernel(state.model),
         "num_puzzles": dataset.num_puzzles,
-        "dataset": known,
+        "dataset": dataset_source,
         **split_sizes(config),
     }
     (folder / "trace.json").write_text(json.dumps(trace))
 
 
-def train_step(run, batch):
-    run.train_step(run.device.put(run.host_batch(batch)))
-    run.device.end_step()
-
-
+# --------------------------------------------------------------------------------------------------
+# Programs
+# --------------------------------------------------------------------------------------------------
 class TracedDevice(Device):
-    """The first worker of a tpu_types.Slice. Where another device would compile and run what is pending, this one keeps the program."""
+    """The first worker of a slice. It keeps each program that another device would compile and run.
 
-    def __init__(self, slice_):
+    programs: those of the training steps, in the order in which they were traced.
+    """
+
+    def __init__(self, slice_: tpu_types.Slice):
         super().__init__("xla_cpu")
         self.workers.world_size, self.generation = slice_.chips, slice_.generation
-        self.programs = []
+        self.programs: list[Program] = []
 
-    def follow(self, run):
-        """Its steps are the programs to come."""
-        self.tensors = run.tensors
-        self.places = places(run.tensors())
+    def follow(self, state: TrainState) -> None:
+        """Keep the programs of this state's steps."""
+        self.tensors = state.tensors
+        self.places = places(state.tensors())
 
-    def end_step(self):
+    def end_step(self) -> None:
         self.programs.append(pending_program(self.tensors(), self.places))
-        torch_xla._XLAC._clear_pending_irs(
-            str(self.torch)
-        )  # the results become placeholders; so does the all-reduce's token
+        # the results become placeholders, and so does the all-reduce's token
+        XLAC._clear_pending_irs(str(self.torch))
         self.places = places(self.tensors())
 
 
-def traced_run(config, device, dataset):
-    """TrainState with placeholders for all that it holds on the device."""
+def traced_state(config: Config, device: TracedDevice, dataset: Any) -> TrainState:
+    """A TrainState that has placeholders for everything that it holds on the device."""
     device.torch, xla = torch.device("meta"), device.torch
     with torch.device("meta"):
-        run = TrainState(config, device, dataset)
+        state = TrainState(config, device, dataset)
     device.torch = xla
     if config.training.pallas_kernels:
-        import pallas_mixing
-
-        for model in (run.model, run.ema.module) if run.ema else (run.model,):
-            pallas_mixing.use(model, device.generation)
-    for tensor in run.tensors():
+        assert device.generation, "a slice has one"
+        for model in (state.model, state.ema.module) if state.ema else (state.model,):
+            use_kernels(model, device.generation)
+    for tensor in state.tensors():
         become_placeholder(tensor)
-    return run
+    device.follow(state)
+    return state
 
 
-def in_kernel(model):
-    """{"token mixing", "channel mixing": whether it is a kernel}; of self-attention only the latter."""
+def become_placeholder(tensor: torch.Tensor) -> None:
+    """Turn a tensor into a placeholder of the same shape and dtype on the XLA device.
+
+    It stays the same Python object, because the optimizer and the average refer to it.
+    """
+    new = create_placeholder_tensor(tensor.shape, tensor.dtype)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, new)
+
+
+def trace_programs(
+    state: TrainState, device: TracedDevice, batch: Batch, dataset: Any
+) -> list[Program]:
+    """The programs of one training step and of an evaluation step, as `pending_program` has them.
+
+    Each has also a name. The programs say from which line of code each operation comes.
+    """
+    XLAC._set_ir_debug(True)
+    state.train_step(device.put(state.host_batch(batch)))
+    device.end_step()
+    evaluation = trace_evaluation(state, dataset)
+    XLAC._set_ir_debug(False)
+    names = ["train", *(f"train_{k}" for k in range(2, len(device.programs) + 1)), "evaluation"]
+    programs = [*device.programs, evaluation]
+    return [{"name": name, **program} for name, program in zip(names, programs, strict=True)]
+
+
+@torch.no_grad()
+def trace_evaluation(state: TrainState, dataset: Any, keep: bool = True) -> Program:
+    """The program of evaluation.evaluate, at its batch size of one worker.
+
+    keep: whether the program is wanted; otherwise {}, after what a run does to start a program that
+    it has compiled already.
+    """
+    size = state.config.evaluation.batch_size
+    with torch.device("meta"):
+        carry = state.model.empty_carry(size)
+    carry = tree_map(lambda t: create_placeholder_tensor(t.shape, t.dtype), carry)
+    cells = np.zeros((size, dataset.seq_len), np.uint8)
+    identifiers = np.zeros(size, np.int32)
+    batch = state.device.put({"inputs": cells, "labels": cells, "puzzle_identifiers": identifiers})
+    carry, scores = trm_model.evaluation_step(state.model, carry, batch)
+    outputs, program = [*carry, scores], {}
+    if keep:
+        program = pending_program(outputs, {})
+    else:
+        XLAC._get_graph_hash(outputs)
+    XLAC._clear_pending_irs(str(state.device.torch))
+    return program
+
+
+def pending_program(tensors: list[torch.Tensor], places_before: dict[int, int]) -> Program:
+    """The program that computes what is pending of `tensors`.
+
+    Returns its HLO protobuf (hlo), the FLOPs of its products (flops), and the numbers of the
+    arguments whose memory results may take (donated). Those were in the places that have another
+    tensor now, as with XLAProgram. places_before: xla_program.places before the step.
+    """
+    changed = changed_places(tensors)
+    outputs = [tensors[place] for place in changed]
+    arguments, _ = XLAC._get_tensors_xla_device_data_node(outputs)
+    donated = [
+        k for k, tensor_id in enumerate(arguments) if places_before.get(tensor_id) in changed
+    ]
+    return {
+        "hlo": XLAC._get_xla_tensors_hlo_proto(outputs),
+        "flops": tpu_hlo.product_flops(XLAC._get_xla_tensors_hlo(outputs)),
+        "donated": donated,
+    }
+
+
+def in_kernel(model: trm_model.TinyRecursiveModel) -> dict[str, bool]:
+    """Whether the SwiGLUs of a block run as kernels, such as {"token mixing": True}.
+
+    A block with self-attention has only "channel mixing".
+    """
     names = {1: "token mixing", 2: "channel mixing"}
     swiglus = model.L_level.layers[0].swiglus()
     return {names[axis]: num_kernels(swiglu) == 1 for axis, swiglu in swiglus}
 
 
-def become_placeholder(tensor):
-    new = create_placeholder_tensor(tensor.shape, tensor.dtype)
-    if isinstance(tensor, torch.nn.Parameter):
-        new = torch.nn.Parameter(new, tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, new)  # the optimizer and the average know this very tensor
+# --------------------------------------------------------------------------------------------------
+# Time of the host
+# --------------------------------------------------------------------------------------------------
+def host_milliseconds(state: TrainState, batch: Batch, dataset: Any) -> list[float]:
+    """The main thread's milliseconds for each of TIMED_STEPS training steps.
 
-
-def pending_program(tensors, places_before):
-    """The program that computes what is pending of `tensors`: its HLO protobuf; the FLOPs of its products; and the arguments whose
-    memory results may take: what was in the places that now have another tensor (as XLAProgram gives it away)."""
-    xla = torch_xla._XLAC
-    changed = changed_places(tensors)
-    outputs = [tensors[place] for place in changed]
-    arguments, _ = xla._get_tensors_xla_device_data_node(outputs)
-    return {
-        "hlo": xla._get_xla_tensors_hlo_proto(outputs),
-        "flops": tpu_hlo.product_flops(xla._get_xla_tensors_hlo(outputs)),
-        "donated": [
-            k for k, tensor_id in enumerate(arguments) if places_before.get(tensor_id) in changed
-        ],
-    }
-
-
-def host_milliseconds(run, batch, dataset):
-    """Milliseconds of the main thread for each of TIMED_STEPS training steps, from the batch to the started program. A replayed step
-    costs the host by the number of its tensors, whatever is in them: so it is that of the same model at the least width, number of
-    cycles and batch, which the CPU computes meanwhile; the batch of the run itself comes on top."""
-    model, training = run.config.model, run.config.training
-    small = TrainState(
-        dataclasses.replace(
-            run.config,
-            model=dataclasses.replace(
-                model,
-                hidden_size=8 * model.num_heads,
-                H_cycles=1,
-                L_cycles=1,
-                puzzle_emb_ndim=min(model.puzzle_emb_ndim, 8),
-            ),
-            training=dataclasses.replace(
-                training, global_batch_size=TIMED_EXAMPLES * training.grad_accumulation_steps
-            ),
-        ),
-        Device("xla_cpu"),
-        dataset,
+    From the loader's batch to the started program. A replayed step costs the host by the number of
+    its tensors, whatever is in them. So it is measured with the same model at the least width,
+    number of cycles and batch, which the CPU computes meanwhile. To this is added the time for the
+    batch of the run itself.
+    """
+    model, training = state.config.model, state.config.training
+    small_model = dataclasses.replace(
+        model,
+        hidden_size=8 * model.num_heads,
+        H_cycles=1,
+        L_cycles=1,
+        puzzle_emb_ndim=min(model.puzzle_emb_ndim, 8),
     )
-    few = small.loader.batch(0)
+    batch_size = TIMED_EXAMPLES * training.grad_accumulation_steps
+    small_training = dataclasses.replace(training, global_batch_size=batch_size)
+    config = dataclasses.replace(state.config, model=small_model, training=small_training)
+    small = TrainState(config, Device("xla_cpu"), dataset)
+    small_batch = small.loader.batch(0)
 
-    def timed():
-        small.run_step(small.device.put(small.host_batch(few)))
+    def step():
+        small.run_step(small.device.put(small.host_batch(small_batch)))
         small.step += 1
 
-    steps = milliseconds(timed, lambda: small.device.fetch(small.totals))
-    batches = milliseconds(lambda: small.device.put(run.host_batch(batch)))
+    steps = milliseconds(step, lambda: small.device.fetch(small.totals))
+    batches = milliseconds(lambda: small.device.put(state.host_batch(batch)))
     return [sum(both) for both in zip(steps, batches)]
 
 
-def milliseconds(function, wait=lambda: None):
-    """Milliseconds that the main thread computes in each of TIMED_STEPS calls; wait() follows each of them, untimed."""
+def milliseconds(
+    function: Callable[[], Any], wait: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """The main thread's milliseconds of processor time for each of TIMED_STEPS calls.
+
+    Processor time, because others may be using this machine. wait: is called after each call, and
+    not measured.
+    """
     taken = []
     for _ in range(WARMUP_STEPS + TIMED_STEPS):
-        start = time.thread_time()  # and no clock on the wall: others may be using this machine
+        start = time.thread_time()
         function()
         taken.append(1e3 * (time.thread_time() - start))
         wait()
     return taken[WARMUP_STEPS:]
 
 
-@torch.no_grad()
-def trace_evaluation(run, dataset, keep=True):
-    """The program of evaluation.evaluate, at its batch of one worker. keep=False: for the time it takes, as a run does for a program
-    that it has compiled."""
-    size = run.config.evaluation.batch_size
-    with torch.device("meta"):
-        carry = run.model.empty_carry(size)
-    carry = tree_map(lambda t: create_placeholder_tensor(t.shape, t.dtype), carry)
-    cells = np.zeros((size, dataset.seq_len), np.uint8)
-    batch = run.device.put(
-        {"inputs": cells, "labels": cells, "puzzle_identifiers": np.zeros(size, np.int32)}
-    )
-    carry, scores = trm_model.evaluation_step(run.model, carry, batch)
-    program = (
-        pending_program([*carry, scores], {})
-        if keep
-        else torch_xla._XLAC._get_graph_hash([*carry, scores])
-    )
-    torch_xla._XLAC._clear_pending_irs(str(run.device.torch))
-    return program
+# --------------------------------------------------------------------------------------------------
+# The puzzles
+# --------------------------------------------------------------------------------------------------
+def training_puzzles(config: Config) -> tuple[Any, str]:
+    """(what TrainState needs of a dataset, where it comes from).
 
-
-# ---------------------------------------------------------------------------------------------------------
-# The puzzles: the dataset's where it is on this machine, otherwise as many of 9x9 as the configuration expects
-# ---------------------------------------------------------------------------------------------------------
-def training_puzzles(config):
-    """(what TrainState needs of a dataset, where it comes from)."""
+    Without the dataset on this machine there are data.expected_puzzles empty puzzles of 9x9 cells.
+    Raises UserError if that is null.
+    """
     path, count = config.data.dataset_path, config.data.expected_puzzles
     if (Path(path) / "train" / "dataset.json").exists():
         return load_dataset(config, "train"), path
     if count is None:
         raise UserError(
-            f"data.expected_puzzles = null: {path} is not on this machine: set the number of training puzzles that it has"
+            f"data.expected_puzzles = null: {path} is not on this machine: set the number of "
+            "training puzzles that it has"
         )
-    cells, numbers = np.full((count, 81), 2, np.uint8), np.arange(count + 1)
-    return SimpleNamespace(
+    cells = np.full((count, 81), 2, np.uint8)
+    dataset = SimpleNamespace(
         inputs=cells,
         labels=cells,
         puzzle_identifiers=np.zeros(count, np.int32),
-        group_indices=numbers,
+        group_indices=np.arange(count + 1),
         num_puzzles=count,
         size=9,
         seq_len=81,
         vocab_size=11,
         num_puzzle_identifiers=1,
         fingerprint="",
-    ), "assumed: 9x9, data.expected_puzzles"
+    )
+    return dataset, "assumed: 9x9, data.expected_puzzles"
 
 
-def split_sizes(config):
-    """Examples of each split that is evaluated, and where the number of the test split comes from (None: it is assumed)."""
-    sizes, known = {"test": SUDOKU_EXTREME_TEST_PUZZLES}, None
+def split_sizes(config: Config) -> dict[str, Any]:
+    """The number of examples of each split that is evaluated (split_sizes).
+
+    test_dataset: where that of the test split comes from, or None if it is assumed.
+    """
+    sizes, source = {"test": SUDOKU_EXTREME_TEST_PUZZLES}, None
     for split in (config.evaluation.split, "test"):
-        meta = Path(config.data.dataset_path) / split / "dataset.json"
-        if meta.exists():
-            sizes[split] = len(
-                np.load(meta.with_name("all__puzzle_identifiers.npy"), mmap_mode="r")
-            )
+        folder = Path(config.data.dataset_path) / split
+        if (folder / "dataset.json").exists():
+            sizes[split] = len(np.load(folder / "all__puzzle_identifiers.npy", mmap_mode="r"))
             if split == "test":
-                known = config.data.dataset_path
+                source = config.data.dataset_path
     sizes.setdefault(config.evaluation.split, sizes["test"])
-    return {"split_sizes": sizes, "test_dataset": known}
+    return {"split_sizes": sizes, "test_dataset": source}
 
 
 if __name__ == "__main__":

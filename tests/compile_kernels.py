@@ -1,4 +1,7 @@
-"""Compile the kernels as torch_xla would be given them, with the libtpu that is installed: python -m tests.compile_kernels v6e-8"""
+"""Compile the kernels, in the form that torch_xla gets, with the libtpu that is installed.
+
+python -m tests.compile_kernels v6e-8
+"""
 
 import functools
 import os

@@ -1,107 +1,133 @@
-"""One training step of TRM in float64, written from its formulas and not from trm_model.py; and how far float32 may be
-from it.
+"""One training step of TRM in float64, written from its formulas and not from trm_model.py, and how
+far float32 may be from it.
 
-The distance follows from the model, since each call of the network takes the last one's rounding errors as part of its
-input. A matrix product in float32 is off by ROUNDING of its result's size. What becomes of that is not guessed: the
-step is computed again in float64 with errors of that kind put in, EPSILON in place of ROUNDING, at every product and
-norm and in their gradients. `tolerances` is the result: ROUNDING times the growth. Figures: docs/tpu_step.md.
+The distance follows from the model, because each call of the network takes the rounding errors of
+the last one as part of its input. A matrix product in float32 has an error of ROUNDING times the
+size of its result. How this error grows is computed: the step is done again in float64 with errors
+of that kind added, EPSILON in place of ROUNDING, at every product and norm and in their gradients.
+`tolerances` returns ROUNDING times the growth. Figures: docs/tpu_step.md.
 """
 
 import torch
 import torch.nn.functional as F
 
-UNIT = 2.0**-24  # float32's largest relative rounding error
-# root of the mean square: 2 to 5 units are measured for sums of up to 256 products, as these models have
+UNIT = 2.0**-24  # the largest relative rounding error of float32
+# Root of the mean square error: 2 to 5 units were measured for sums of up to 256 products, which is
+# what these models have.
 ROUNDING = 6 * UNIT
-EPSILON = 1e-9  # small enough that its square is nothing, and large enough for float64
+EPSILON = 1e-9  # its square is negligible, and it is large against the rounding of float64
 DRAWS = 6
 
 
-def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
-    """{name: value} of one supervision step: z_H, z_L, logits, q_halt; loss, lm_loss and q_halt_loss, summed over the batch; and the
-    gradients of loss / batch size, puzzle_rows and each weight by its name.
+class Network:
+    """The network in float64. noise: a generator of the errors that are added, or None.
 
-    config: ModelConfig; weights: {name: tensor}; carry: an admitted trm_model.Carry; rope: (cos, sin), which are given numbers here as
-    the weights are; noise: a generator of the errors that are put in, or None.
+    config: ModelConfig; weights: {name: tensor}; rope: (cos, sin), which are given numbers here, as
+    the weights are.
     """
-    weights = {name: tensor.detach().double().requires_grad_() for name, tensor in weights.items()}
-    rows = puzzle_rows.detach().double().requires_grad_()
-    z_H, z_L, labels = carry.z_H.double(), carry.z_L.double(), carry.labels.long()
-    dim = config.hidden_size
 
-    def with_error(h):
+    def __init__(self, config, weights, rope, noise):
+        self.config, self.weights, self.rope, self.noise = config, weights, rope, noise
+
+    def with_error(self, h):
         size = h.detach().square().mean(-1, keepdim=True).sqrt()
-        return h + EPSILON * size * torch.randn(h.shape, generator=noise, dtype=h.dtype)
+        return h + EPSILON * size * torch.randn(h.shape, generator=self.noise, dtype=h.dtype)
 
-    def rounded(h):
-        if noise is None:
+    def rounded(self, h):
+        if self.noise is None:
             return h
         if h.requires_grad:
-            h.register_hook(with_error)
-        return with_error(h)
+            h.register_hook(self.with_error)
+        return self.with_error(h)
 
-    def times(h, name):
-        return rounded(h @ weights[name].T)
+    def times(self, h, name):
+        return self.rounded(h @ self.weights[name].T)
 
-    def normed(h, axis):
-        return rounded(h / (h.square().mean(axis, keepdim=True) + 1e-5).sqrt())
+    def normed(self, h, axis):
+        return self.rounded(h / (h.square().mean(axis, keepdim=True) + 1e-5).sqrt())
 
-    def swiglu(h, name):
-        gate, up = times(h, f"{name}.gate_up_proj.weight").chunk(2, -1)
-        return times(gate / (1 + torch.exp(-gate)) * up, f"{name}.down_proj.weight")
+    def swiglu(self, h, name):
+        gate, up = self.times(h, f"{name}.gate_up_proj.weight").chunk(2, -1)
+        return self.times(gate / (1 + torch.exp(-gate)) * up, f"{name}.down_proj.weight")
 
-    def attention(h, name):
+    def attention(self, h, name):
+        heads = self.config.num_heads
         q, k, v = (
-            part.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
-            for part in times(h, f"{name}.qkv_proj.weight").chunk(3, -1)
+            part.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part in self.times(h, f"{name}.qkv_proj.weight").chunk(3, -1)
         )
-        if rope is not None:
-            cos, sin = (table.double() for table in rope)
+        if self.rope is not None:
+            cos, sin = (table.double() for table in self.rope)
             halves = [part.chunk(2, -1) for part in (q, k)]
             q, k = (
                 part * cos + torch.cat((-second, first), -1) * sin
                 for part, (first, second) in zip((q, k), halves)
             )
-        shares = torch.softmax(rounded(q @ k.mT) / (dim // config.num_heads) ** 0.5, -1)
-        return times(rounded(shares @ v).transpose(1, 2).flatten(2), f"{name}.o_proj.weight")
+        scale = (self.config.hidden_size // heads) ** 0.5
+        shares = torch.softmax(self.rounded(q @ k.mT) / scale, -1)
+        mixed = self.rounded(shares @ v).transpose(1, 2).flatten(2)
+        return self.times(mixed, f"{name}.o_proj.weight")
 
-    def net(h, injection):
+    def call(self, h, injection):
+        """The network once, on h + injection, [b, S, D]."""
         h = h + injection
-        for layer in range(config.L_layers):
+        for layer in range(self.config.L_layers):
             name = f"L_level.layers.{layer}"
-            if config.mlp_t:
-                h = normed(h + swiglu(h.mT, f"{name}.mlp_t").mT, 1)
+            if self.config.mlp_t:
+                h = self.normed(h + self.swiglu(h.mT, f"{name}.mlp_t").mT, 1)
             else:
-                h = normed(h + attention(h, f"{name}.self_attn"), 2)
-            h = normed(h + swiglu(h, f"{name}.mlp"), 2)
+                h = self.normed(h + self.attention(h, f"{name}.self_attn"), 2)
+            h = self.normed(h + self.swiglu(h, f"{name}.mlp"), 2)
         return h
 
-    prefix = config.puzzle_emb_len or -(-rows.shape[1] // dim)
-    x = torch.cat(
-        (
-            F.pad(rows, (0, prefix * dim - rows.shape[1])).unflatten(1, (prefix, dim)),
-            weights["embed_tokens.embedding_weight"][carry.inputs.long()],
-        ),
-        1,
-    )
-    if config.pos_encodings == "learned":
-        x = (x + weights["embed_pos.embedding_weight"]) / 2**0.5
-    x = x * dim**0.5
-    for cycle in range(config.H_cycles):
-        with torch.set_grad_enabled(cycle == config.H_cycles - 1):
-            for _ in range(config.L_cycles):
-                z_L = net(z_L, z_H + x)
-            z_H = net(z_H, z_L)
+    def embedding(self, inputs, rows, prefix):
+        """The input of the recursion, [b, prefix + S, D]; rows: of the puzzle embedding."""
+        dim = self.config.hidden_size
+        puzzle = F.pad(rows, (0, prefix * dim - rows.shape[1])).unflatten(1, (prefix, dim))
+        tokens = self.weights["embed_tokens.embedding_weight"][inputs.long()]
+        x = torch.cat((puzzle, tokens), 1)
+        if self.config.pos_encodings == "learned":
+            x = (x + self.weights["embed_pos.embedding_weight"]) / 2**0.5
+        return x * dim**0.5
 
-    logits = times(z_H[:, prefix:], "lm_head.weight")
-    q_halt = (times(z_H[:, 0], "q_head.weight") + weights["q_head.bias"])[:, 0]
+    def recursion(self, z_H, z_L, x):
+        """(z_H, z_L) after one supervision step; only the last cycle has gradients."""
+        for cycle in range(self.config.H_cycles):
+            with torch.set_grad_enabled(cycle == self.config.H_cycles - 1):
+                for _ in range(self.config.L_cycles):
+                    z_L = self.call(z_L, z_H + x)
+                z_H = self.call(z_H, z_L)
+        return z_H, z_L
+
+
+def losses(logits, q_halt, labels):
+    """(loss, lm_loss, q_halt_loss), summed over the batch."""
     scored = labels != 0
     s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))
     share = (s / s.sum(-1, keepdim=True)).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     solved = ((logits.argmax(-1) == labels) | ~scored).all(-1)
     lm_loss = ((-share.log() * scored).sum(-1) / scored.sum(-1).clamp(min=1)).sum()
     q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, solved.double(), reduction="sum")
-    loss = lm_loss + 0.5 * q_halt_loss
+    return lm_loss + 0.5 * q_halt_loss, lm_loss, q_halt_loss
+
+
+def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
+    """{name: value} of one supervision step.
+
+    z_H, z_L, logits, q_halt; loss, lm_loss and q_halt_loss, summed over the batch; and the
+    gradients of loss / batch size, puzzle_rows and each weight by its name. carry: an admitted
+    trm_model.Carry; for the others see Network.
+    """
+    weights = {name: tensor.detach().double().requires_grad_() for name, tensor in weights.items()}
+    rows = puzzle_rows.detach().double().requires_grad_()
+    network = Network(config, weights, rope, noise)
+    prefix = config.puzzle_emb_len or -(-rows.shape[1] // config.hidden_size)
+    x = network.embedding(carry.inputs, rows, prefix)
+    z_H, z_L = network.recursion(carry.z_H.double(), carry.z_L.double(), x)
+    logits = network.times(z_H[:, prefix:], "lm_head.weight")
+    q_halt = (network.times(z_H[:, 0], "q_head.weight") + weights["q_head.bias"])[:, 0]
+    labels = carry.labels.long()
+    loss, lm_loss, q_halt_loss = losses(logits, q_halt, labels)
     grads = torch.autograd.grad(loss / len(labels), [*weights.values(), rows])
     values = {
         "z_H": z_H,
@@ -130,5 +156,5 @@ def tolerances(*given):
         disturbed = step(*given, noise=torch.Generator().manual_seed(draw))
         for name, value in exact.items():
             growth[name] = max(growth.get(name, 0.0), distance(disturbed[name], value) / EPSILON)
-    # what follows the last mixing, a product or a sum, rounds once more
+    # + 1: a product or a sum after the last layer rounds once more
     return exact, {name: ROUNDING * (1 + factor) for name, factor in growth.items()}

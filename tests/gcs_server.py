@@ -1,7 +1,9 @@
-"""Cloud Storage for tests: gcp-storage-emulator in a process of its own, and before it a proxy that fails as it is told.
+"""Cloud Storage for tests: gcp-storage-emulator in a process of its own, and in front of it a proxy
+that fails as a test wants.
 
-The proxy also does what the emulator leaves out: preconditions (ifGenerationMatch). A test names its faults; each is used
-up by the requests it meets, in order. All of it is on the loopback interface.
+The proxy also does what the emulator leaves out: preconditions (ifGenerationMatch). A test names
+its faults; each applies to the next requests that match it. Everything is on the loopback
+interface.
 """
 
 import atexit
@@ -49,9 +51,11 @@ def emulator_port():
 class Fault:
     """What happens to the next `times` requests of `method` whose path and query match `path`.
 
-    kind: "status" (answer `value`, a status), "cut_upload" (after `value` bytes of the body), "cut_answer" (after `value`
-    bytes of its body; the server has done what was asked), "corrupt" (one byte of the answer's body), "replace" (in
-    the answer's body, `value`: old and new), "hold" (until the threading.Event `value` is set).
+    kind: "status" (the answer is the status `value`), "cut_upload" (the connection ends after
+    `value` bytes of the body), "cut_answer" (it ends after `value` bytes of the answer's body, when
+    the server has done what was asked), "corrupt" (one byte of the answer's body is wrong),
+    "replace" (in the answer's body, `value`: old and new), "hold" (the request waits until the
+    threading.Event `value` is set).
     """
 
     def __init__(self, kind, value=None, times=1, method="", path="", message=""):
@@ -70,7 +74,10 @@ class Fault:
 
 
 class Proxy:
-    """Forwards to the emulator from a port of its own, `port`; `requests` holds (method, path) of all it has taken."""
+    """Forwards requests from its port, `port`, to the emulator.
+
+    requests: (method, path) of all that it has received.
+    """
 
     def __init__(self):
         emulator_port()  # now: two requests at once would start two
@@ -192,14 +199,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.upstream(self.command, self.path, body)
         with self.proxy.conditions:
             name = re.search(r"/o/(.+)$", url.path)
-            # of a multipart upload the first part is the object's metadata, of a resumable one the whole body
-            name = (
-                urllib.parse.unquote(name[1])
-                if name
-                else json.loads(re.search(rb"\{.*?\"name\".*?\}(?=\r\n--|$)", body, re.DOTALL)[0])[
-                    "name"
-                ]
-            )
+            if name:
+                name = urllib.parse.unquote(name[1])
+            else:
+                # the object's metadata: the first part of a multipart upload, or the whole body
+                # that begins a resumable one
+                metadata = re.search(rb"\{.*?\"name\".*?\}(?=\r\n--|$)", body, re.DOTALL)[0]
+                name = json.loads(metadata)["name"]
             status, _, answer = self.upstream(
                 "GET", f"/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(name, safe='')}"
             )
@@ -235,7 +241,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class GCSTest(FolderTest):
-    """A test with self.proxy before the emulator, STORAGE_EMULATOR_HOST set to it, and self.url, a gs:// folder of its own."""
+    """A test with self.url, a gs:// folder of its own.
+
+    STORAGE_EMULATOR_HOST is self.proxy, which stands in front of the emulator.
+    """
 
     def setUp(self):
         super().setUp()

@@ -1,21 +1,27 @@
-"""What several test files share: temporary folders, tiny configurations and datasets, the command in a process."""
+"""What several test files share: temporary folders, tiny configurations and datasets, the command
+in a process."""
 
+import atexit
+import functools
 import importlib.util
 import json
 import os
 import random
 import re
+import select
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
 
-# for every process that the tests start: models are tiny, and on a busy machine a wait for a second thread costs many times the work
+# For every process that the tests start. Models are tiny: on a busy machine a wait for a second
+# thread costs many times the work, and XLA takes longer to compile a program than to run it. Its
+# newer code generator takes twice as long as the older one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0"
-)  # compiling costs these programs more than running
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 import numpy as np
 import torch
 
@@ -35,7 +41,7 @@ class FolderTest(unittest.TestCase):
         self.folder = Path(holder.name)
 
     def user_error(self, function, *says):
-        """`function()` must raise UserError, with each of `says` in its message; returns the message."""
+        """`function()` must raise UserError with each of `says` in its message; returns that."""
         with self.assertRaises(UserError) as caught:
             function()
         for text in says:
@@ -44,8 +50,11 @@ class FolderTest(unittest.TestCase):
 
 
 class XLATest(unittest.TestCase):
-    """Tests on torch_xla's CPU device, each in a process of its own: PyTorch's autograd engine counts the devices at
-    the first backward of a process, and fails on one that is registered later. There `self.device` is the XLA device."""
+    """Tests on torch_xla's CPU device, `self.device`, each in a process of its own.
+
+    PyTorch's autograd engine counts the devices at the first backward of a process, and fails on
+    one that is registered later.
+    """
 
     def run(self, result=None):
         if os.environ.get("TRM_TEST_PROCESS") != self.id():
@@ -85,22 +94,24 @@ def write_config(path, text="data: {dataset_path: nowhere}\n"):
 
 
 def random_pairs(size, count, seed=0, clue_share=0.5):
-    """`count` puzzles and their solutions in a dataset's codes (1 empty, 2.. digits), each [count, S] uint8.
-    The puzzles are not unique in their solutions: nothing here asks for that."""
+    """`count` puzzles and their solutions in a dataset's codes (1 empty, 2.. digits).
+
+    Each is [count, S] uint8. A puzzle may have more than one solution; these tests need no better.
+    """
     stream = np.random.Generator(np.random.Philox(seed))
-    grid = np.frombuffer(sudoku.random_solution(size, random.Random(seed)), np.uint8)[None].repeat(
-        count, 0
-    )
-    _, solutions = sudoku.SudokuAugmenter(size)(
-        sudoku.paired(grid, grid), stream.bit_generator.random_raw(count)
-    )
+    solution = np.frombuffer(sudoku.random_solution(size, random.Random(seed)), np.uint8)
+    grid = solution[None].repeat(count, 0)
+    draws = stream.bit_generator.random_raw(count)
+    _, solutions = sudoku.SudokuAugmenter(size)(sudoku.paired(grid, grid), draws)
     labels = solutions + np.uint8(1)
     return np.where(stream.random(labels.shape) < clue_share, labels, 1).astype(np.uint8), labels
 
 
 def write_split(folder, inputs, labels, group_sizes=None, ratings=None):
-    """One split in the layout of scripts/build_sudoku_dataset.py. Every group has its own puzzle identifier, by
-    which tests know it again."""
+    """One split in the layout of scripts/build_sudoku_dataset.py.
+
+    Every group has its own puzzle identifier, by which tests recognise it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True)
     count, cells = inputs.shape
@@ -135,7 +146,9 @@ TINY = """\
 device: cpu
 tpu: {{accelerator_type: v4-8}}
 data: {{dataset_path: {data}}}
-model: {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1, halt_max_steps: 3, forward_dtype: float32}}
+model:
+  {{hidden_size: 32, H_cycles: 2, L_cycles: 1, num_heads: 2, puzzle_emb_ndim: 32, puzzle_emb_len: 1,
+    halt_max_steps: 3, forward_dtype: float32}}
 training: {{global_batch_size: 8, epochs: 6, lr: 1e-2, lr_warmup_steps: 10, ema_rate: 0.9}}
 checkpoint: {{interval_steps: 7}}
 logging: {{output_dir: {out}, interval_steps: 5, tensorboard: false}}
@@ -143,61 +156,88 @@ evaluation: {{interval_epochs: 2, batch_size: 16, max_examples: 20}}
 """
 
 
+@functools.cache
+def command_server():
+    """The process of tests/command_server.py, one for this test process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.command_server"],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    atexit.register(process.communicate)  # closes its input, and waits for its end
+    return process
+
+
+def run_command(args, environment, seconds=300):
+    """(output, exit status) of train_tpu.py with these arguments and variables."""
+    server = command_server()
+    with tempfile.NamedTemporaryFile() as file:
+        request = {"args": args, "environment": environment, "output": file.name}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], seconds)[0]:
+            server.kill()
+            command_server.cache_clear()
+            raise AssertionError(f"{args} still runs after {seconds} s: {file.read().decode()}")
+        status = int(server.stdout.readline())
+        return file.read().decode(), status
+
+
 class CommandTest(unittest.TestCase):
-    """Tests of the command itself, in real processes, on 80 training and 50 test puzzles of 4x4 and a val split:
-    60 steps of 8, an evaluation every 20, a checkpoint every 7, a record every 5."""
+    """Tests of the command itself, in real processes.
+
+    They have 80 training, 50 test and 10 val puzzles of 4x4. A training has 60 steps of batch 8,
+    an evaluation every 20 steps, a checkpoint every 7 and a record every 5.
+    """
 
     @classmethod
     def setUpClass(cls):
         holder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(holder.cleanup)
         cls.folder = Path(holder.name)
-        build = [
-            sys.executable,
-            "scripts/build_sudoku_dataset.py",
-            "--generate",
-            "--size",
-            "4",
-            "--num_train",
-            "90",
-            "--num_test",
-            "50",
-            "--val_size",
-            "10",
-            "--clues",
-            "5",
-            "9",
-            "--output_dir",
-            str(cls.folder / "data"),
-        ]
+        build = [sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", "4"]
+        build += ["--num_train", "90", "--num_test", "50", "--val_size", "10", "--clues", "5", "9"]
+        build += ["--output_dir", str(cls.folder / "data")]
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
         cls.config = write_config(
             cls.folder / "tiny.yaml", TINY.format(data=cls.folder / "data", out=cls.folder / "runs")
         )
 
-    def train(self, *args, status=0, driver=(str(ROOT / "train_tpu.py"),), **options):
-        """Run the command on the tiny configuration; returns its stdout and stderr as one text."""
-        done = subprocess.run(
-            [sys.executable, *driver, "--config", str(self.config), *args],
-            cwd=ROOT,
-            text=True,
-            timeout=300,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            **options,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        return done.stdout
+    def train(self, *args, status=0, driver=None, **options):
+        """Run the command on the tiny configuration; returns its stdout and stderr as one text.
+
+        driver: what Python runs in place of train_tpu.py, then in a process of its own, as with
+        `options`, those of subprocess.run.
+        """
+        args = ["--config", str(self.config), *args]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if driver is None and not options:
+            output, returncode = run_command(args, environment)
+        else:
+            done = subprocess.run(
+                [sys.executable, *(driver or ["train_tpu.py"]), *args],
+                cwd=ROOT,
+                text=True,
+                timeout=300,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                **options,
+            )
+            output, returncode = done.stdout, done.returncode
+        self.assertEqual(returncode, status, output)
+        return output
 
     def user_mistake(self, *args, says=(), **options):
-        """The command must end with status 2 and one line that begins with `error:` and holds each of `says`."""
+        """The command must end with status 2 and `says_once`; returns its output."""
         output = self.train(*args, status=2, **options)
         self.says_once(output, says)
         return output
 
     def says_once(self, output, says):
-        """One line of it begins with `error:`, and holds each of `says`."""
+        """Exactly one line of the output begins with `error:`; it must hold each of `says`."""
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         self.assertEqual(len(errors), 1, output)
         self.assertNotIn("Traceback", output)

@@ -1,4 +1,7 @@
-"""Run folders made by hand, in the files and keys that train_tpu.py writes: for numbers that no short training would give."""
+"""Run folders made by hand, for numbers that no short training would give.
+
+They have the files and keys that train_tpu.py writes.
+"""
 
 import json
 
@@ -64,10 +67,14 @@ def write_run(
     digest=DATASETS["test"]["sha256"],
     ratings=None,
 ):
-    """A run in `folder` (a pathlib path) of 400 steps (`steps`: so far; the final evaluation only at the end).
+    """A run of 400 steps in `folder`, a path; returns the folder.
 
-    overrides: as on the command line. solved: [N] bool, the outcome with the weights that count (raw: of the raw ones besides the
-    averaged, if both are wanted). evaluations: exact accuracy of the evaluations during training, in parts of the final one. starts: changes to START.
+    overrides: as on the command line, of the configuration file `config` (None: CONFIG).
+    solved: [N] bool, which puzzles the weights solve that the run is judged by. raw: the same of
+        the raw weights, if a run with an average has them too.
+    steps: how many are done; only with all of them there is a final evaluation.
+    evaluations: exact accuracies during training, as shares of the final one.
+    starts: changes to START, for each start. count, digest, ratings: of the final evaluation.
     """
     folder.mkdir(parents=True)
     if config is None:
@@ -76,76 +83,95 @@ def write_run(
     config = load_config(config, overrides)
     (folder / "config.yaml").write_text(config_yaml(config))
     solved = solved_first(0.5) if solved is None else solved
-    count, batch = count or len(solved), config.training.global_batch_size
     puzzles = ({**START, **starts[0]} if starts else START)["datasets"]["train"]["puzzles"]
     total = total_steps(config, puzzles)
     steps, weights = total if steps is None else steps, "ema" if config.training.ema else "raw"
+    every = max(1, total // 10)
     records = [
-        {
-            "step": step,
-            "split": "train",
-            "epoch": step * batch / puzzles,
-            "lr": config.training.lr,
-            "loss": 2 / step,
-            "lm_loss": 1 / step,
-            "q_halt_loss": 2 / step,
-            "grad_norm": 1.0,
-            "count": 10,
-            "cell_accuracy": step / total,
-            "exact_accuracy": step / total / 2,
-            "q_halt_accuracy": 0.5,
-            "mean_steps": 2.0,
-            "wall_time": 1.8e9 + step,
-            "train_seconds": 36.0 * step,
-            "steps_per_second": 1 / 36,
-            "examples_per_second": batch / 36,
-            "model_flops_per_second": 1e12,
-            "mfu": 0.5,
-        }
-        for step in sorted({*range(max(1, total // 10), steps, max(1, total // 10)), steps})
+        _training_record(step, total, puzzles, config.training)
+        for step in sorted({*range(every, steps, every), steps})
     ]
-    for k, part in enumerate(evaluations, 1):
+    for k, share in enumerate(evaluations, 1):
         if (step := k * total // len(evaluations)) <= steps:
-            records.append(
-                {
-                    "step": step,
-                    "split": "test",
-                    "weights": weights,
-                    "train_seconds": 36.0 * step,
-                    "count": 100,
-                    "exact_accuracy": part * accuracy_of(solved),
-                    "cell_accuracy": 0.9,
-                }
-            )
+            records.append(_evaluation_record(step, weights, share * accuracy_of(solved)))
     if steps == total:
-        results = []
-        for name, outcome in ((weights, solved), ("raw", raw)):
-            if outcome is None:
-                continue
-            accuracy = accuracy_of(outcome)
-            results.append(
-                {
-                    "step": total,
-                    "split": "test",
-                    "weights": name,
-                    "count": count,
-                    "exact_accuracy": accuracy,
-                    "cell_accuracy": 0.95,
-                    "q_halt_accuracy": 0.9,
-                    "lm_loss": 0.1,
-                    "exact_accuracy_by_step": [accuracy / 2, accuracy],
-                    "by_rating": ratings or [],
-                    "solved": pack_solved(outcome),
-                    "dataset_sha256": digest,
-                }
-            )
-        (folder / "eval.json").write_text(
-            json.dumps({"checkpoint": "x", "config": {}, "results": results})
-        )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    if starts:
-        lines = [
-            {**START, "step": 0, "train_seconds": 0.0, "world_size": 1, **start} for start in starts
+        outcomes = [(weights, solved)] + ([] if raw is None else [("raw", raw)])
+        final = {"dataset_sha256": digest, "by_rating": ratings or [], "step": total}
+        results = [
+            _result(name, outcome, count or len(solved), **final) for name, outcome in outcomes
         ]
-        (folder / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        content = {"checkpoint": "x", "config": {}, "results": results}
+        (folder / "eval.json").write_text(json.dumps(content))
+    _write_lines(folder / "metrics.jsonl", records)
+    first = {**START, "step": 0, "train_seconds": 0.0, "world_size": 1}
+    if starts:
+        _write_lines(folder / "starts.jsonl", [{**first, **start} for start in starts])
     return folder
+
+
+def stop_at(folder, step):
+    """Make the run in `folder` one that was stopped at `step`, and evaluated there."""
+    metrics, evaluation = folder / "metrics.jsonl", folder / "eval.json"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    _write_lines(metrics, [record for record in records if record["step"] <= step])
+    content = json.loads(evaluation.read_text())
+    content["results"] = [result | {"step": step} for result in content["results"]]
+    evaluation.write_text(json.dumps(content))
+
+
+def _training_record(step, total, puzzles, training):
+    batch = training.global_batch_size
+    return {
+        "step": step,
+        "split": "train",
+        "epoch": step * batch / puzzles,
+        "lr": training.lr,
+        "loss": 2 / step,
+        "lm_loss": 1 / step,
+        "q_halt_loss": 2 / step,
+        "grad_norm": 1.0,
+        "count": 10,
+        "cell_accuracy": step / total,
+        "exact_accuracy": step / total / 2,
+        "q_halt_accuracy": 0.5,
+        "mean_steps": 2.0,
+        "wall_time": 1.8e9 + step,
+        "train_seconds": 36.0 * step,
+        "steps_per_second": 1 / 36,
+        "examples_per_second": batch / 36,
+        "model_flops_per_second": 1e12,
+        "mfu": 0.5,
+    }
+
+
+def _evaluation_record(step, weights, accuracy):
+    return {
+        "step": step,
+        "split": "test",
+        "weights": weights,
+        "train_seconds": 36.0 * step,
+        "count": 100,
+        "exact_accuracy": accuracy,
+        "cell_accuracy": 0.9,
+    }
+
+
+def _result(weights, solved, count, **more):
+    """An entry of eval.json."""
+    accuracy = accuracy_of(solved)
+    return {
+        "split": "test",
+        "weights": weights,
+        "count": count,
+        "exact_accuracy": accuracy,
+        "cell_accuracy": 0.95,
+        "q_halt_accuracy": 0.9,
+        "lm_loss": 0.1,
+        "exact_accuracy_by_step": [accuracy / 2, accuracy],
+        "solved": pack_solved(solved),
+        **more,
+    }
+
+
+def _write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,7 @@
-"""Reading run folders: numbers that are the files', seeds, intervals, tests, the comparison with a baseline and with the paper."""
+"""Reading run folders, and comparing runs with a baseline and with the paper.
+
+The numbers are those of the files. Also seeds, intervals and paired tests.
+"""
 
 import contextlib
 import dataclasses
@@ -17,7 +20,7 @@ import pandas as pd
 from storage import join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, CommandTest, FolderTest
-from tests.run_folders import DATASETS, solved_first, write_run
+from tests.run_folders import DATASETS, START, solved_first, stop_at, write_run
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import compare_experiments
@@ -43,8 +46,7 @@ class AnalysisCommandTest(FolderTest):
             [sys.executable, f"analysis/{script}", *map(str, args)],
             cwd=ROOT,
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=300,
         )
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -52,7 +54,10 @@ class AnalysisCommandTest(FolderTest):
         return done.stdout
 
     def inside(self, module, *args):
-        """(status, stdout, stderr) of a script's command line in this process, which has imported all that takes seconds to import."""
+        """(status, stdout, stderr) of a script's command line in this process.
+
+        A process of its own would take seconds to import everything once more.
+        """
         with (
             mock.patch.object(sys, "argv", [module.__file__, *map(str, args)]),
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -71,14 +76,13 @@ class AnalysisCommandTest(FolderTest):
 
 
 class RealRuns(CommandTest):
-    """Two seeds, a run without an average, and one that was stopped and went on with two workers."""
+    """A run, one without an average, and a stopped run that two workers continued."""
 
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         for name, *flags in (
             ("e1_1_seed0",),
-            ("e1_1_seed1", "training.seed=1"),
             ("e2_1", "training.ema=false"),
             ("stopped", "model.H_cycles=1", "--max_steps", "25"),
             ("stopped", "model.H_cycles=1", "--max_steps", "45", "training.num_workers=2"),
@@ -100,16 +104,16 @@ class RealRuns(CommandTest):
     def test_groups_and_states(self):
         self.assertEqual(
             [(group.label, [run.seed for run in group.runs]) for group in self.groups],
-            [("e1_1", [0, 1]), ("e2_1", [0]), ("stopped", [0])],
+            [("e1_1", [0]), ("e2_1", [0]), ("stopped", [0])],
         )
         self.assertEqual(
             [run.state for group in self.groups for run in group.runs],
-            ["finished"] * 3 + ["unfinished: step 45 of 60"],
+            ["finished"] * 2 + ["unfinished: step 45 of 60"],
         )
         self.assertEqual(
             run_groups.differences(*self.groups[1::-1]), {"training.ema": (True, False)}
         )
-        self.assertEqual(self.run_of("e1_1_seed1").config_name, "tiny")
+        self.assertEqual(self.run_of("e1_1_seed0").config_name, "tiny")
         self.assertEqual({run.train_puzzles for group in self.groups for run in group.runs}, {80})
 
     def test_final_numbers_are_those_of_eval_json(self):
@@ -124,7 +128,7 @@ class RealRuns(CommandTest):
                 r["cell_accuracy"],
                 r["lm_loss"],
             )
-            for name in ("e1_1_seed0", "e1_1_seed1", "e2_1")
+            for name in ("e1_1_seed0", "e2_1")
             for r in self.content(name, "eval.json")["results"]
         ]
         self.assertEqual(
@@ -143,7 +147,7 @@ class RealRuns(CommandTest):
             ),
             expected,
         )
-        self.assertEqual(len(expected), 5)
+        self.assertEqual(len(expected), 3)
         for row in table.itertuples():
             self.assertTrue(
                 row.low <= row.exact_accuracy <= row.high
@@ -398,6 +402,55 @@ class MadeRuns(FolderTest):
             lambda: run_groups.find_group(groups, "e"),
             "'e': there is no such run: the runs are a_seed0, b, c/a_seed0, d",
         )
+
+    def test_unfinished_seeds_are_not_averaged(self):
+        for seed, share in ((0, 0.9), (1, 0.7), (2, 0.1)):
+            seed_flag = [f"training.seed={seed}"]
+            write_run(self.runs / f"a_seed{seed}", seed_flag, solved_first(share))
+        stop_at(self.runs / "a_seed2", 200)
+        for seed, steps in ((0, 80), (1, 160)):
+            overrides = [f"training.seed={seed}", "model.H_cycles=5"]
+            write_run(self.runs / f"b_seed{seed}", overrides, steps=steps)
+        a, b = groups_in(self.runs)
+        self.assertEqual([run.seed for run in a.averaged], [0, 1])
+        self.assertEqual((a.mean("hours"), a.accuracy().mean, a.accuracy().runs), (4, 0.8, 2))
+        self.assertEqual(a.state, "1 of 3 seeds unfinished and not averaged")
+        # without a finished seed the one that has come furthest stands for the group
+        self.assertEqual(([run.seed for run in b.averaged], b.mean("hours")), ([1], 1.6))
+        table = compare_experiments.comparison([a, b], a).set_index("run")
+        self.assertEqual(table.averaged.tolist(), ["0 1", "1"])
+        np.testing.assert_allclose(table.loc["a", ["ema", "best"]].astype(float), 0.8)
+        self.assertEqual(table.hours.tolist(), [4, 1.6])
+        by_step = tables.steps_table([a]).set_index("supervision_steps")
+        np.testing.assert_allclose(by_step.exact_accuracy, (0.4, 0.8))
+
+    def test_a_copied_folder_does_not_hide_its_original(self):
+        """Also where the copy comes first in the order of names, and is as far."""
+        start = {"command": f"{START['command']} --run_name b_seed0"}
+        original = write_run(self.runs / "b_seed0", starts=(start,))
+        shutil.copytree(original, self.runs / "a_copy")
+        shutil.copytree(original, self.runs / "c_old_copy")
+        stop_at(self.runs / "c_old_copy", 200)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            (group,) = groups_in(self.runs)
+        self.assertEqual([run.name for run in group.runs], ["b_seed0"])
+        self.assertEqual([run.name for run, _ in group.left_out], ["a_copy", "c_old_copy"])
+        for how_far, (_, why) in zip(("as far", "further"), group.left_out):
+            self.assertRegex(why, f"copies of one training, and b_seed0 came {how_far}")
+        self.assertEqual(said.getvalue().count("is left out"), 2)
+        self.assertIs(run_groups.find_group([group], "a_copy"), group)
+
+    def test_records_in_which_nobody_halted_have_no_accuracies(self):
+        """Null, or 0 in records of an earlier version of the kit."""
+        folder = write_run(self.runs / "a")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        for k, value in ((0, None), (1, 0.0)):
+            nothing = dict.fromkeys(("exact_accuracy", "cell_accuracy", "mean_steps"), value)
+            lines[k] = json.dumps({**json.loads(lines[k]), "count": 0, **nothing})
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        train = results.load_runs(folder)[0].train
+        for key in ("exact_accuracy", "cell_accuracy", "mean_steps"):
+            self.assertEqual(train[key].isna().tolist(), [True] * 2 + [False] * 8, key)
 
     def test_families(self):
         for name, overrides in (

@@ -1,4 +1,7 @@
-"""Figures, the report and the notebook: what is drawn is what the files say, legible, and a figure without data is not drawn."""
+"""Figures, the report and the notebook.
+
+What is drawn is what the files contain; it is legible; a figure without data is not drawn.
+"""
 
 import html.parser
 import json
@@ -15,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from tests.helpers import ROOT
-from tests.run_folders import DATASETS, solved_first, write_run
+from tests.run_folders import DATASETS, solved_first, stop_at, write_run
 from tests.test_analysis import AnalysisCommandTest, groups_in
 
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -42,7 +45,10 @@ MORE_DATA = {**DATASETS, "train": {"puzzles": 2000, "sha256": "c" * 64}}
 
 
 def make_study(folder):
-    """18 configurations; of the base three seeds, solving 200, 240 and 280 of 400 puzzles with averaged weights."""
+    """18 configurations.
+
+    The base has three seeds. They solve 200, 240 and 280 of 400 puzzles with averaged weights.
+    """
     for seed in range(3):
         write_run(
             folder / f"e1_1_seed{seed}",
@@ -70,17 +76,8 @@ def make_study(folder):
             ratings=RATINGS,
             steps=160 if "under_way" in name else None,
         )
-    write_run(folder / "evaluated_on_its_way", ["training.weight_decay=0.2"], solved_first(0.99))
-    metrics = folder / "evaluated_on_its_way" / "metrics.jsonl"
-    metrics.write_text(
-        "".join(
-            line
-            for line in metrics.read_text().splitlines(keepends=True)
-            if json.loads(line)["step"] <= 200
-        )
-    )
-    evaluation = metrics.with_name("eval.json")
-    evaluation.write_text(evaluation.read_text().replace('"step": 400', '"step": 200'))
+    on_its_way = folder / "evaluated_on_its_way"
+    stop_at(write_run(on_its_way, ["training.weight_decay=0.2"], solved_first(0.99)), 200)
     for width, parameters in ((768, 4200), (1024, 4567)):
         write_run(
             folder / f"width{width}",
@@ -266,7 +263,10 @@ class Study(unittest.TestCase):
         self.assertEqual(data[data.group == "nsup4"].exact_accuracy.tolist(), [0.325, 0.65])
 
     def test_scaling_fit(self):
-        """Not solved: 10, 50 and 40 and 30, 80, 90 percent at batches of 50 to 400; of the two settings at 200 the better is fitted."""
+        """Not solved: 10, 50 and 40 and 30, 80, 90 percent at batches of 50 to 400.
+
+        At a batch of 200 there are two settings; the better one is fitted.
+        """
         figure = self.drawn["scaling_batch"]
         fitted = figure.data[figure.data.fitted]
         self.assertEqual(fitted.x.tolist(), [50, 100, 100, 100, 200, 400])
@@ -275,6 +275,7 @@ class Study(unittest.TestCase):
         self.assertIn(
             f"not solved ∝ x^{slope:.2f} (95% interval ", figure.fig.axes[0].get_title(loc="left")
         )
+        self.assertLessEqual(figure.fig.axes[0].get_ylim()[1], 110)  # percent
         self.assertIn(
             "no fit: 3 sizes, 4 are needed",
             self.axes("scaling_parameters")[0].get_title(loc="left").replace("\n", " "),
@@ -305,7 +306,7 @@ class Study(unittest.TestCase):
         )
 
     def test_legible_in_one_column(self):
-        """3.3 inches wide, no text under 7 points, nothing that leaves the figure, no two tick labels that touch."""
+        """3.3 inches wide, no text below 7 points, nothing outside, no tick labels that touch."""
         for name, figure in self.drawn.items():
             fig = figure.fig
             fig.draw_without_rendering()
@@ -322,6 +323,10 @@ class Study(unittest.TestCase):
                 f"{name}: {inside}",
             )
             for ax in fig.axes:
+                for label in (ax.xaxis.label, ax.yaxis.label):
+                    box = label.get_window_extent()
+                    fits = box.x0 >= 0 and box.x1 <= fig.bbox.x1
+                    self.assertTrue(fits or not label.get_text(), f"{name}: {label.get_text()}")
                 for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
                     boxes = [
                         label.get_window_extent()
@@ -401,8 +406,11 @@ class Few(AnalysisCommandTest):
                 "accuracy_by_rating",
                 "learning_curves_chip_hours",
                 "pareto_chip_hours",
+                "pareto_hours",
+                "pareto_flops",
             },
         )
+        self.assertEqual(reasons["pareto_hours"], "only one is finished and has hours of training")
         self.assertIn(
             "no two runs with a final evaluation differ in model.mlp_t alone",
             reasons["ablation_mixer"],
@@ -572,14 +580,16 @@ class Report(AnalysisCommandTest):
             "- e2_3: no starts.jsonl, so code, device and chip-hours are unknown",
             "- e2_1: the code had changes that no commit holds",
             "Baseline: e1_1.",
-            "- ablation_schedule: no runs with a final evaluation make a grid of model.H_cycles and model.L_cycles, alike otherwise",
+            "- ablation_schedule: no runs with a final evaluation make a grid of model.H_cycles "
+            "and model.L_cycles, alike otherwise",
         ):
             self.assertIn(f"{line}\n", text)
         self.assertRegex(text, r"\| e1_1 +\| e1_1 +\| 2 +\| done +\|")
         self.assertNotIn("- e1_1:", text)
         self.assertRegex(
             text,
-            r"\| e1_1_seed0 +\| finished +\| 0123456789ab +\| cpu, a processor, 1 worker +\| 2 +\| here, there +\| 3\.11\.7 ",
+            r"\| e1_1_seed0 +\| finished +\| 0123456789ab +\| cpu, a processor, 1 worker "
+            r"+\| 2 +\| here, there +\| 3\.11\.7 ",
         )
         self.assertRegex(text, r"\| e2_1 +\| finished +\| 0123456789ab and changes ")
         self.assertRegex(text, r"\| 3 +\| T 6, n 6 +\| 85\.8 +\|")

@@ -1,4 +1,7 @@
-"""analysis/benchmark.py: the command on the CPU and on XLA's CPU device, which products a step has, mistakes. No times."""
+"""analysis/benchmark.py: the command on two devices, the products of a step, mistakes.
+
+No test depends on how long something takes.
+"""
 
 import contextlib
 import io
@@ -131,8 +134,11 @@ class OnTheCPU(BenchmarkTest):
         self.assertAlmostEqual(share * step / matmul, 1)
 
     def test_the_products_of_a_step_are_its_flops(self):
-        """The model's count takes the embedding for a layer with three products, where it has two (its input needs no gradient), and
-        leaves out the halting head and the sum of the puzzle embedding's gradients by puzzle."""
+        """What the model's own count does differently is known.
+
+        It counts three products for the embedding, which has two, because its input needs no
+        gradient. It leaves out the halting head, and the sums of the puzzle embedding's gradients.
+        """
         for overrides in (
             (),
             ("model.mlp_t=false", "model.pos_encodings=rope", "model.H_cycles=1"),

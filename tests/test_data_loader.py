@@ -147,7 +147,10 @@ class Augmentation(LoaderTest):
                 self.assertGreater(len(np.unique(labels, axis=0)), 20)
 
     def test_every_map_of_4x4_once(self):
-        """One draw below the number of maps is one map; cells are told apart by codes 0 and 1, which maps leave alone."""
+        """Each draw below the number of maps is another map.
+
+        The codes 0 and 1, which maps do not change, distinguish the cells.
+        """
         maps = 8 * 8 * 24 * 2
         bits = (np.arange(16) >> np.arange(4)[:, None] & 1).astype(np.uint8)
         probes = [
@@ -164,7 +167,10 @@ class Augmentation(LoaderTest):
         self.assertEqual(len(np.unique(images, axis=0)), maps)
 
     def test_images_of_4x4_are_all_the_grids_there_are(self):
-        """288 grids of size 4 fall into two classes of 96 and 192 (Russell and Jarvis count classes of size 9 so)."""
+        """The 288 grids of size 4 fall into two classes, of 96 and 192.
+
+        Russell and Jarvis count the classes of size 9 in this way.
+        """
         solutions = np.array(
             [list(s) for s in sudoku.solve([0] * 16, limit=1000).solutions], np.uint8
         )
@@ -194,7 +200,8 @@ class Augmentation(LoaderTest):
                 self.assertEqual(len(np.unique(table, axis=0)), count)
                 self.assertEqual(table.shape, (count, size))
             self.assertEqual(len(np.unique(augment.digits, axis=0)), {6: 720, 9: 362880}[size])
-            # not a Sudoku: cells 0 and 1 alone are filled, and share a column only after a transposition
+            # not a Sudoku: only cells 0 and 1 are filled, which share a column only after a
+            # transposition
             probe = np.zeros((1, size * size), np.uint8)
             probe[0, :2] = 1
             total = rows * columns * len(augment.digits)

@@ -354,6 +354,7 @@ class Names(unittest.TestCase):
 
 
 HOLE = "\0"  # in the text of a message: what the code fills in
+PREFIX = re.compile("^(error|warning): ")  # utils.run_cli and utils.warn print these
 
 
 def python_texts(source):
@@ -398,15 +399,16 @@ def printed_texts():
     ]:
         if path.suffix in (".py", ".sh"):
             texts |= (python_texts if path.suffix == ".py" else shell_texts)(path.read_text())
-    return {text.removeprefix("error: ") for text in texts}
+    return {PREFIX.sub("", text) for text in texts}
 
 
 def is_printed(message):
     """Whether the code prints `message`: word for word, with one <...> for each thing that it fills
     in."""
     whole = not message.endswith(" ...")
-    ours = re.sub(r"<[^<>]+>", HOLE, message.removeprefix("error: ").removesuffix(" ..."))
-    if len(ours.replace(HOLE, "")) < 20:
+    whole_text = re.sub(r"<[^<>]+>", HOLE, message.removesuffix(" ..."))
+    ours = PREFIX.sub("", whole_text)
+    if len(whole_text.replace(HOLE, "")) < 20:
         return False  # not enough to know it by
     return any(text == ours if whole else text.startswith(ours) for text in printed_texts())
 

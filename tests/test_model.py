@@ -1,4 +1,7 @@
-"""The model: shapes, gradients, halting, loss, loading, costs. The original's numbers are in test_parity."""
+"""The model: shapes, gradients, halting, loss, loading, costs.
+
+tests/test_parity.py has the original's numbers.
+"""
 
 import dataclasses
 import itertools
@@ -167,7 +170,10 @@ class Variants(unittest.TestCase):
             self.assertEqual(trm_model.num_parameters(model), count)
 
     def test_positions_matter_where_there_are_some(self):
-        """Attention without positions treats cells alike: permuted inputs give permuted logits; rope and learned do not."""
+        """Attention without positions treats all cells alike.
+
+        Then permuted inputs give permuted logits. With rope or learned positions they do not.
+        """
         batch, order = (
             example_batch(),
             torch.randperm(SEQ, generator=torch.Generator().manual_seed(0)),
@@ -186,7 +192,10 @@ class Variants(unittest.TestCase):
             )
 
     def test_rope_table(self):
-        """Within one rounding of the angles of the original, which computes them and their cosines in float32."""
+        """They differ by one rounding from the original's.
+
+        The original computes angles and cosines in float32.
+        """
         inverse = 1.0 / (10000.0 ** (torch.arange(0, 64, 2, dtype=torch.float32) / 64))
         angles = torch.outer(torch.arange(97, dtype=torch.float32), inverse)
         for ours, theirs in zip(trm_model.rope_table(97, 64), (angles.cos(), angles.sin())):
@@ -274,7 +283,8 @@ class Halting(unittest.TestCase):
         loss, metrics, after = act_step(model, carry, rows, no_minimum(carry))
         self.assertEqual(after.halted.tolist(), [True, True, False, True, False, True, True, False])
         found = dict(zip(METRIC_KEYS, metrics.tolist()))
-        # counted: slots 0 and 3 (all right), 1 (all but one cell), 5 (nothing right); q_halt < 0 says "wrong" for all
+        # Counted are slots 0 and 3 (all right), 1 (all but one cell) and 5 (nothing right). For all
+        # of them q_halt < 0 means "wrong".
         self.assertEqual(found["count"], 4)
         self.assertAlmostEqual(found["cell_accuracy"], 3 - 1 / scored, places=5)
         self.assertEqual(
@@ -365,7 +375,7 @@ class ActivationCheckpointing(unittest.TestCase):
                 self.assertLess(results[1][-1], results[0][-1] / 20)
 
     def test_in_a_compiled_step(self):
-        """In one graph; aot_eager is torch.compile without the generated code, which takes minutes."""
+        """In one graph. aot_eager is torch.compile without generated code, which takes minutes."""
         compiled, small = (
             torch.compile(act_step, backend="aot_eager", fullgraph=True, dynamic=False),
             dict(H_cycles=1, L_cycles=1, L_layers=1),
@@ -441,7 +451,10 @@ class Loss(unittest.TestCase):
         self.assertAlmostEqual(stablemax_loss(logits, labels).item(), expected, places=12)
 
     def test_float32_is_close_to_float64(self):
-        """Random logits of every scale: measured 1.5e-7 of each example's loss, 1.5e-7 of the largest gradient."""
+        """Random logits of every scale.
+
+        Measured: 1.5e-7 of each example's loss, and 1.5e-7 of the largest gradient.
+        """
         stream = torch.Generator().manual_seed(0)
         for scale in (0.1, 1, 10, 100, 1e4):
             for dtype in (torch.float32, torch.bfloat16):
@@ -453,7 +466,7 @@ class Loss(unittest.TestCase):
                 )
 
     def test_a_sure_and_right_answer_loses_digits_in_float32(self):
-        """Where the loss itself is near zero its float32 error is absolute: a difference of two logarithms."""
+        """Near zero the error of the loss is absolute: it is a difference of two logarithms."""
         for top in (10.0, 100.0, 1e4):
             logits = torch.full((4, 81, 11), -top)
             logits[:, :, 3] = top
@@ -599,15 +612,18 @@ class Costs(unittest.TestCase):
             )
 
     def test_flops_of_a_step(self):
-        """The rule "a gradient costs twice its forward" is up to 3% above what this small model is counted to do."""
+        """The rule "a backward pass costs twice its forward pass" is up to 3% too high here.
+
+        It is compared with PyTorch's own count of this small model.
+        """
         for changes in (dict(H_cycles=3), dict(mlp_t=False, H_cycles=1)):
             model = small_model(**changes)
             carry = admitted(model)
             rows = model.puzzle_rows(carry).requires_grad_()
             for train in (True, False):
-                model.requires_grad_(
-                    train
-                )  # the counter's hooks fail on weights that could have a gradient in a forward that has none
+                # The counter's hooks fail on weights that could have a gradient in a forward pass
+                # that has none.
+                model.requires_grad_(train)
                 with (
                     sdpa_kernel(SDPBackend.MATH),
                     FlopCounterMode(display=False) as counter,

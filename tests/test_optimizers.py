@@ -15,7 +15,7 @@ from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
-from train_state import TrainState
+from train_state import TOTALS, TrainState
 
 torch.set_num_threads(
     1
@@ -76,7 +76,10 @@ class AdamATan2Test(unittest.TestCase):
             )
 
     def test_size_of_the_first_update(self):
-        """atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|) at the first step, whatever the scale of g; zero stays zero."""
+        """It is atan2(m, sqrt(v_hat)) = atan2(0.1 g, |g|), whatever the scale of g.
+
+        Zero stays zero.
+        """
         p = torch.nn.Parameter(torch.zeros(4))
         optimizer = AdamATan2([p])
         p.grad = torch.tensor([1e-12, -1e12, 3.0, 0.0])
@@ -230,7 +233,15 @@ class TrainingStep(FolderTest):
             f"""
 device: cpu
 data: {{dataset_path: {self.folder / "data"}}}
-model: {{hidden_size: 32, num_heads: 4, puzzle_emb_ndim: 32, puzzle_emb_len: 1, H_cycles: 2, L_cycles: 2, halt_max_steps: 4, forward_dtype: float32}}
+model:
+  hidden_size: 32
+  num_heads: 4
+  puzzle_emb_ndim: 32
+  puzzle_emb_len: 1
+  H_cycles: 2
+  L_cycles: 2
+  halt_max_steps: 4
+  forward_dtype: float32
 training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr_warmup_steps: 0}}
 """,
         )
@@ -240,7 +251,10 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         return TrainState(config, Device("cpu"), self.dataset)
 
     def steps(self, run, count, watch=None):
-        """`count` training steps as the loop takes them. watch(run): called where the optimizer's step would begin."""
+        """Make `count` training steps as the loop does.
+
+        watch(run): called where the optimizer's step would begin.
+        """
         batches, optimizer_step = iter(run.loader), run.optimizer.step
 
         def step(lr):
@@ -254,6 +268,16 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
             run.step += 1
         batches.close()
         return run
+
+    def test_a_record_in_which_nobody_halted_has_no_accuracies(self):
+        run = self.run_of()
+        run.interval_steps, run.interval_seconds = 2, 1.0
+        totals = dict.fromkeys(TOTALS, 0.0) | {"lm_loss": 32.0}
+        for count, expected in ((0.0, None), (4.0, 0.0)):
+            record = run.record({**totals, "count": count}, 1e12)
+            for key in ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "mean_steps"):
+                self.assertEqual(record[key], expected, key)
+            self.assertEqual(record["lm_loss"], 2)  # of two steps with 8 slots
 
     def test_accumulated_gradients_are_those_of_the_whole_batch(self):
         recorded = []
@@ -288,7 +312,8 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         self.assertTrue(all(t.any() for t in whole[: len(names)]))
         for parts in (halves, quarters):
             for label, a, b in zip(labels, whole, parts, strict=True):
-                # AdamATan2's first update hangs on the sign of a gradient near zero; in sum such entries are few
+                # AdamATan2's first update depends on the sign of a gradient, also near zero. Only a
+                # few entries are near zero.
                 if label.startswith("weight"):
                     self.assertLess(((a - b).abs() > 1e-6).float().mean().item(), 0.01, label)
                 else:

@@ -1,4 +1,7 @@
-"""The TPU kernels: what they compute (tests/kernel_cases.py), and that a TPU's compiler takes them (tests/compile_kernels.py)."""
+"""The TPU kernels: what they compute, and that the TPU compiler accepts them.
+
+The cases are in tests/kernel_cases.py and tests/compile_kernels.py.
+"""
 
 import importlib.util
 import os
@@ -34,8 +37,11 @@ class Kernels(unittest.TestCase):
 
     @unittest.skipUnless(installed("jax", "libtpu"), "jax and libtpu are not installed here")
     def test_they_compile_with_the_installed_libtpu(self):
-        """Each at the widths of the study's models; the libtpu of requirements-tpu.txt is the one that torch_xla runs with on a TPU VM. A v6e
-        has one core a chip, and VMEM enough for the widest channel mixing, too."""
+        """Each of them at the widths of the study's models.
+
+        The libtpu of requirements-tpu.txt is the one that torch_xla uses on a TPU VM. A v6e has one
+        core a chip, and enough VMEM also for the widest channel mixing.
+        """
         # a v5e refuses that one unless it is told that the kernel may take more than 16 MiB
         for words, kernels in ((("v4-8",), 6), (("v6e-8",), 7), (("v5litepod-8", "--last"), 1)):
             with self.subTest(words):

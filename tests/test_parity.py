@@ -1,9 +1,12 @@
-"""The numbers of the original implementation, from the recordings in $TRM_PARITY_DIR (default ../shared/parity), and those of
-float64 (tests/exact.py), which need none.
+"""The numbers of the original implementation, from recordings, and those of float64.
 
-Without the folder the tests of recordings skip and say so; a wrong number fails. On plain CPU the recorded step is
-repeated operation by operation. Another order of the sums, as on XLA, is another rounding error, which each call of
-the network makes larger: how far that goes with a model is computed, and not set.
+The recordings are in $TRM_PARITY_DIR (default: ../shared/parity). Without this folder their tests
+are skipped, with a message. A wrong number fails. Those of float64 (tests/exact.py) need no
+recordings.
+
+On a plain CPU a step is the recorded one, operation by operation. On XLA sums have another order,
+and so another rounding error, which grows with each call of the network. How much it may grow is
+computed for the model at hand, and is no constant of these tests.
 """
 
 import copy
@@ -93,7 +96,7 @@ class Recording:
         return Carry(**{k: v.to(self.device) for k, v in values.items()})
 
     def train(self, step, model, carry):
-        """Loss, metrics, gradients and next carry of one recorded training step, as train_tpu computes them."""
+        """(loss, metrics, gradients, those of the puzzle rows, next carry) of a recorded step."""
         carry = model.admit(carry, self.batch(f"train/step{step}/"))
         rows = model.puzzle_rows(carry).requires_grad_()
         loss, metrics, after = trm_model.act_step(model, carry, rows, torch.zeros_like(carry.steps))
@@ -102,7 +105,8 @@ class Recording:
         if str(self.device).startswith("xla"):
             import torch_xla
 
-            torch_xla.sync()  # one program for all of it, and not one for each tensor that is looked at
+            # one program for everything, and not one for each tensor that is compared
+            torch_xla.sync()
         return loss, metrics, dict(zip(names, grads)), row_grads, after
 
 
@@ -130,20 +134,24 @@ class Parity:
             yield Recording(path, device)
 
     def within(self, exact_values, tolerances, given, what):
-        """Every array of `given`, {name: array}, is as near to float64's value as float32 can be asked to be."""
+        """Each array of `given`, {name: array}, is within its tolerance of the value in float64."""
         for name, value in given.items():
             ratio = exact.distance(torch.as_tensor(value), exact_values[name]) / tolerances[name]
             self.assertLessEqual(
                 ratio,
                 1,
-                f"{self.recording_name}: {name}, {what}: as a part of its tolerance, {tolerances[name]:.1e}",
+                f"{self.recording_name}: {name}, {what}: its share of the tolerance, "
+                f"{tolerances[name]:.1e}",
             )
 
     def check_evaluation(self, device, tolerance=None):
-        """Four supervision steps. The chain of states is kept on the CPU, where each step is that of the recording
-        to the last bits: the network multiplies a difference of 1e-6 in its state to 1e-4 within two steps.
+        """Four supervision steps.
 
-        tolerance: to the recording, or None: both are held against float64."""
+        The states are computed on the CPU, where each step is the recorded one to its last bits:
+        within two steps the network makes a difference of 1e-6 in its state to one of 1e-4.
+
+        tolerance: for the distance to the recording. None: both are compared with float64.
+        """
         for recording in self.each():
             arrays, batch = recording.arrays, recording.batch("eval/")
             model = recording.model("init/")
@@ -275,8 +283,12 @@ class ParityTest(Parity, unittest.TestCase):
                     )
 
     def test_closed_loop_and_ema(self):
-        """Several steps in a row: AdamATan2's first updates hang on the sign of gradients near zero, so the last
-        bit of a sum decides a whole learning rate; losses stay within 1%, the weight change within a cosine of 0.99."""
+        """Several steps in a row.
+
+        AdamATan2's first updates depend on the sign of a gradient, also near zero, so that the last
+        bit of a sum decides about a whole learning rate. Losses stay within 1%, and the cosine
+        between the changes of the weights above 0.99.
+        """
         for recording in self.each():
             train, arrays = recording.meta["train"], recording.arrays
             model = recording.model("init/")
@@ -322,7 +334,10 @@ class ParityTest(Parity, unittest.TestCase):
 
 
 class ParityOnXLATest(Parity, XLATest):
-    """The same on torch_xla's CPU device, where the loss is float32 (a TPU has no float64) and sums have another order."""
+    """The same on torch_xla's CPU device.
+
+    There the loss is float32, as on a TPU, which has no float64, and sums have another order.
+    """
 
     def test_evaluation_on_xla(self):
         self.check_evaluation(self.device)
@@ -332,7 +347,7 @@ class ParityOnXLATest(Parity, XLATest):
 
 
 class Float64:
-    """Models of several depths, with weights of our own, against float64; what the tests on the two devices share."""
+    """Models of several depths against float64; what the tests on the two devices share."""
 
     def check(self, device):
         for mlp_t in (True, False):
@@ -347,7 +362,7 @@ class Float64:
                 )
 
     def check_products(self, device):
-        """What tests/exact.py takes a product's error to be, for sums as long as those of the models here."""
+        """An error of exact.ROUNDING is enough for sums as long as those of these models."""
         generator = torch.Generator().manual_seed(0)
         for length in (32, 96, 256):
             a, b = (
@@ -368,7 +383,7 @@ class Float64Test(Float64, unittest.TestCase):
         self.check_products("cpu")
 
     def test_what_float32_may_lose_follows_from_the_depth(self):
-        """A tolerance grows with the number of calls of the network, by about 1.16 each, from a few units at the first."""
+        """It grows by about 1.16 with each call of the network, from a few units at the first."""
         tolerances = []
         for H_cycles, L_cycles in ((1, 1), (1, 3), (2, 3), (3, 3), (4, 4)):
             model, carry = deep_model(H_cycles, L_cycles, 32, True)
@@ -397,7 +412,7 @@ def float64(model, carry):
 
 
 def deep_model(H_cycles, L_cycles, hidden_size, mlp_t):
-    """A model with every weight drawn, also those that begin with zero, and its admitted carry of two examples."""
+    """(model, admitted carry of two examples); every weight is random, and none is 0."""
     config = ModelConfig(
         hidden_size=hidden_size,
         num_heads=4,

@@ -157,7 +157,7 @@ class OneWorker(ShortRuns):
         self.arrived(process, "train_step", 17)
         process.send_signal(signal.SIGINT)
         output = self.ends(process, 130)
-        self.assertIn("interrupted: it saves and ends", output)
+        self.assertIn("interrupted: the run saves a checkpoint and ends", output)
         self.assertRegex(output, r"step \d+ of 30: stopped by SIGINT; the last good checkpoint is ")
         self.assertTrue(17 <= self.newest("keyboard") < 20)
         self.goes_on_as_unbroken("keyboard")
@@ -169,7 +169,7 @@ class OneWorker(ShortRuns):
         process = self.begin("twice", {"train_step": str(hold.with_suffix(""))})
         self.arrived(process, "train_step", 17)
         process.send_signal(signal.SIGINT)
-        while "interrupted: it saves" not in (line := process.stdout.readline()):
+        while "interrupted: the run saves" not in (line := process.stdout.readline()):
             self.assertTrue(line, "it ended too soon")
         time.sleep(0.5)  # no finger is so fast that the main thread has not noted the first
         process.send_signal(signal.SIGINT)

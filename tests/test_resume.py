@@ -136,6 +136,8 @@ class ResumeTest(CommandTest):
             "--max_steps",
             "1",
         )
+        file = str(self.checkpoint("noted", 30))
+        self.user_mistake("--run_name", "from", "--init_from", file, says=["has begun already"])
         starts, (other,) = (
             [
                 json.loads(line)

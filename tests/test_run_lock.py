@@ -1,4 +1,5 @@
-"""The lock of a run's folder: one owner, none that is dead, and a loss that its former owner learns of."""
+"""The lock of a run's folder: it has one owner, a dead one does not stay in the way, and an owner
+that loses it learns so."""
 
 import contextlib
 import io
@@ -22,7 +23,8 @@ NEVER = 9999  # seconds between two renewals in tests that want none
 OWNER = """
 import contextlib, io, signal, sys, run_lock, storage, utils
 signal.alarm(120)
-url, take_over, beat_seconds, pause = sys.argv[1], sys.argv[2] == "True", float(sys.argv[3]), sys.argv[4] == "True"
+url, beat_seconds = sys.argv[1], float(sys.argv[3])
+take_over, pause = (text == "True" for text in (sys.argv[2], sys.argv[4]))
 run_lock.GRACE_SECONDS = 0.2
 folder = storage.open_folder(url, deadline=5)
 read_version = folder.read_version
@@ -53,8 +55,11 @@ for command in sys.stdin:
 
 
 class Owner(subprocess.Popen):
-    """A process that takes the lock, and then does what it is asked. pause: once it has looked at the lock, and before it
-    does anything about it, it says so and waits for a line."""
+    """A process that takes the lock, and then does what it is asked.
+
+    pause: when it has read the lock, and before it does anything about it, it says so and waits for
+    a line.
+    """
 
     def __init__(self, url, take_over=False, beat_seconds=NEVER, pause=False):
         super().__init__(
@@ -83,7 +88,7 @@ class Owner(subprocess.Popen):
 
 
 class Clock:
-    """Stands for the time module in run_lock: nothing sleeps, and during[n] is called in the n-th sleep."""
+    """In place of the time module in run_lock: nothing sleeps; the n-th sleep calls during[n]."""
 
     def __init__(self, during=None):
         self.waited, self.sleeps, self.during = 0.0, 0, during or {}
@@ -131,7 +136,7 @@ class LockTest(FolderTest):
         return result, clock, err.getvalue()
 
     def leave(self, **changes):
-        """Put the lock of a process there; unless changed, it is one with the same pid and start as this one."""
+        """Write the lock of a process, by default one with the pid and the start of this one."""
         owner = {
             "token": "another",
             **run_lock._this_process(),
@@ -290,7 +295,8 @@ class GCSLocks(Processes, GCSTest, LockTest):
 
     @contextlib.contextmanager
     def out_of_reach(self):
-        """What the folder is asked within fails after 0.2 s; what it answers may take longer, on a busy machine."""
+        """In the block, the folder's methods fail after 0.2 s. Outside they may take longer: the
+        machine may be busy."""
         self.remote.deadline = 0.2
         self.proxy.refuse()
         yield
@@ -311,7 +317,8 @@ class GCSLocks(Processes, GCSTest, LockTest):
             lock.check(verify=True)
         self.assertRegex(
             err.getvalue(),
-            r"\Awarning: gs://\S+/run.lock could not be renewed \(.*Connection refused\); tried again every 0.02 s\n\Z",
+            r"\Awarning: gs://\S+/run.lock could not be renewed \(.*Connection refused\); "
+            r"tried again every 0.02 s\n\Z",
         )
 
     def test_taken_over_while_out_of_reach(self):
@@ -366,7 +373,7 @@ class GCSLocks(Processes, GCSTest, LockTest):
 
 
 class Judgements(LockTest):
-    """Owners by what stands in the lock: of other hosts, other boots, and of none that can be told."""
+    """Owners of other hosts, of other boots, and unknown ones, by the content of the lock."""
 
     def setUp(self):
         super().setUp()
@@ -549,7 +556,8 @@ class Judgements(LockTest):
 
 class Renewals(LockTest):
     def failing(self, *failures):
-        """(folder, done): replace_if raises what is listed, one a call, None: it works; then `done` is set."""
+        """(folder, done): each call of replace_if raises the next of what is listed, or works if it
+        is None; then `done` is set."""
         folder, left, done = (
             self.open(),
             [None, *failures],
@@ -583,7 +591,8 @@ class Renewals(LockTest):
         self.assertEqual(
             err.getvalue(),
             "".join(
-                f"warning: {self.url}/run.lock could not be renewed ({text}); tried again every 0.005 s\n"
+                f"warning: {self.url}/run.lock could not be renewed ({text}); "
+                "tried again every 0.005 s\n"
                 for text in ("out of reach", "permission denied")
             ),
         )

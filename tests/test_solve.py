@@ -12,12 +12,13 @@ import unittest
 from unittest import mock
 
 import numpy as np
+import torch
 
 import sudoku
 import trm_model
 from analysis import solve
 from background_writer import BackgroundWriter
-from checkpoint_manager import CheckpointManager
+from checkpoint_manager import CheckpointManager, load_checkpoint
 from config import load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
@@ -32,7 +33,7 @@ PUZZLE = "12..34..21434321"
 
 
 def frames_of(path):
-    """([frame uint8 [height, width, 3], ...], [milliseconds, ...], loop count) of an animated GIF."""
+    """(frames, uint8 [height, width, 3] each; milliseconds of each; loop count) of a GIF."""
     from PIL import Image, ImageSequence
 
     with Image.open(path) as image:
@@ -47,8 +48,23 @@ def frames_of(path):
         )
 
 
+def run_here(*args):
+    """What the command prints, in this process."""
+    text = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["solve.py", *args]),
+        contextlib.redirect_stdout(text),
+        contextlib.redirect_stderr(text),
+    ):
+        solve.main()
+    return text.getvalue()
+
+
 class Solving(CommandTest):
-    """On a checkpoint of the real command after 20 steps on 4x4 grids: halt_max_steps 3, and mostly wrong answers."""
+    """On a checkpoint of the real command after 20 steps on 4x4 grids.
+
+    It takes 3 supervision steps (halt_max_steps), and most answers are wrong.
+    """
 
     @classmethod
     def setUpClass(cls):
@@ -70,19 +86,10 @@ class Solving(CommandTest):
 
     def solve(self, *args, checkpoint=None):
         """What the command prints, in this process."""
-        text = io.StringIO()
-        with (
-            mock.patch.object(
-                sys, "argv", ["solve.py", "--checkpoint", checkpoint or self.run_folder, *args]
-            ),
-            contextlib.redirect_stdout(text),
-            contextlib.redirect_stderr(text),
-        ):
-            solve.main()
-        return text.getvalue()
+        return run_here("--checkpoint", checkpoint or self.run_folder, *args)
 
     def mistake(self, *args, **options):
-        """The user's mistake that the command ends with, before it has printed anything; its text."""
+        """The message of the UserError that the command raises before it has printed anything."""
         with (
             mock.patch.object(solve, "print", self.fail, create=True),
             self.assertRaises(UserError) as caught,
@@ -91,14 +98,20 @@ class Solving(CommandTest):
         return str(caught.exception)
 
     def test_the_command(self):
-        output = self.process(PUZZLE)
+        # only an animation needs the libraries of requirements-analysis.txt
+        hidden = (
+            "import sys, runpy\nsys.modules.update(matplotlib=None, PIL=None)\n"
+            "sys.argv[0] = 'analysis/solve.py'\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        output = self.process(PUZZLE, driver=("-c", hidden))
         self.assertIn(
             f"checkpoint {self.checkpoint('solver', 20)}\npuzzle     {PUZZLE}  (12 clues)\n", output
         )
         for step in (1, 2, 3):
             self.assertRegex(
                 output,
-                rf"\nsupervision step {step}: \d+ cells changed, \d+ of 16 right, (the rules hold|\d+ breaks? a rule), halting head [\d.]+% sure, \d+ ms\n",
+                rf"\nsupervision step {step}: \d+ cells changed, \d+ of 16 right, "
+                r"(the rules hold|\d+ breaks? a rule), halting head [\d.]+% sure, \d+ ms\n",
             )
         self.assertNotIn("supervision step 4", output)
         self.assertRegex(output, r"\n(solved|not solved): [1-4.]{16}")
@@ -149,30 +162,75 @@ class Solving(CommandTest):
             (b"\xff" * 16, "line 1: character"),
         ):
             file.write_bytes(content)
-            self.assertRegex(self.mistake(str(file)), f"^{re.escape(str(file))}:? {says}")
+            self.assertRegex(self.mistake(str(file)), f"^'?{re.escape(str(file))}'?:? {says}")
+
+    def test_a_file_with_a_byte_order_mark_comments_and_grids(self):
+        file = self.folder / "grids.txt"
+        grid = "\n".join(PUZZLE[start : start + 4] for start in range(0, 16, 4))
+        file.write_text(f"\ufeff# two puzzles\n{grid}\n\n{PUZZLE[::-1]}\n")
+        output = self.solve(str(file))
+        self.assertEqual(re.findall(r"puzzle     (\S+)", output), [PUZZLE, PUZZLE[::-1]])
+        self.assertIn(f"puzzle     {PUZZLE} ", self.solve(grid))
 
     def test_mistakes(self):
         for text, says in (
             ("11..............", "two of its givens conflict"),
             ("123...4.........", "it has no solution"),
             (PUZZLE + "1", "17 cells"),
-            ("12..34..2143432x", "'x' at position 16"),
+            ("12..34..2143432x", "it is no puzzle either"),
             ("." * 81, "this checkpoint solves 4x4 grids"),
-            ("puzzle.txt", "no file has this name"),
+            ("puzzles.txt", "'puzzles.txt': there is no such file"),
             ("1" * 300, "300 cells"),
+            ("", "holds no puzzle"),
         ):
             self.assertIn(says, self.mistake(text), text)
         self.assertIn("has puzzles 0 to 49", self.mistake("--example", "50"))
         self.assertIn("has puzzles 0 to 49", self.mistake("--example", "-1"))
+        file = self.folder / "a_file"
+        file.touch()
         self.assertIn("--example 0: not with a puzzle", self.mistake(PUZZLE, "--example", "0"))
         self.assertIn("there is no such checkpoint", self.mistake(PUZZLE, checkpoint="nowhere.pt"))
+        self.assertIn("there is no such folder", self.mistake(PUZZLE, checkpoint="runs/nowhere"))
+        self.assertRegex(
+            self.mistake(PUZZLE, checkpoint=str(self.folder / "runs")),
+            rf"--checkpoint \S+/runs: there is no checkpoint .* its runs: {self.run_folder}",
+        )
+        empty = self.folder / "empty"
+        empty.mkdir(exist_ok=True)
+        self.assertIn("give the folder of a run", self.mistake(PUZZLE, checkpoint=str(empty)))
+        self.assertIn(f"{file} is no folder", self.mistake(PUZZLE, checkpoint=f"{file}/run"))
 
-    def test_several_solutions_are_said_and_the_puzzle_is_tried_all_the_same(self):
-        text = "12.............."
-        output = self.solve(text)
-        self.assertIn(f"warning: puzzle {text} has more than one solution", output)
-        self.assertNotIn(" right", output)  # than which of them?
-        self.assertEqual(output.count("\nsupervision step "), 3)
+    def test_a_dataset_that_is_not_below_the_current_folder(self):
+        with mock.patch.object(solve, "local_dataset", lambda path: "data/elsewhere"):
+            self.assertIn("a relative path counts from the current folder", self.mistake())
+
+    def test_auto_in_a_configuration_becomes_the_dtype_of_this_machine(self):
+        content = load_checkpoint(self.checkpoint("solver", 20))
+        for saved, bfloat16_is_fast, used in (
+            ("auto", True, "bfloat16"),
+            ("auto", False, "float32"),
+            ("bfloat16", False, "bfloat16"),
+        ):
+            content["config"]["model"]["forward_dtype"] = saved
+            torch.save(content, self.folder / "auto.pt")
+            supported = mock.Mock(return_value=bfloat16_is_fast)
+            with mock.patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", supported):
+                model, config = solve.load_model(self.folder / "auto.pt")
+            self.assertEqual(config.model.forward_dtype, used)
+            self.assertEqual(model.config.forward_dtype, used)
+
+    def test_a_puzzle_with_several_solutions_gets_a_warning_and_is_tried(self):
+        for text in ("12..............", "." * 16):
+            output = self.solve(text)
+            self.assertIn(f"warning: puzzle {text} has more than one solution", output)
+            self.assertNotIn(" right", output)  # which of them would be right?
+            self.assertEqual(output.count("\nsupervision step "), 3)
+            self.assertRegex(output, r"\n(not )?solved: .*the puzzle has many solutions\)\n\Z")
+
+    def test_an_abbreviated_flag_is_refused(self):
+        with self.assertRaises(SystemExit) as caught:
+            self.solve("--exam", "1")
+        self.assertEqual(caught.exception.code, 2)
 
     @unittest.skipIf(NOT_INSTALLED, f"not installed: {NOT_INSTALLED}")
     def test_an_animation(self):
@@ -229,8 +287,6 @@ class Solving(CommandTest):
                     self.mistake(PUZZLE, "--gif", str(file)),
                 )
         self.assertFalse(file.exists())
-        hidden = "import sys, runpy\nsys.modules.update(matplotlib=None, PIL=None)\nsys.argv[0] = 'analysis/solve.py'\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-        self.assertIn("supervision step 3", self.process(PUZZLE, driver=("-c", hidden)))
 
 
 class FromABucket(GCSTest):
@@ -249,28 +305,14 @@ class FromABucket(GCSTest):
             open_folder(f"{self.url}/run/checkpoints"), 1, self.folder / "staging", saver
         ).save(20, state)
         saver.finish()
-        for number, checkpoint in enumerate(
-            (f"{self.url}/run", f"{self.url}/run/checkpoints/checkpoint_step_20.pt")
-        ):
-            file = self.folder / f"{number}.gif"
+        answer = solve.supervision_steps(model.eval(), sudoku.parse(PUZZLE))[-1].grid
+        for number, checkpoint in enumerate(("run", "run/checkpoints/checkpoint_step_20.pt")):
+            cache, file = self.folder / f"cache{number}", self.folder / f"{number}.gif"
             flags = [] if NOT_INSTALLED else ["--gif", str(file)]
-            done = subprocess.run(
-                [sys.executable, "analysis/solve.py", "--checkpoint", checkpoint, PUZZLE, *flags],
-                cwd=ROOT,
-                text=True,
-                timeout=120,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "TRM_CACHE": str(self.folder / f"cache{number}")},
-            )
-            self.assertEqual(done.returncode, 0, done.stdout)
-            self.assertTrue(
-                done.stdout.startswith(f"checkpoint {self.folder / f'cache{number}'}"), done.stdout
-            )
-            expected = sudoku.format_grid(
-                solve.supervision_steps(model.eval(), sudoku.parse(PUZZLE))[-1].grid
-            )
-            self.assertRegex(done.stdout, f"\nnot solved: {expected}")
+            with mock.patch.dict(os.environ, TRM_CACHE=str(cache)):
+                output = run_here("--checkpoint", f"{self.url}/{checkpoint}", PUZZLE, *flags)
+            self.assertTrue(output.startswith(f"checkpoint {cache}"), output)
+            self.assertRegex(output, f"\nnot solved: {sudoku.format_grid(answer)}")
             self.assertEqual(file.exists(), not NOT_INSTALLED)
 
 
@@ -326,38 +368,31 @@ class Rules(unittest.TestCase):
 @unittest.skipIf(NOT_INSTALLED, f"not installed: {NOT_INSTALLED}")
 class Animation(FolderTest):
     def test_each_mark_stands_in_its_cell(self):
-        """What a mark adds to the picture lies in a square, and the squares of the cells stand as the cells of the grid do."""
+        """The pixels that a mark changes are a square, placed as the cell is in the grid."""
         for size in sudoku.BOX_SHAPES:
             nothing = np.zeros(size * size, bool)
             blank = solve.Step(nothing.astype(np.uint8), nothing, nothing, 0.0, 0.0)
 
+            unmarked = solve.draw_frame(blank.grid, blank, "", "")
+
             def place(mark, cell):
                 """First and last column and row of pixels that the mark changes."""
                 marked = blank._replace(**{mark: np.arange(size * size) == cell})
-                y, x = np.nonzero(
-                    (
-                        solve.draw_frame(blank.grid, marked, "", "")
-                        != solve.draw_frame(blank.grid, blank, "", "")
-                    ).any(-1)
-                )
+                frame = solve.draw_frame(blank.grid, marked, "", "")
+                y, x = np.nonzero((frame != unmarked).any(-1))
                 return np.array([x.min(), x.max(), y.min(), y.max()])
 
             for mark in ("changed", "conflicts"):
                 first, last = place(mark, 0), place(mark, size * size - 1)
                 pitch = (last - first)[0] / (size - 1)
-                for cell in (1, size, size * (size // 2) + size - 1, size * size - 1):
+                for cell in (1, size, size * (size // 2) + size - 1):
                     row, column = divmod(cell, size)
-                    found, expected = (
-                        place(mark, cell),
-                        first + pitch * np.array([column, column, row, row]),
-                    )
-                    self.assertLess(
-                        np.abs(found - expected).max(), 4, (size, mark, cell, found, expected)
-                    )
+                    found = place(mark, cell)
+                    expected = first + pitch * np.array([column, column, row, row])
+                    what = size, mark, cell, found, expected
+                    self.assertLess(np.abs(found - expected).max(), 4, what)
                     for side in (found[1] - found[0], found[3] - found[2]):
-                        self.assertTrue(
-                            0.75 * pitch < side < pitch + 1, (size, mark, cell, found, pitch)
-                        )
+                        self.assertTrue(0.75 * pitch < side < pitch + 1, what)
 
     def test_givens_are_bold_and_confidence_is_a_length(self):
         solution = sudoku.parse("1234341221434321")

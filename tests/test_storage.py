@@ -1,4 +1,5 @@
-"""Local folders and Cloud Storage behind one interface: nothing partial, one winner, faults outlived or told."""
+"""Local folders and Cloud Storage behind one interface: nothing is partial, one of several wins,
+and faults pass or are reported."""
 
 import contextlib
 import functools
@@ -20,7 +21,7 @@ from unittest import mock
 import storage
 from background_writer import BackgroundWriter
 from dataset_cache import local_dataset
-from storage import StorageError, join, open_folder
+from storage import GCSFolder, StorageError, join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, FolderTest
 
@@ -107,7 +108,7 @@ class FolderContract:
             for call in (
                 lambda: folder.read(name),
                 lambda: folder.write(name, b""),
-                lambda: folder.create(name, b""),
+                lambda: folder.replace_if(name, b"", None),
                 lambda: folder.delete(name),
                 lambda: folder.put(__file__, name),
                 lambda: folder.get(name, self.folder / "file"),
@@ -116,9 +117,9 @@ class FolderContract:
 
     def test_versions(self):
         folder = self.open()
-        first = folder.create("lock", b"one")
+        first = folder.replace_if("lock", b"one", None)
         self.assertTrue(first)
-        self.assertIsNone(folder.create("lock", b"two"))
+        self.assertIsNone(folder.replace_if("lock", b"two", None))
         self.assertEqual(folder.read_version("lock"), (b"one", first))
         second = folder.replace_if("lock", b"two", first)
         self.assertEqual(folder.read_version("lock"), (b"two", second))
@@ -142,7 +143,7 @@ class FolderContract:
 
         with ThreadPoolExecutor(len(folders)) as threads:
             for call in (
-                lambda folder, data: folder.create("lock", data),
+                lambda folder, data: folder.replace_if("lock", data, None),
                 lambda folder, data: folder.replace_if("lock", data, token),
             ):
                 winners = [
@@ -196,7 +197,10 @@ class LocalFolders(FolderContract, FolderTest):
         self.assertEqual(self.open().read("counter"), b"60")
 
     def test_google_is_not_imported(self):
-        code = "import sys, storage\nstorage.open_folder('here').list()\nassert not any(name.startswith('google') for name in sys.modules)"
+        code = (
+            "import sys, storage\nstorage.open_folder('here').list()\n"
+            "assert not any(name.startswith('google') for name in sys.modules)"
+        )
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
@@ -261,7 +265,7 @@ class Faults(GCSTest):
             "get": lambda: self.remote.get("a", self.folder / "got"),
             "write": lambda: self.remote.write("b", b"1"),
             "put": lambda: self.remote.put(self.file(), "c"),
-            "create": lambda: self.assertTrue(self.remote.create("d", b"1")),
+            "create": lambda: self.assertTrue(self.remote.replace_if("d", b"1", None)),
             "replace_if": lambda: self.assertTrue(self.remote.replace_if("a", b"1", token)),
             "delete": lambda: self.remote.delete("b"),
         }
@@ -362,7 +366,7 @@ class Faults(GCSTest):
 
     def test_a_lost_answer_does_not_make_a_loser(self):
         fault = self.proxy.fail("cut_answer", 0, method="POST")
-        token = self.remote.create("lock", b"mine")
+        token = self.remote.replace_if("lock", b"mine", None)
         self.assertEqual((fault.times, self.remote.read_version("lock")), (0, (b"mine", token)))
         fault = self.proxy.fail("cut_answer", 0, method="POST")
         token = self.remote.replace_if("lock", b"mine", token)
@@ -541,7 +545,8 @@ class Background(unittest.TestCase):
         self.assertEqual(job.calls, 4)
         self.assertEqual(
             err,
-            "warning: gs://b/a: out of reach; training goes on, and the save is tried again every 0.01 s\n"
+            "warning: gs://b/a: out of reach; training goes on, and the save is tried again every "
+            "0.01 s\n"
             "the save that had failed has succeeded\n",
         )
 
@@ -587,7 +592,8 @@ class Background(unittest.TestCase):
 
     def test_the_process_can_end(self):
         code = (
-            "import background_writer, threading\nsaver = background_writer.BackgroundWriter()\nsaver.submit(print)\nsaver.finish()\n"
+            "import background_writer, threading\nsaver = background_writer.BackgroundWriter()\n"
+            "saver.submit(print)\nsaver.finish()\n"
             "saver.submit(threading.Event().wait)\n"
         )
         subprocess.run(
@@ -709,7 +715,7 @@ class Datasets(GCSTest):
 
     def test_a_failing_download_is_never_used(self):
         self.proxy.fail("corrupt", times=999, path="all__labels.npy.*alt=media")
-        with mock.patch("dataset_cache.open_folder", functools.partial(open_folder, deadline=0.3)):
+        with mock.patch("dataset_cache.GCSFolder", functools.partial(GCSFolder, deadline=0.3)):
             self.assertRaisesRegex(
                 StorageError, "all__labels.npy.*not what is stored", lambda: printed(self.dataset)
             )

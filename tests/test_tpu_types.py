@@ -1,4 +1,4 @@
-"""tpu_types.py against what torch_xla, jax and the TPU compiler say themselves, types that do not exist, and who reads the table."""
+"""tpu_types.py: against torch_xla, jax and the TPU compiler; types that do not exist; its users."""
 
 import glob
 import importlib.util
@@ -77,7 +77,8 @@ class SliceTypeTest(unittest.TestCase):
 
     def test_nothing_but_the_standard_library_is_imported(self):
         code = (
-            "import sys; before = set(sys.modules); import tpu_types; print([name for name in set(sys.modules) - before "
+            "import sys; before = set(sys.modules); import tpu_types; "
+            "print([name for name in set(sys.modules) - before "
             "if name != 'tpu_types' and name.split('.')[0] not in sys.stdlib_module_names])"
         )
         self.assertEqual(
@@ -170,7 +171,8 @@ import jax, jax.numpy as jnp
 shapes = {}
 for name in types:
     devices = tpu_compile.slice_devices(name)
-    shapes[name] = [len(devices), len({device.process_index for device in devices}), devices[0].num_cores, devices[0].device_kind]
+    hosts = len({device.process_index for device in devices})
+    shapes[name] = [len(devices), hosts, devices[0].num_cores, devices[0].device_kind]
 here = jax.sharding.SingleDeviceSharding(tpu_compile.slice_devices(types[0])[0])
 square = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=here)
 text = jax.jit(jax.lax.dot).lower(square, square).compile().as_text()

@@ -1,4 +1,4 @@
-"""The command on torch_xla's CPU device: how often it compiles and executes, and that it is the same training."""
+"""Training on torch_xla's CPU device: compiles, executions, and the same numbers as elsewhere."""
 
 import copy
 import importlib.util
@@ -31,8 +31,11 @@ ATTENTION = ("model.mlp_t=false", "model.pos_encodings=rope")
 @unittest.skipUnless(importlib.util.find_spec("torch_xla"), "torch_xla is not installed here")
 class XLATrainingTest(CommandTest):
     def check_counts(self, run_name, *overrides):
-        """20 steps with a record each, evaluations after 10 and 20, checkpoints after 7, 10, 14 and 20, a learning rate that
-        changes at every step; then the rest of the 30 in a process of its own."""
+        """20 steps in one process, then the rest of the 30 in another one.
+
+        A record at each step, evaluations after 10 and 20, checkpoints after 7, 10, 14 and 20, and
+        a learning rate that changes at every step.
+        """
         flags = (
             "--run_name",
             run_name,
@@ -60,7 +63,8 @@ class XLATrainingTest(CommandTest):
                 self.assertEqual(
                     record["xla_compiles"], 1 + evaluations
                 )  # the training step; the evaluation step once it has run
-                # the runtime counts an execution a moment after its results are there: the last may be missing, none may be too many
+                # The runtime counts an execution a moment after its results are there. So the last
+                # one may be missing, but none may be too many.
                 expected = since + evaluations * evaluation
                 self.assertIn(record["xla_executions"], (expected - 1, expected))
         self.assertEqual(
@@ -115,7 +119,11 @@ class XLATrainingTest(CommandTest):
         self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99)
 
     def test_four_replicas_in_one_program_train_as_one_worker(self):
-        """In float32: the first step to its last bits, later ones as far as AdamATan2's first updates allow."""
+        """In float32.
+
+        The first step is the same to its last bits, later ones as far as AdamATan2's first updates
+        allow.
+        """
         files = {}
         for name, script in (("four", "tests/xla_replicas.py"), ("one", "-c")):
             files[name] = self.folder / f"{name}.pt"
@@ -157,7 +165,10 @@ class XLATrainingTest(CommandTest):
             self.assertGreater(torch.cosine_similarity(*changes, dim=0).item(), 0.99, name)
 
     def test_every_product_of_a_float32_run_is_of_float32(self):
-        """Of all that training, its evaluations and --eval_only compile; Products has what each kind of model traces."""
+        """In all that training, its evaluations and --eval_only compile.
+
+        The class Products checks what each kind of model traces.
+        """
         dump = self.folder / "dump"
         flags = (
             "--run_name",
@@ -185,7 +196,10 @@ class XLATrainingTest(CommandTest):
 
 
 def products(text):
-    """[(Instruction, its computation)] of the matrix products, and of what may hide some, in a program as it was traced."""
+    """[(Instruction, its computation)] of the matrix products in a program as it was traced.
+
+    Also of what may hide some of them.
+    """
     return [
         (instruction, computation)
         for computation in tpu_hlo.parse(text)[0].values()
@@ -195,7 +209,10 @@ def products(text):
 
 
 class Products(XLATest):
-    """On a TPU float32 products have operands rounded to bfloat16 unless the highest precision is asked for."""
+    """A TPU rounds the operands of a float32 product to bfloat16 unless told otherwise.
+
+    The way to tell it is the highest precision.
+    """
 
     def traced(self, *overrides):
         """The products of a training step and of an evaluation step."""
@@ -237,8 +254,11 @@ class Products(XLATest):
                 self.assertIn("operand_precision={highest,highest}", instruction.rest)
 
     def test_of_a_bfloat16_run(self):
-        """None asks for more. And none rounds what was float32, but for attention's shares: the halting head and the sums of the puzzle
-        rows' gradients are no products."""
+        """No product asks for more.
+
+        And none rounds what was float32, but for attention's shares: the halting head and the sums
+        of the puzzle rows' gradients are no products.
+        """
         for overrides in ((), ATTENTION):
             for instruction, computation in self.traced("model.forward_dtype=bfloat16", *overrides):
                 self.assertNotIn("operand_precision", instruction.rest)
@@ -282,8 +302,13 @@ start, batches, seen = [p.detach().clone() for p in run.model.parameters()], ite
 for _ in range(4):
     run.train_step(run.device.put(run.host_batch(next(batches))))
     run.step += 1
-    seen.append({"totals": run.totals, "weights": [p.detach().clone() for p in run.model.parameters()],
-                 "ema": [p.clone() for p in run.ema.module.parameters()], "halted": run.carry.halted, "z_H": run.carry.z_H})
+    seen.append({
+        "totals": run.totals,
+        "weights": [p.detach().clone() for p in run.model.parameters()],
+        "ema": [p.clone() for p in run.ema.module.parameters()],
+        "halted": run.carry.halted,
+        "z_H": run.carry.z_H,
+    })
 batches.close()
 torch.save({"steps": seen, "start": start}, sys.argv[2])
 """
@@ -300,7 +325,10 @@ class ReplayTest(XLATest):
         )
 
     def steps(self, replayed, *overrides):
-        """Everything that a run holds after each of six steps, with a new interval in the middle; and how often a step was traced."""
+        """(everything that a run holds after each of six steps, how often a step was traced).
+
+        A new logging interval begins in the middle.
+        """
         config = load_config(self.path, ["training.lr_warmup_steps=4", *overrides])
         device, seen, traced = Device("xla_cpu"), [], []
         run = TrainState(config, device, load_dataset(config, "train"))
@@ -359,8 +387,11 @@ class ReplayTest(XLATest):
                 tensor.cpu()
 
     def test_activation_checkpointing_gives_the_same_gradients(self):
-        """With a barrier before each block is computed anew, or the compiler would take what it has; what comes of that on a TPU:
-        docs/tpu_step.md."""
+        """There is a barrier before each block is computed again.
+
+        Otherwise the compiler would use the values that it has. docs/tpu_step.md has the effect on
+        a TPU.
+        """
         import torch_xla
 
         for changes in (dict(), dict(mlp_t=False, pos_encodings="rope")):
@@ -391,7 +422,7 @@ class ReplayTest(XLATest):
                 torch.testing.assert_close(ours.cpu(), plain.cpu(), rtol=1e-5, atol=1e-5)
 
     def test_swiglu_in_bfloat16(self):
-        """Value and gradients of both axes: as near to those in float64 as the plain computation on the CPU is."""
+        """Values and gradients of both axes are as near to float64 as those of the plain CPU."""
         import xla_mixing
 
         torch.manual_seed(0)
@@ -424,8 +455,11 @@ class ReplayTest(XLATest):
 
 class StepOfAReplica(XLATest):
     def test_one_all_reduce_and_the_same_program_on_every_rank(self):
-        """Of eight replicas, traced in one process: gradients, puzzle rows and metrics are summed by one all-reduce, and what a
-        replica's rank decides (its slots, whether it keeps the average) is no part of the program."""
+        """Of eight replicas, traced in one process.
+
+        One all-reduce adds up gradients, puzzle rows and metrics. What a replica's rank decides
+        (its slots, whether it keeps the average) is no part of the program.
+        """
         os.environ["XLA_ALWAYS_ALLREDUCE"] = "1"  # in a process alone it would be left out
         write_split(Path(self.folder.name) / "data" / "train", *random_pairs(4, 8))
         path = write_config(
@@ -464,7 +498,15 @@ class StepOfAReplica(XLATest):
 
 
 SMALL = """
-model: {hidden_size: 32, num_heads: 4, puzzle_emb_ndim: 32, puzzle_emb_len: 1, H_cycles: 2, L_cycles: 1, halt_max_steps: 4, forward_dtype: float32}
+model:
+  hidden_size: 32
+  num_heads: 4
+  puzzle_emb_ndim: 32
+  puzzle_emb_len: 1
+  H_cycles: 2
+  L_cycles: 1
+  halt_max_steps: 4
+  forward_dtype: float32
 training: {global_batch_size: 8, epochs: 100}
 """
 

@@ -1,8 +1,10 @@
-"""Training steps as one program over four XLA CPU devices: `python tests/xla_replicas.py CONFIG FILE [section.key=value ...]`.
+"""Training steps as one program over four XLA CPU devices.
 
-The slots are spread over the devices and the weights are on each; the partitioner puts in the all-reduces. (Replicas in
-threads of one process, each with a program of its own, as on a TPU, dead-lock in the CPU runtime more often than not.)
-Writes what the run had after every step to FILE.
+    python tests/xla_replicas.py CONFIG FILE [section.key=value ...]
+
+The slots are spread over the devices, and each device has the weights; the partitioner adds the
+all-reduces. Replicas in threads of one process, each with a program of its own, as on a TPU, would
+often deadlock in the CPU runtime. What the run holds after every step is written to FILE.
 """
 
 import os
