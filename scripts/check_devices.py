@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-import benchmark
 import numpy as np
 import torch
 
@@ -245,6 +244,8 @@ def train_steps(config, device, dataset, kernels):
 def measure_steps(run, device, measured):
     """Train STEPS steps and append to the lists of `measured`. Raises RunFailure where a loss or a
     gradient is not finite."""
+    import benchmark  # only --steps needs what is in analysis/
+
     keys, counted = (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"), device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):

@@ -42,30 +42,21 @@ INSIDE = {
     ("mixing.py", "pallas_mixing"): "needs torch_xla and jax",
     ("mixing.py", "xla_mixing"): "needs torch_xla",
     ("scripts/diagnose_sections.py", "*"): "hosts may be broken: each section imports its own",
+    ("scripts/check_devices.py", "benchmark"): "only --steps needs what is in analysis/",
     ("scripts/sweep_cells.py", "train_state"): "PyTorch takes seconds; slices do without",
     ("workers.py", "torch"): "torch.distributed takes seconds",
 }
 # {rule: what does not keep it yet}
 DEBTS: dict[str, list[str]] = {
-    "no import inside a function without a reason": [
-        "analysis/tpu_compile.py imports numpy",
-        "analysis/tpu_trace.py imports pallas_mixing",
-    ],
     "no function over 60 lines": [
-        "analysis/tpu_report.py examine",
-        "analysis/tpu_report.py full_text",
-        "analysis/tpu_report.py parse_args",
         "tests/package_index.py __init__",
-        "tests/run_folders.py write_run",
-        "tests/test_analysis_figures.py make_study",
         "tests/test_config.py test_impossible_combinations",
         "tests/test_gcs_runs.py test_killed_and_resumed_on_another_host_then_used",
         "tests/test_rehearsal.py test_the_whole_day",
         "tests/test_scripts.py test_dry_run_executes_nothing",
         "tests/test_scripts.py test_from_start_to_results",
         "tests/test_scripts.py test_missing_and_wrong",
-        "tests/test_tpu_report.py test_a_small_configuration_alone_and_after_one_that_is_too_large",
-    ],
+    ]
 }
 
 
