@@ -72,16 +72,15 @@ def main():
     config = load_config(args.config, args.overrides)
     if args.steps and resolve_device(config.device) in ("cpu", "xla_cpu"):
         config = of_least_size(config)
-    return workers.launch(
-        check_worker, config, args.steps, args.limit and time.monotonic() + args.limit
-    )
+    args.deadline = args.limit and time.monotonic() + args.limit
+    return workers.launch(check_worker, config, args)
 
 
-def check_worker(rank, config, steps, deadline):
-    """Join the other workers, as training does, and sum a number of each over all. deadline: by
-    time.monotonic(), or None."""
-    if deadline:
-        faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic()), exit=True)
+def check_worker(rank, config, args):
+    """Join the other workers, as training does, and sum a number of each over all. args: steps, and
+    deadline by time.monotonic(), or None."""
+    if args.deadline:
+        faulthandler.dump_traceback_later(max(1.0, args.deadline - time.monotonic()), exit=True)
     device = Device(config.device)
     config = settle_forward_dtype(config, device)
     rank, world_size = device.workers.rank, device.workers.world_size
@@ -96,7 +95,7 @@ def check_worker(rank, config, steps, deadline):
         "all-reduce is right",
         flush=True,
     )
-    if steps:
+    if args.steps:
         passed("all-reduce", f"the sum over {world_size} worker(s) is right")
         check_steps(config, device)
     faulthandler.cancel_dump_traceback_later()
