@@ -223,6 +223,7 @@ def train_steps(config, device, dataset, kernels):
         executions=[],
         warning="".join(lines),
         kernels=num_kernels(run.model),
+        asked=kernels,
         examples=batch_size,
         flops=batch_size * trm_model.step_flops_per_example(run.model, train=True),
         peak=None,
@@ -253,7 +254,7 @@ def measure_steps(run, device, measured):
             if sums["first_bad"]:
                 raise RunFailure(
                     f"the loss or a gradient of step {number} is not finite (kernels: "
-                    f"{measured.kernels > 0})"
+                    f"{measured.asked})"
                 )
             run.start_interval()
             if number == 1:  # of the same weights
