@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "analysis")]
-import benchmark
 import numpy as np
 import torch
 
@@ -73,16 +72,15 @@ def main():
     config = load_config(args.config, args.overrides)
     if args.steps and resolve_device(config.device) in ("cpu", "xla_cpu"):
         config = of_least_size(config)
-    return workers.launch(
-        check_worker, config, args.steps, args.limit and time.monotonic() + args.limit
-    )
+    args.deadline = args.limit and time.monotonic() + args.limit
+    return workers.launch(check_worker, config, args)
 
 
-def check_worker(rank, config, steps, deadline):
-    """Join the other workers, as training does, and sum a number of each over all. deadline: by
-    time.monotonic(), or None."""
-    if deadline:
-        faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic()), exit=True)
+def check_worker(rank, config, args):
+    """Join the other workers, as training does, and sum a number of each over all. args: steps, and
+    deadline by time.monotonic(), or None."""
+    if args.deadline:
+        faulthandler.dump_traceback_later(max(1.0, args.deadline - time.monotonic()), exit=True)
     device = Device(config.device)
     config = settle_forward_dtype(config, device)
     rank, world_size = device.workers.rank, device.workers.world_size
@@ -97,7 +95,7 @@ def check_worker(rank, config, steps, deadline):
         "all-reduce is right",
         flush=True,
     )
-    if steps:
+    if args.steps:
         passed("all-reduce", f"the sum over {world_size} worker(s) is right")
         check_steps(config, device)
     faulthandler.cancel_dump_traceback_later()
@@ -225,6 +223,7 @@ def train_steps(config, device, dataset, kernels):
         executions=[],
         warning="".join(lines),
         kernels=num_kernels(run.model),
+        asked=kernels,
         examples=batch_size,
         flops=batch_size * trm_model.step_flops_per_example(run.model, train=True),
         peak=None,
@@ -245,6 +244,8 @@ def train_steps(config, device, dataset, kernels):
 def measure_steps(run, device, measured):
     """Train STEPS steps and append to the lists of `measured`. Raises RunFailure where a loss or a
     gradient is not finite."""
+    import benchmark  # only --steps needs what is in analysis/
+
     keys, counted = (*trm_model.METRIC_KEYS, "grad_norm", "first_bad"), device.counters()
     with contextlib.closing(iter(run.loader)) as batches:
         for number in range(1, STEPS + 1):
@@ -253,7 +254,7 @@ def measure_steps(run, device, measured):
             if sums["first_bad"]:
                 raise RunFailure(
                     f"the loss or a gradient of step {number} is not finite (kernels: "
-                    f"{measured.kernels > 0})"
+                    f"{measured.asked})"
                 )
             run.start_interval()
             if number == 1:  # of the same weights

@@ -4,18 +4,21 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/delete_tpu.sh [section.key=value ...] [--config FILE] [--yes] [--if_idle] [--dry_run]
+usage: bash scripts/delete_tpu.sh [section.key=value ...] [--config FILE] [--yes] [--if_idle]
+           [--dry_run]
 
-Deletes the slice and its queued resource, after asking. What a run wrote into the bucket stays; what lies on the hosts is lost.
+Deletes the slice and its queued resource, after a question. What a run wrote into the bucket stays;
+what is on the disks of the hosts is lost.
 
   --config FILE   where `tpu:` is found (default: configs/base_sudoku_tpu.yaml)
   --yes           do not ask
-  --if_idle       refuse while a process on its hosts has the chips, or is a run of this kit
+  --if_idle       refuse while a process on the hosts uses the chips, or a run of this kit is alive
   --dry_run       print the commands, execute none
 
 exit status: 0 it is deleted, or was not there; 2 a mistake, or not confirmed; 1 anything else
 
-settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME
+settings: tpu.project, tpu.zone, tpu.name in the configuration, or the environment variables
+TPU_PROJECT, TPU_ZONE, TPU_NAME
 TEXT
 }
 

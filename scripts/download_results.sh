@@ -6,17 +6,21 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/download_results.sh [RUN ...] [section.key=value ...] [options]
 
-Copies the folders of these runs, or of all, from logging.output_dir in the bucket to runs/: configuration, records, TensorBoard,
-eval.json. What is here already and has not changed is not copied again; nothing is deleted.
+Copies the folders of these runs, or of all runs, from logging.output_dir in the bucket to runs/:
+configuration, records, TensorBoard, eval.json. Files that are here already and have not changed are
+not copied again. Nothing is deleted.
 
-  --checkpoints   the checkpoints, too (the largest part)
+  --checkpoints   also copy the checkpoints (the largest part)
   --to FOLDER     copy to FOLDER/RUN (default: runs)
-  --config FILE   where `tpu:` and logging.output_dir are found (default: configs/base_sudoku_tpu.yaml)
+  --config FILE   where `tpu:` and logging.output_dir are found (default:
+                  configs/base_sudoku_tpu.yaml)
   --dry_run       print the commands, execute none
 
-exit status: 0 all is here; 2 a mistake, such as a run that is not in the bucket; 1 anything else
+exit status: 0 everything is here; 2 a mistake, such as a run that is not in the bucket; 1 anything
+else
 
-settings: tpu.bucket in the configuration, or the environment variable TPU_BUCKET; or logging.output_dir=gs://...
+settings: tpu.bucket in the configuration, or the environment variable TPU_BUCKET; or
+logging.output_dir=gs://...
 TEXT
 }
 

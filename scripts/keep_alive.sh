@@ -6,29 +6,41 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/keep_alive.sh CONFIG [section.key=value ...] [options] [-- FLAGS]
 
-Makes the slice ready (scripts/setup_tpu.sh), starts the run (scripts/launch_experiment.sh) and watches it. Where the slice has been
-preempted or is gone, it is asked for again, and the run goes on from its last checkpoint; a maintenance is waited for; a run that
-failed is started again, after a wait: one --poll, then 2, 4, 8, at most ten; it is short again once a run was up for ten looks. Not started again: one that ended by its user's mistake (status 2), or by `launch_experiment.sh stop`. What waiting does
-not mend (quota, permission, login) ends this at once, and leaves the run alone. So does a slice that Google calls healthy and whose
-hosts do not answer ten looks in a row: it is not deleted. Code and configuration are those of the commit that HEAD names now, whatever happens to it later.
-May be stopped (Ctrl-C) and started again at any time: the run does not notice. Best run in tmux, or on a small VM.
+Makes the slice ready (scripts/setup_tpu.sh), starts the run (scripts/launch_experiment.sh) and
+watches it:
+
+  - If the slice is preempted or gone, it requests the slice again, and the run resumes from its
+    last checkpoint. It waits for the end of a maintenance.
+  - If the run failed, it starts the run again after a wait: one --poll, then 2, 4, 8, at most ten.
+    The wait is short again once a run was up for ten looks.
+  - If the run ended by a mistake of its user (status 2) or by `launch_experiment.sh stop`, it does
+    not start the run again.
+  - If waiting does not help (quota, permission, login), it ends at once and leaves the run alone.
+  - If Google calls the slice healthy and its hosts do not answer ten looks in a row, it ends and
+    does not delete the slice.
+
+Code and configuration are those of the commit that HEAD names now, also if HEAD changes later.
+This script may be stopped (Ctrl-C) and started again at any time: the run does not notice. Best run
+in tmux, or on a small VM.
 
   --run_name NAME     folder under logging.output_dir (default: the configuration's name)
   --spot, --queued, --autocheckpoint, --internal_ips, --replace_silent
                       as for scripts/setup_tpu.sh
-  --delete_when_done  delete the slice once the run is finished (default: say how)
-  --max_hours H       give up after so long (default 720)
-  --max_attempts N    start it so many times (default 100); waiting for room does not count, a queued resource that FAILED does
+  --delete_when_done  delete the slice once the run is finished (default: print the command)
+  --max_hours H       give up after H hours (default 720)
+  --max_attempts N    start the run at most N times (default 100). Waiting for capacity does not
+                      count; a queued resource that FAILED does
   --poll SECONDS      between two looks (default 60)
   --log_dir FOLDER    every attempt is written to FOLDER/RUN.log (default: runs/keep_alive)
   --dry_run           print the commands of one attempt, execute none
   -- FLAGS            more flags for train_tpu.py
 
-exit status: 0 the run is finished; 2 what waiting does not mend: a mistake, a refusal of Google's, a healthy slice that does not answer;
-1 hours or attempts are spent; 143 the run was stopped by its user
+exit status: 0 the run is finished; 2 what waiting does not mend: a mistake, a refusal by Google, a
+healthy slice that does not answer; 1 hours or attempts are used up; 143 the run was stopped by its
+user
 
-settings: tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
-TPU_NAME, TPU_BUCKET; others as for scripts/setup_tpu.sh
+settings: tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or the environment
+variables TPU_PROJECT, TPU_ZONE, TPU_NAME, TPU_BUCKET; others as for scripts/setup_tpu.sh
 TEXT
 }
 

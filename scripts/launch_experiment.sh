@@ -8,29 +8,37 @@ usage: bash scripts/launch_experiment.sh CONFIG [section.key=value ...] [options
        bash scripts/launch_experiment.sh status [RUN] [section.key=value ...] [--config FILE]
        bash scripts/launch_experiment.sh logs|stop RUN [section.key=value ...] [--config FILE]
 
-Checks the configuration, sends the committed code to all hosts of the slice (scripts/setup_tpu.sh makes it), starts train_tpu.py
-there so that it outlives this connection, and shows its log until it ends; Ctrl-C leaves the run alone. The same command again
-resumes a run. A relative logging.output_dir or data.dataset_path lies in the bucket; a dataset that is here is copied there.
+Checks the configuration, sends the committed code to all hosts of the slice (scripts/setup_tpu.sh
+makes it), and starts train_tpu.py there in a way that it continues without this connection. Then it
+shows the log until the run ends; Ctrl-C ends only the display. The same command again resumes a
+run. A relative logging.output_dir or data.dataset_path is a folder in the bucket; a dataset that is
+on this machine is copied there.
 
   --run_name NAME   folder under logging.output_dir (default: the configuration's name)
   --detach          do not show the log
-  --dirty           send the working tree as it is; starts.jsonl of the run says so (default: uncommitted changes are refused)
+  --dirty           send the working tree as it is, and note this in starts.jsonl of the run
+                    (default: uncommitted changes are refused)
   --commit SHA      send this commit
-  --local           run it on this machine, in the foreground; ends with the training's exit status
+  --local           run it on this machine, in the foreground, in an environment that is made first
+                    if there is none; ends with the training's exit status
   --dry_run         print the commands, execute none
-  -- FLAGS          more flags for train_tpu.py, as -- --max_steps 100
+  -- FLAGS          more flags for train_tpu.py, such as -- --max_steps 100
 
-  status RUN        one line, and the exit status: finished 0, running 3, failed 4, preempted 5, absent 6, stopped 7; 1: no answer
+  status RUN        one line, and the exit status: finished 0, running 3, failed 4, preempted 5,
+                    absent 6, stopped 7; 1: no answer
   status            one line for each run that this slice has had
-  logs RUN          what it has printed since it was last started, until it ends; logs --all RUN: since the first start
+  logs RUN          what it has printed since its last start, until it ends; logs --all RUN: since
+                    its first start
   stop RUN          SIGTERM: it saves a checkpoint and ends
-  --config FILE     where these find `tpu:` and logging.output_dir (default: configs/base_sudoku_tpu.yaml)
+  --config FILE     where status, logs and stop find `tpu:` and logging.output_dir (default:
+                    configs/base_sudoku_tpu.yaml)
 
 Without --detach the exit status is that of `status RUN`. 2: a mistake, nothing was started.
 
-settings: tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or the environment variables TPU_PROJECT, TPU_ZONE,
-TPU_NAME, TPU_BUCKET. TRM_VENV, TRM_PYTHON: see scripts/environment.sh. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp.
-TRM_ANSWER_SECONDS: wait so long for gcloud or a host (120).
+settings: tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or the environment
+variables TPU_PROJECT, TPU_ZONE, TPU_NAME, TPU_BUCKET. TRM_VENV, TRM_PYTHON: see
+scripts/environment.sh. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp. TRM_ANSWER_SECONDS:
+how long to wait for an answer of gcloud or of a host (120).
 TEXT
 }
 

@@ -6,35 +6,43 @@ usage() {
     cat <<'TEXT'
 usage: bash scripts/setup_tpu.sh [CONFIG] [section.key=value ...] [options]
 
-Asks for the slice of the configuration (default: configs/base_sudoku_tpu.yaml, a v4-64), waits until it is there, installs the pinned
-environment on all of its hosts, and checks that every host sees its chips and that an all-reduce over all of them is right. Does
-only what is missing. A slice uses up its grant, or costs money, until it is deleted; without --spot it is on demand.
+Requests the slice of the configuration (default: configs/base_sudoku_tpu.yaml, a v4-64), waits
+until it exists, installs the pinned environment on all of its hosts, and checks that every host
+sees its chips and that an all-reduce over all of them is right. Steps that are done already are
+skipped. A slice uses up its grant, or costs money, until it is deleted; without --spot it is on
+demand.
 
-What cannot be asked for again before is deleted first: a slice that Google calls PREEMPTED or TERMINATED, one in health TIMEOUT for
-minutes whose hosts do not answer, and a queued resource that is FAILED, SUSPENDED, or ACTIVE without its slice. Nothing else is deleted
-without --replace_silent.
+What blocks a new request is deleted first: a slice that Google calls PREEMPTED or TERMINATED, one
+in health TIMEOUT whose hosts have not answered for minutes, and a queued resource that is FAILED,
+SUSPENDED, or ACTIVE without its slice. Nothing else is deleted without --replace_silent.
 
   --spot             a spot slice: may be preempted at any time
-  --queued           ask by a queued resource: waits in Google's queue until there is room
-  --autocheckpoint   have Google send SIGTERM before a maintenance, up to 5 minutes ahead (by gcloud alpha)
-  --internal_ips     hosts without external addresses, where an organisation forbids them; they need Cloud NAT to install packages
-  --replace_silent   delete a slice, too, that Google calls healthy and whose hosts do not answer over ssh for 5 minutes
-  --max_hours H      wait so long for the slice (default 24)
+  --queued           request it by a queued resource, which waits in Google's queue for capacity
+  --autocheckpoint   Google sends SIGTERM before a maintenance, up to 5 minutes ahead (gcloud alpha)
+  --internal_ips     hosts without external addresses, where an organisation forbids them; they need
+                     Cloud NAT to install packages
+  --replace_silent   also delete a slice that Google calls healthy if its hosts do not answer over
+                     ssh for 5 minutes
+  --max_hours H      wait at most H hours for the slice (default 24)
   --poll SECONDS     between two looks at it (default 30)
   --commit SHA       use the code of this commit (default: the working tree)
-  --diagnose         of a slice that is READY: collect what tells about it into a file trm_diagnose_NAME_TIME.txt here: versions, devices,
-                     environment, the bucket, an all-reduce, training steps with and without the kernels; status 0 if nothing failed
-  --dry_run          print the commands, as for a slice that is not there yet; execute none
+  --diagnose         for a slice that is READY: write a report into trm_diagnose_NAME_TIME.txt here:
+                     versions, devices, environment, the bucket, an all-reduce, training steps with
+                     and without the kernels; status 0 if nothing failed
+  --dry_run          print the commands, as for a slice that does not exist yet; execute none
 
-exit status: 0 the slice is ready; 2 a mistake that waiting does not mend: settings, quota, permission, login; 3 no room for the slice
-now; 1 anything else
+exit status: 0 the slice is ready; 2 a mistake that waiting does not mend: settings, quota,
+permission, login; 3 no capacity for the slice now; 1 anything else
 
-settings: tpu.accelerator_type and, or by the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME (TPU_BUCKET for --diagnose),
-tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration. TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp, as --internal-ip or --tunnel-through-iap.
-PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: the hosts take all packages, torch too, from these; without them torch is the CPU build of PyTorch's
-own index. UV_PYTHON_INSTALL_MIRROR: where their Python comes from.
-TRM_ANSWER_SECONDS: wait so long for gcloud or a host (120); TRM_CONTACT_SECONDS: for the first contact, and before a slice in health
-TIMEOUT is given up (300); TRM_REASON_SECONDS: between two times that Google's reason for waiting is shown (1800).
+settings: tpu.accelerator_type, tpu.project, tpu.zone, tpu.name, tpu.bucket in the configuration, or
+the environment variables TPU_PROJECT, TPU_ZONE, TPU_NAME, and TPU_BUCKET for --diagnose.
+TRM_GCLOUD_SSH_FLAGS: more flags for every ssh and scp, such as --internal-ip or
+--tunnel-through-iap. PIP_INDEX_URL, PIP_EXTRA_INDEX_URL: the hosts take all packages, also torch,
+from these; without them torch is the CPU build of PyTorch's own index. UV_PYTHON_INSTALL_MIRROR:
+where their Python comes from. TRM_ANSWER_SECONDS: how long to wait for an answer of gcloud or of a
+host (120). TRM_CONTACT_SECONDS: the same for the first contact, and before a slice in health
+TIMEOUT is given up (300). TRM_REASON_SECONDS: how often Google's reason for waiting is shown
+(1800).
 TEXT
 }
 

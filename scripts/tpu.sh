@@ -37,7 +37,7 @@ execute() {
 # It reads the code in $CODE_HERE (default: this repository).
 read_settings() {
     local settings
-    PYTHON_HERE=$(realpath --no-symlinks --canonicalize-missing "${TRM_VENV:-.venv}/bin/python")
+    PYTHON_HERE=$(realpath --no-symlinks "${TRM_VENV:-.venv}/bin/python")
     if [ ! -x "$PYTHON_HERE" ]; then PYTHON_HERE=$(find_python) || exit; fi
     "$PYTHON_HERE" -c 'import numpy, yaml' 2>/dev/null || fail 2 "$PYTHON_HERE has no PyYAML or no numpy:" \
         "$PYTHON_HERE -m venv '${TRM_VENV:-.venv}' && '${TRM_VENV:-.venv}/bin/python' -m pip install pyyaml numpy;" \

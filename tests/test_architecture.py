@@ -40,6 +40,7 @@ INSIDE = {
     ("device.py", "xla_program"): "needs torch_xla",
     ("mixing.py", "pallas_mixing"): "needs torch_xla and jax",
     ("mixing.py", "xla_mixing"): "needs torch_xla",
+    ("scripts/check_devices.py", "benchmark"): "only --steps needs what is in analysis/",
     ("scripts/diagnose_sections.py", "*"): "hosts may be broken: each section imports its own",
     ("scripts/sweep_cells.py", "train_state"): "PyTorch takes seconds; slices do without",
     ("workers.py", "torch"): "torch.distributed takes seconds",

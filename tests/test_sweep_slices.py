@@ -470,9 +470,22 @@ class OnASlice(SliceTest):
 
         self.assertTrue(any("keep_alive.sh" in command for command in helpers().values()))
         os.close(terminal)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        self.assertEqual(status, 128 + signal.SIGHUP)
-        self.wait_for(lambda: not helpers())
+        ended = []
+
+        def has_ended():
+            number, status = os.waitpid(pid, os.WNOHANG)
+            if number:
+                ended.append(os.waitstatus_to_exitcode(status))
+            return ended
+
+        try:
+            self.wait_for(has_ended)
+            self.assertEqual(ended, [128 + signal.SIGHUP])
+            self.wait_for(lambda: not helpers())
+        finally:
+            for number in [*helpers(), *([] if ended else [pid])]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
         self.assertTrue(self.host_processes())
         self.release(17)
 
