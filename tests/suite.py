@@ -20,7 +20,38 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # the seconds that a module takes on an idle machine, if more than 10: what takes longest begins
 # first, so that the last process to end is a short one
-SECONDS = {}
+SECONDS = {
+    "test_faults": 340,
+    "test_preemption": 267,
+    "test_scripts": 194,
+    "test_tpu_report": 194,
+    "test_cloud_faults": 179,
+    "test_xla": 152,
+    "test_workers": 142,
+    "test_sweep_slices": 133,
+    "test_keep_alive": 131,
+    "test_sweep": 128,
+    "test_gcs_runs": 113,
+    "test_diagnose": 98,
+    "test_rehearsal": 98,
+    "test_parity": 95,
+    "test_pallas_kernels": 78,
+    "test_resume": 75,
+    "test_docs": 72,
+    "test_environment": 72,
+    "test_commands": 39,
+    "test_analysis_figures": 38,
+    "test_checkpoint_manager": 38,
+    "test_analysis": 27,
+    "test_solve": 23,
+    "test_tpu_types": 20,
+    "test_benchmark": 19,
+    "test_storage": 16,
+    "test_model": 16,
+    "test_run_lock": 15,
+    "test_sudoku_dataset": 14,
+    "test_end_to_end": 12,
+}
 # what is tested without the cloud, a TPU's compiler or figures, with requirements.txt alone:
 # modules, or classes in them
 FAST = [

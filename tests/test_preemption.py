@@ -19,6 +19,10 @@ from tests.metadata_server import MetadataServer
 
 SECONDS = 25  # from the signal to the end, of a run whose steps take under a second
 
+# No checkpoint and no evaluation before the last step: right after one nothing would be unsaved,
+# and the run would end without another.
+NONE_ON_THE_WAY = "checkpoint.interval_steps=1000", "evaluation.interval_epochs=1000"
+
 
 class PreemptionTest(CommandTest):
     inside = ()  # a command that runs the one it is given, for `begin`
@@ -387,7 +391,9 @@ class Notice(ShortRuns):
 
         def unmeasured(output, run_name):
             return re.sub(
-                r" +\d+ (ex|puzzles)/s|peak .* TFLOP/s", "", output.replace(f"/{run_name}", "")
+                r" +\d+ (ex|puzzles)/s|  \d+ s left|peak .* TFLOP/s",
+                "",
+                output.replace(f"/{run_name}", ""),
             )
 
         with MetadataServer() as gone, MetadataServer(flavor=None) as stranger:
@@ -414,6 +420,7 @@ class Notice(ShortRuns):
                 processes = self.begin_hosts(
                     place,
                     {"train_step": 0.1} if place == "train_step" else {"evaluate": 3600},
+                    *(NONE_ON_THE_WAY if place == "train_step" else ()),
                     environments=[{"GCE_METADATA_HOST": server.host} for server in (ours, theirs)],
                 )
                 for rank, process in enumerate(processes):
@@ -439,27 +446,27 @@ class ManyWorkers(PreemptionTest):
     def begin(self, run_name, pauses, *flags):
         return super().begin(run_name, pauses, *self.FLAGS, *flags)
 
-    def check(self, name, place, count, pauses, whom):
-        process = self.begin(name, pauses)
+    def check(self, name, place, count, pauses, whom, *flags):
+        process = self.begin(name, pauses, *flags)
         pids = [self.arrived(process, place, count, rank) for rank in range(self.WORKERS)]
         for pid in {"parent": [process.pid], "one": [pids[2]], "all": [process.pid, *pids]}[whom]:
             os.kill(pid, signal.SIGTERM)
         return self.ends(process)
 
     def test_in_a_step(self):
-        self.train("--run_name", "unbroken", *self.FLAGS)
+        self.train("--run_name", "unbroken", *self.FLAGS, *NONE_ON_THE_WAY)
         last = self.newest("unbroken")
         for whom in ("parent", "one", "all"):
             with self.subTest(whom):
                 name = f"step_{whom}"
                 self.assertIn(
                     "stopped by SIGTERM",
-                    self.check(name, "train_step", 10, {"train_step": 0.1}, whom),
+                    self.check(name, "train_step", 10, {"train_step": 0.1}, whom, *NONE_ON_THE_WAY),
                 )
                 # a vote every four steps, read four steps later
                 self.assertEqual(self.newest(name) % 4, 0)
                 self.assertLessEqual(self.newest(name), 10 + 12)
-                self.train("--run_name", name, *self.FLAGS)
+                self.train("--run_name", name, *self.FLAGS, *NONE_ON_THE_WAY)
                 self.same_content(
                     load_checkpoint(self.checkpoint(name, last)),
                     load_checkpoint(self.checkpoint("unbroken", last)),
