@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import unittest
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,20 +116,27 @@ def run_module(name, times):
     return passed, time.monotonic() - began, text
 
 
-def summary(output):
-    """unittest's last lines in one: how many tests ran, and how many were skipped."""
-    count = re.search(r"^Ran (\d+) tests?", output, re.MULTILINE)
-    skipped = re.search(r"\bskipped=(\d+)", output)
-    return (f"{count[1]} tests" if count else "no test") + (
-        f", {skipped[1]} skipped" if skipped else ""
-    )
+def summary(output, passed):
+    """unittest's last lines as counts: tests that passed, failed and were skipped.
+
+    A module that ended before unittest could count has one failure.
+    """
+
+    ran = re.findall(r"^Ran (\d+) tests?", output, re.MULTILINE)
+    last_line = output.splitlines()[-1] if output else ""
+    of = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", last_line)}
+    failed = of.get("failures", 0) + of.get("errors", 0) or int(not passed)
+    skipped = of.get("skipped", 0)
+    count = int(ran[-1]) if ran else 0
+    return Counter(passed=max(0, count - failed - skipped), failed=failed, skipped=skipped)
 
 
 def run_modules(names, jobs):
-    """Run the modules, `jobs` of them at a time; returns the names of those that failed."""
+    """Run the modules, `jobs` of them at a time; returns how many tests passed, failed and were
+    skipped, and the names of the modules that failed."""
     began = time.monotonic()
     names = sorted(names, key=lambda name: (-SECONDS.get(name, 10), name))
-    failed = []
+    failed, total = [], Counter()
     with (
         tempfile.TemporaryDirectory() as folder,
         concurrent.futures.ThreadPoolExecutor(jobs) as pool,
@@ -141,12 +149,20 @@ def run_modules(names, jobs):
             if not passed:
                 failed.append(name)
                 print(f"----- {name}\n{output}-----")
+            counts = summary(output, passed)
+            total += counts
             word = "passed" if passed else "FAILED"
-            print(f"{word} {seconds:6.1f} s  {name} ({summary(output)})", flush=True)
+            print(f"{word} {seconds:6.1f} s  {name} ({in_words(counts)})", flush=True)
         lines = sorted(times.read_text().splitlines(), key=lambda line: -float(line.split()[0]))
     print("the tests that took longest:", *lines[:SLOWEST_SHOWN], sep="\n  ")
     print(f"{len(names)} modules in {time.monotonic() - began:.0f} s")
-    return sorted(failed)
+    return total, sorted(failed)
+
+
+def in_words(counts):
+    """ "12 passed, 0 failed, 1 skipped"; the skipped ones only where there are any."""
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    return f"{counts['passed']} passed, {counts['failed']} failed{skipped}"
 
 
 def main():
@@ -159,9 +175,10 @@ def main():
         return run_here(args.module)
     jobs = args.jobs or min(4, max(2, len(os.sched_getaffinity(0))))
     names = FAST if args.fast else [path.stem for path in (ROOT / "tests").glob("test_*.py")]
-    if failed := run_modules(names, jobs):
+    total, failed = run_modules(names, jobs)
+    print(in_words(total))
+    if failed:
         sys.exit(f"failed: {' '.join(failed)}")
-    print("all passed")
 
 
 if __name__ == "__main__":
