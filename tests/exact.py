@@ -149,12 +149,27 @@ def distance(ours, exact):
     ).item()
 
 
-def tolerances(*given):
-    """(step(*given), {name: how far float32's result may be from it, as a `distance`})."""
-    exact, growth = step(*given), {}
+def steps(count, config, weights, carry, puzzle_rows, rope=None, noise=None):
+    """[the values of `step`] of `count` supervision steps one after the other on one carry."""
+    values = []
+    for _ in range(count):
+        values.append(step(config, weights, carry, puzzle_rows, rope, noise))
+        carry = carry._replace(z_H=values[-1]["z_H"], z_L=values[-1]["z_L"])
+    return values
+
+
+def tolerances(*given, count=1):
+    """For each of `count` supervision steps one after the other: (its values in float64, {name: how
+    far float32's result may be from it, as a `distance`}). given: as for `step`."""
+    exact = steps(count, *given)
+    growth = [dict.fromkeys(values, 0.0) for values in exact]
     for draw in range(DRAWS):
-        disturbed = step(*given, noise=torch.Generator().manual_seed(draw))
-        for name, value in exact.items():
-            growth[name] = max(growth.get(name, 0.0), distance(disturbed[name], value) / EPSILON)
+        disturbed = steps(count, *given, noise=torch.Generator().manual_seed(draw))
+        for grown, values, precise in zip(growth, disturbed, exact, strict=True):
+            for name, value in precise.items():
+                grown[name] = max(grown[name], distance(values[name], value) / EPSILON)
     # + 1: a product or a sum after the last layer rounds once more
-    return exact, {name: ROUNDING * (1 + factor) for name, factor in growth.items()}
+    return [
+        (values, {name: ROUNDING * (1 + factor) for name, factor in grown.items()})
+        for values, grown in zip(exact, growth, strict=True)
+    ]

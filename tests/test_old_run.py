@@ -2,10 +2,11 @@
 for bit.
 
 `tests/old_run/run.zip` holds a dataset, a configuration and a run that was stopped at step 33 of
-60, between two records and two evaluations. `expected.json` holds what the same version got without
-a stop: a digest of every tensor of the last checkpoint, the records and the final evaluation.
-Neither is ever made anew: a change that this test does not pass loses the runs of everybody who has
-one under way.
+60, between two records and two evaluations. `expected_PROCESSOR.json` holds what that version got
+from there on a kind of processor: a digest of every tensor of the last checkpoint, the records and
+the final evaluation. Processors round differently, and on one of another kind only the records are
+compared, roughly. None of these files is ever made anew: a change that this test does not pass
+loses the runs of everybody who has one under way.
 """
 
 import hashlib
@@ -14,27 +15,31 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import torch
 
 from metrics_logger import TIMING_KEYS
 from tests.helpers import ROOT, FolderTest
 
-# the same sums in the same order on every x86 processor
+# so that the instructions that one processor has and the next has not make no difference
 PLAIN_ARITHMETIC = {
     "OMP_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
 }
-ARITHMETIC = """
-import hashlib, torch
-x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-norm = torch.rsqrt(x.square().mean(-1, keepdim=True))
-y = torch.nn.functional.silu(x @ x) * norm + torch.atan2(x, x.exp())
-print(hashlib.sha256(y.numpy().tobytes()).hexdigest())
-"""
-ARITHMETIC_DIGEST = "5227024fbc4a64eda7033981556c979847ff1da55071e10f6e69a57ce5e3c5a0"
+# AdamATan2's first updates follow the sign of a gradient, so that one bit may move a weight by a
+# whole learning rate; 2e-7 was seen between the two processors.
+ELSEWHERE = 0.01
+
+
+def processor():
+    """The kind of this machine's processor, as in the names of the files, or "another"."""
+    text = Path("/proc/cpuinfo").read_text()
+    if "GenuineIntel" in text and " avx512f " in text:
+        return "intel_avx512"
+    return "amd_avx2" if "AuthenticAMD" in text and " avx512f " not in text else "another"
 
 
 def digests(tree, path=""):
@@ -59,9 +64,12 @@ def digests(tree, path=""):
 
 
 def untimed(records):
+    """Without measured times, and without what the stop changes: the record at it, and the next
+    one, which is of fewer steps."""
     return [
         {key: value for key, value in record.items() if key not in TIMING_KEYS}
         for record in records
+        if record["step"] not in (33, 35)
     ]
 
 
@@ -80,21 +88,32 @@ class OldRun(FolderTest):
         return done.stdout
 
     def test_it_resumes_bit_for_bit(self):
-        if self.python("-c", ARITHMETIC).strip() != ARITHMETIC_DIGEST:
-            self.skipTest("this processor, or another version of PyTorch, rounds otherwise")
         with zipfile.ZipFile(ROOT / "tests" / "old_run" / "run.zip") as archive:
             archive.extractall(self.folder)
-        expected = json.loads((ROOT / "tests" / "old_run" / "expected.json").read_text())
-        said = self.python(str(ROOT / "train_tpu.py"), "--config", "old.yaml")
-        run = self.folder / "runs" / "old"
-        self.assertIn("after step 33", said)
-        last = torch.load(run / "checkpoints" / "checkpoint_step_60.pt", weights_only=True)
-        self.assertEqual(digests(last), expected["checkpoint"])
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        # one record more than without the stop: --max_steps made it, of the steps from 30 to 33
-        self.assertEqual(
-            [r for r in untimed(records) if r["step"] not in (33, 35)],
-            [r for r in untimed(expected["metrics"]) if r["step"] != 35],
+        self.assertIn(
+            "after step 33", self.python(str(ROOT / "train_tpu.py"), "--config", "old.yaml")
         )
-        final = json.loads((run / "eval.json").read_text())
-        self.assertEqual(untimed(final["results"]), untimed(expected["eval"]["results"]))
+        run = self.folder / "runs" / "old"
+        recorded = ROOT / "tests" / "old_run" / f"expected_{processor()}.json"
+        same = recorded.exists()
+        if not same:
+            recorded = recorded.with_name("expected_amd_avx2.json")
+        expected = json.loads(recorded.read_text())
+        last = torch.load(run / "checkpoints" / "checkpoint_step_60.pt", weights_only=True)
+        ours, theirs = digests(last), expected["checkpoint"]
+        self.assertEqual(ours if same else ours.keys(), theirs if same else theirs.keys())
+        for ours, theirs in (
+            (self.records(run), expected["metrics"]),
+            (json.loads((run / "eval.json").read_text())["results"], expected["eval"]["results"]),
+        ):
+            ours, theirs = untimed(ours), untimed(theirs)
+            if same:
+                self.assertEqual(ours, theirs)
+            for our, their in zip(ours, theirs, strict=True):
+                self.assertEqual(our["step"], their["step"])
+                for name in ("lm_loss", "q_halt_loss"):
+                    self.assertAlmostEqual(our[name] / their[name], 1, delta=ELSEWHERE)
+
+    def records(self, run):
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return json.loads(f"[{','.join(lines)}]")
