@@ -53,6 +53,9 @@ class DataConfig:
     # refused
     expected_puzzles: int | None = _knob(None, ge=1)
     augment: bool = True  # a random symmetry of a puzzle each time that it is drawn
+    # fixed symmetries of each puzzle, one of which (or the puzzle itself) is drawn each time;
+    # null: a new one each time
+    augmentations: int | None = _knob(None, ge=0)
     prefetch_batches: int = _knob(8, ge=1)  # batches that the loader's thread prepares ahead
 
 
@@ -78,6 +81,15 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class Stage:
+    """A part of the training with a recursion of its own: an entry of training.curriculum."""
+
+    begin: float = _knob(ge=0, lt=1)  # share of the run's steps that are done before it
+    H_cycles: int = _knob(ge=1)
+    L_cycles: int = _knob(ge=1)
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     seed: int = _knob(0, ge=0, lt=2**63)
     global_batch_size: int = _knob(768, ge=1)  # slots (examples) over all workers
@@ -92,6 +104,12 @@ class TrainingConfig:
     puzzle_emb_lr: float = _knob(1e-4, ge=0)
     puzzle_emb_weight_decay: float = _knob(1.0, ge=0)
     grad_clip_norm: float = _knob(0.0, ge=0)  # 0: no clipping
+    # H_cycles and L_cycles by stage of the training; null: the model's own throughout
+    curriculum: list[Stage] | None = None
+    # the cell loss of supervision step t counts step_loss_decay^(t - 1)
+    step_loss_decay: float = _knob(1.0, gt=0, le=1)
+    # price of a further supervision step in the loss: times 1 - sigmoid(halting logit); 0: none
+    ponder_cost: float = _knob(0.0, ge=0)
     grad_accumulation_steps: int = _knob(1, ge=1)  # parts of a worker's batch, one after the other
     # processes of this host on CUDA (one a GPU) and CPU; null: 1. On a TPU there is one for each
     # chip
@@ -330,6 +348,8 @@ def _convert(key: str, value: Any, source: str, kind: Any, rule: typing.Mapping)
     if optional and value is None:
         return None
     kind = typing.get_args(kind)[0] if optional else kind
+    if typing.get_origin(kind) is list:
+        return _convert_list(key, value, source, typing.get_args(kind)[0])
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     number = is_number and abs(value) < sys.float_info.max
     if kind is bool and not isinstance(value, bool):
@@ -356,12 +376,35 @@ def _convert(key: str, value: Any, source: str, kind: Any, rule: typing.Mapping)
     return value
 
 
+def _convert_list(key: str, values: Any, source: str, kind: Any) -> list[Any]:
+    """A list of mappings, each checked and returned as the dataclass `kind`."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    names = ", ".join(fields)
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{source}: {key} = {values!r}: must be null, or a list of {{{names}}}")
+    items = []
+    for number, value in enumerate(values):
+        place = f"{key}[{number}]"
+        if not isinstance(value, dict) or value.keys() != fields.keys():
+            raise UserError(f"{source}: {place} = {value!r}: must have {names}, and no others")
+        checked = {
+            name: _convert(f"{place}.{name}", value[name], source, f.type, f.metadata)
+            for name, f in fields.items()
+        }
+        items.append(kind(**checked))
+    return items
+
+
 # --------------------------------------------------------------------------------------------------
 # Rules for several knobs at once
 # --------------------------------------------------------------------------------------------------
 def _check_combinations(config: Config, source: Callable[[str], str]) -> None:
     _check_slice(config, source)
     _check_model(config, source)
+    _check_curriculum(config, source)
+    if config.data.augmentations is not None and not config.data.augment:
+        rule = "data.augment is false, so no symmetry is drawn: leave this null, or augment"
+        raise _refused(config, source, "data.augmentations", rule)
     training, workers = config.training, planned_workers(config)
     if config.device == "xla_cpu" and training.num_workers not in (None, 1):
         raise _refused(
@@ -437,6 +480,26 @@ def _check_model(config: Config, source: Callable[[str], str]) -> None:
         )
 
 
+def _check_curriculum(config: Config, source: Callable[[str], str]) -> None:
+    model, stages = config.model, config.training.curriculum
+    if not stages:
+        return
+    begins = [stage.begin for stage in stages]
+    fault = None
+    if begins[0] != 0:
+        fault = f"the first stage begins at {begins[0]:g}, and must begin at 0"
+    elif any(first >= second for first, second in zip(begins, begins[1:])):
+        fault = f"each stage must begin after the one before, not at {begins}"
+    elif (stages[-1].H_cycles, stages[-1].L_cycles) != (model.H_cycles, model.L_cycles):
+        fault = (
+            f"the last stage has H_cycles {stages[-1].H_cycles}, L_cycles {stages[-1].L_cycles}, "
+            f"and must have those of the model, {model.H_cycles} and {model.L_cycles}, with which "
+            "it is evaluated"
+        )
+    if fault:
+        raise UserError(f"{source('training.curriculum')}: training.curriculum: {fault}")
+
+
 # --------------------------------------------------------------------------------------------------
 # What follows from a configuration
 # --------------------------------------------------------------------------------------------------
@@ -458,17 +521,6 @@ def planned_workers(config: Config, device: str | None = None) -> int:
     return tpu_types.slice_type(config.tpu.accelerator_type).chips
 
 
-def total_steps(config: Config, num_puzzles: int) -> int:
-    """Optimizer steps of the whole run: floor(epochs * puzzles / global batch)."""
-    return int(config.training.epochs * num_puzzles // config.training.global_batch_size)
-
-
-def evaluation_interval_steps(config: Config, num_puzzles: int) -> int:
-    """`evaluation.interval_epochs` in optimizer steps, at least one."""
-    examples = config.evaluation.interval_epochs * num_puzzles
-    return max(1, round(examples / config.training.global_batch_size))
-
-
 def with_forward_dtype(config: Config, forward_dtype: str) -> Config:
     """The configuration with another model.forward_dtype."""
     model = dataclasses.replace(config.model, forward_dtype=forward_dtype)
@@ -484,56 +536,14 @@ def differences(config: Config, saved: dict[str, Any], sections: Iterable[str]) 
     free = {"data.dataset_path", "data.prefetch_batches", *SAME_NUMBERS}
     if config.model.forward_dtype == "auto":
         free.add("model.forward_dtype")
-    return "; ".join(
-        f"{section}.{key} {saved[section].get(key)!r} -> {value!r}"
-        for section in sections
-        for key, value in dataclasses.asdict(getattr(config, section)).items()
-        if saved[section].get(key) != value and f"{section}.{key}" not in free
-    )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When something is due in a run of `total_steps` optimizer steps. Steps count from 1."""
-
-    total_steps: int
-    last_step: int  # of this start: --max_steps may end it earlier
-    evaluation_interval: int
-    log_interval: int
-    checkpoint_interval: int
-
-    @classmethod
-    def of(cls, config: Config, num_puzzles: int, max_steps: int | None = None) -> "Schedule":
-        """Raises UserError if the epochs make no full batch."""
-        total = total_steps(config, num_puzzles)
-        if total < 1:
-            raise UserError(
-                f"training.epochs = {config.training.epochs}: of {num_puzzles} puzzles they make "
-                f"no full batch of {config.training.global_batch_size}: ask for more epochs, or a "
-                "smaller training.global_batch_size"
-            )
-        return cls(
-            total,
-            min(total, max_steps or total),
-            evaluation_interval_steps(config, num_puzzles),
-            config.logging.interval_steps,
-            config.checkpoint.interval_steps,
-        )
-
-    def log_due(self, step: int) -> bool:
-        return step % self.log_interval == 0 or step == self.last_step
-
-    def is_done(self, step: int, evaluated: bool) -> bool:
-        """Whether nothing is left to do after `step`. evaluated: whether `step` is."""
-        return step >= self.last_step and (evaluated or not self.evaluation_due(step))
-
-    def evaluation_due(self, step: int) -> bool:
-        return step > 0 and (step % self.evaluation_interval == 0 or step == self.total_steps)
-
-    def checkpoint_due(self, step: int) -> bool:
-        """An evaluation is of a checkpoint, so one is due with it."""
-        return (
-            step % self.checkpoint_interval == 0
-            or step == self.last_step
-            or self.evaluation_due(step)
-        )
+    changes = []
+    for section in sections:
+        knobs = getattr(config, section)
+        # a knob that is newer than the checkpoint had its default
+        old = {f.name: f.default for f in dataclasses.fields(knobs)} | saved[section]
+        changes += [
+            f"{section}.{key} {old[key]!r} -> {value!r}"
+            for key, value in dataclasses.asdict(knobs).items()
+            if old[key] != value and f"{section}.{key}" not in free
+        ]
+    return "; ".join(changes)

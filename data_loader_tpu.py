@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from sudoku import BOX_SHAPES, SudokuAugmenter, paired
+from sudoku import BOX_SHAPES, SudokuAugmenter, fixed_draws, paired
 from utils import (
     STREAM_AUGMENTATION,
     STREAM_EPOCH_ORDER,
@@ -167,6 +167,10 @@ class TrainLoader:
     Concatenate one permutation of the puzzles for each epoch; step s, from 0, reads the positions
     s*B to (s+1)*B, where B is the global batch size. For each puzzle it draws one of the stored
     augmentations and, if `augment`, applies a random symmetry.
+
+    augmentations: N for one of N fixed symmetries of each puzzle, or the puzzle itself, in place of
+    any symmetry. They depend on (seed, puzzle, 1 to N) alone, and are those that the dataset
+    builder stores with --num_aug N and that seed. Raises UserError if the dataset has stored ones.
     """
 
     def __init__(
@@ -178,7 +182,16 @@ class TrainLoader:
         prefetch_batches: int,
         rank: int = 0,
         world_size: int = 1,
+        augmentations: int | None = None,
     ):
+        if augmentations is not None and len(dataset) != dataset.num_puzzles:
+            stored = len(dataset) // dataset.num_puzzles - 1
+            raise UserError(
+                f"data.augmentations = {augmentations}: {dataset.path} has {stored} stored "
+                "augmentations a puzzle: leave data.augmentations null, or build the dataset "
+                "without --num_aug"
+            )
+        self.augmentations = augmentations
         self.dataset, self.seed, self.global_batch_size = dataset, seed, global_batch_size
         self.prefetch_batches = prefetch_batches
         local = global_batch_size // world_size
@@ -223,7 +236,14 @@ class TrainLoader:
         if self.augmenter is None:
             inputs, labels = data.inputs[examples], data.labels[examples]
         else:
+            if self.augmentations is not None:
+                copies = members % np.uint64(self.augmentations + 1)
+                draws = fixed_draws(self.seed, puzzles, copies)
             inputs, labels = self.augmenter(self.pairs[examples], draws)
+            if self.augmentations is not None:
+                itself = copies == 0
+                inputs[itself] = data.inputs[examples[itself]]
+                labels[itself] = data.labels[examples[itself]]
         identifiers = data.puzzle_identifiers[examples].astype(np.int32)
         return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers}
 
@@ -274,6 +294,7 @@ def create_dataloader_tpu(
         config.data.prefetch_batches,
         rank,
         world_size,
+        config.data.augmentations,
     )
 
 

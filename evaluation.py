@@ -5,27 +5,21 @@ import base64
 import dataclasses
 import json
 import time
-from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import trm_model
-from checkpoint_manager import is_of_run, load_checkpoint
-from config import Config, differences
+from config import Config
 from data_loader_tpu import SudokuDatasetTPU, evaluation_batches
 from device import Device
-from initial_weights import weights_in
-from metrics_logger import MetricsLogger, SilentLogger, console_line
-from mixing import choose_mixing
-from run_folder import EVAL_FILE, RunFolder, open_checkpoints, run_url, writing_to
+from metrics_logger import MetricsLogger, SilentLogger
+from run_folder import EVAL_FILE, RunFolder
 from storage import join, open_folder
-from train_state import TrainState, create_model, load_dataset, settle_forward_dtype
-from utils import UserError
+from train_state import TrainState
 
 RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)  # lower edges of the rating buckets
 # of a result: for eval.json, too long for a record of metrics.jsonl
@@ -35,6 +29,9 @@ MARKER_KEYS = ("split", "weights", "count", "exact_accuracy", "cell_accuracy")
 # of the scores of trm_model.evaluation_step, in their order
 SCORES = ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss")
 EXACT = SCORES.index("exact_accuracy")
+HALTING_LOGIT = len(SCORES)  # the row after them
+# of the sigmoid of the halting logit, for early_stop
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 
 
 @torch.no_grad()
@@ -53,10 +50,10 @@ def evaluate(
 
     Returns None but on rank 0, where it returns a dict: count; cell_accuracy, exact_accuracy,
     q_halt_accuracy, lm_loss, q_halt_loss (means over puzzles after the last step);
-    exact_accuracy_by_step [halt_max_steps]; by_rating [{rating_min, rating_max, count,
-    exact_accuracy}]; eval_seconds; puzzles_per_second; solved (pack_solved of the puzzles in the
-    dataset's order); dataset_sha256 (of the split's inputs and labels: two runs with the same one
-    saw the same puzzles).
+    exact_accuracy_by_step [halt_max_steps]; early_stop (of the function early_stop); by_rating
+    [{rating_min, rating_max, count, exact_accuracy}]; eval_seconds; puzzles_per_second; solved
+    (pack_solved of the puzzles in the dataset's order); dataset_sha256 (of the split's inputs and
+    labels: two runs with the same one saw the same puzzles).
     """
     start = time.perf_counter()
     rows, scores = _evaluate_share(model, dataset, device, batch_size, forward, max_examples)
@@ -79,6 +76,7 @@ def evaluate(
         "count": len(rows),
         **dict(zip(SCORES, final)),
         "exact_accuracy_by_step": exact.astype(np.float64).mean(1).tolist(),
+        "early_stop": early_stop(all_scores[:, HALTING_LOGIT], exact),
         "by_rating": accuracy_by_rating(ratings, exact[-1]),
         "eval_seconds": seconds,
         "puzzles_per_second": len(rows) / seconds,
@@ -95,8 +93,8 @@ def _evaluate_share(
     forward: Callable,
     max_examples: int | None,
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """(example numbers [N], -1 for a pad; SCORES of each step [halt_max_steps, 5, N] on the
-    CPU)."""
+    """(example numbers [N], -1 for a pad; the scores of trm_model.evaluation_step at each step,
+    [halt_max_steps, 6, N] on the CPU)."""
     workers = device.workers
     carry = device.put(model.empty_carry(batch_size))
     rows: list[np.ndarray] = []
@@ -187,62 +185,6 @@ class Evaluator:
 
 
 # --------------------------------------------------------------------------------------------------
-# --eval_only
-# --------------------------------------------------------------------------------------------------
-def evaluate_only(rank: int, config: Config, args: Namespace) -> None:
-    """Evaluate a checkpoint on the whole test split, averaged and raw weights; write eval.json."""
-    device = Device(config.device)
-    workers, path, data = device.workers, Path(), b""  # the last two are known to rank 0
-    with workers.together():
-        dataset = load_dataset(config, "test")
-        checkpoints = open_checkpoints(config, args.run_name)
-        if rank == 0:
-            path = checkpoints.resolve(args.checkpoint or "latest")
-            data = path.read_bytes()
-    source = (workers.broadcast_bytes(str(path).encode()) or b"").decode()
-    data = workers.broadcast_bytes(data) or b""
-    with workers.together():
-        content = load_checkpoint(data, source)
-        states = weights_in(content, source)
-        is_ours = "config" in content
-        config = settle_forward_dtype(config, device, content["config"] if is_ours else None)
-        if is_ours:
-            check_same_model(config, content["config"], source)
-    forward = device.compiled(trm_model.evaluation_step, config.training.compile)
-    results = []
-    for name, weights in states.items():
-        model = create_model(config, dataset)
-        choose_mixing(model, config, device, training=False)
-        with workers.together():
-            trm_model.load_named_state(model, weights, source)
-        metrics = evaluate(
-            model.to(device.torch), dataset, device, config.evaluation.batch_size, forward
-        )
-        if metrics:
-            step = content["step"] if is_ours else None
-            result = {"step": step, "split": "test", "weights": name, "wall_time": time.time()}
-            results.append({**result, **metrics})
-            print(console_line(results[-1]), flush=True)
-    with workers.together():
-        if rank == 0:
-            found = args.checkpoint
-            if is_of_run(args.checkpoint or "latest"):
-                found = join(checkpoints.folder.url, path.name)
-            with writing_to(config):
-                write_eval_json(open_folder(run_url(config, args.run_name)), found, config, results)
-    workers.leave()
-
-
-def check_same_model(config: Config, saved: dict[str, Any], checkpoint: str) -> None:
-    """Raises UserError unless a checkpoint's configuration has the same model section."""
-    if changed := differences(config, saved, ("model",)):
-        raise UserError(
-            f"--checkpoint {checkpoint}: it was trained with another model ({changed}): evaluate "
-            "it with that model section"
-        )
-
-
-# --------------------------------------------------------------------------------------------------
 # What a result holds
 # --------------------------------------------------------------------------------------------------
 def pack_solved(solved: np.ndarray) -> str:
@@ -257,6 +199,29 @@ def unpack_solved(text: str, count: int) -> np.ndarray:
     if len(packed) != -(-count // 8):
         raise ValueError(f"{len(packed)} bytes for {count} puzzles")
     return np.unpackbits(packed, count=count).astype(bool)
+
+
+def early_stop(halting_logits: np.ndarray, exact: np.ndarray) -> list[dict[str, float]]:
+    """What an evaluation would give that stops a puzzle at the first step at which the halting head
+    is sure: [{threshold, exact_accuracy, mean_steps}].
+
+    It is sure where the sigmoid of its logit is at least the threshold; a puzzle at which it never
+    is gets all steps. halting_logits, exact (0 or 1): [steps, N].
+    """
+    steps, count = exact.shape
+    rows = []
+    for threshold in THRESHOLDS:
+        sure = halting_logits >= np.log(threshold / (1 - threshold))
+        sure[-1] = True
+        last = sure.argmax(0)
+        rows.append(
+            {
+                "threshold": threshold,
+                "exact_accuracy": float(exact[last, np.arange(count)].mean(dtype=np.float64)),
+                "mean_steps": float(last.mean(dtype=np.float64)) + 1,
+            }
+        )
+    return rows
 
 
 def accuracy_by_rating(ratings: np.ndarray | None, exact: np.ndarray) -> list[dict[str, Any]]:

@@ -139,8 +139,11 @@ def console_line(record: dict[str, Any], last_step: int | None = None) -> str:
     """One line of text for a record; with `last_step` how much is left of the training."""
     step = "-" if record["step"] is None else record["step"]  # not known of the original's weights
     if record["split"] != "train":
+        weights = f"{record['weights']} weights"
+        if steps := record.get("averaged_steps"):
+            weights = f"average of {len(steps)} checkpoints"
         return (
-            f"step {step:>6}  {record['split']} ({record['weights']} weights, "
+            f"step {step:>6}  {record['split']} ({weights}, "
             f"{record['count']:,} puzzles)  exact {record['exact_accuracy']:.2%}  "
             f"cells {record['cell_accuracy']:.2%}  halting head {record['q_halt_accuracy']:.1%}  "
             f"{record['puzzles_per_second']:,.0f} puzzles/s"

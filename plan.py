@@ -1,7 +1,8 @@
 """What a run will do, in words: before it starts, and as its first lines."""
 
 import trm_model
-from config import Config, Schedule, config_yaml, planned_workers, with_forward_dtype
+from config import Config, config_yaml, planned_workers, with_forward_dtype
+from schedule import Schedule
 from train_state import TrainState, create_model, load_dataset
 from utils import UserError
 

@@ -366,6 +366,27 @@ def paired(puzzles: np.ndarray, solutions: np.ndarray) -> np.ndarray:
     return np.stack((puzzles, solutions), axis=-1).view(np.uint16)[..., 0]
 
 
+def fixed_draws(seed: int, puzzles: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """The draw of SudokuAugmenter for fixed symmetry `copies` (from 1) of each puzzle, [B] uint64.
+
+    puzzles, copies: [B] integers. A function of (seed, puzzle, copy) alone, by the mixing function
+    of SplitMix64 (Steele, Lea and Flood 2014), which is vectorised here as no generator of numpy
+    is.
+    """
+
+    def mix(x):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    step = np.uint64(0x9E3779B97F4A7C15)
+    draws = np.array([seed], np.uint64)
+    with np.errstate(over="ignore"):  # all sums are modulo 2^64
+        for part in (puzzles, copies):
+            draws = mix(draws + step + part.astype(np.uint64) * step)
+    return draws
+
+
 class SudokuAugmenter:
     """Symmetries of Sudoku, the same map for a puzzle and its solution.
 

@@ -15,12 +15,13 @@ import torch
 
 import trm_model
 from adam_atan2 import AdamATan2, AdamW, PuzzleEmbeddingSGD, lr_at
-from config import Config, differences, total_steps, with_forward_dtype
+from config import Config, differences, with_forward_dtype
 from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
 from dataset_cache import local_dataset
 from device import Device
 from ema_distributed import EMADistributed
 from mixing import choose_mixing
+from schedule import stages, total_steps
 from trm_model import METRIC_KEYS, Carry
 from utils import UserError
 
@@ -161,6 +162,7 @@ class TrainState:
         self.loader = create_dataloader_tpu(dataset, config, workers.rank, workers.world_size)
         self.num_puzzles = dataset.num_puzzles
         self.total_steps = total_steps(config, dataset.num_puzzles)
+        self.stages = stages(config, self.total_steps)
         self.step, self.train_seconds = 0, 0.0
         self.start_interval()
         slots = config.training.global_batch_size // workers.world_size
@@ -169,7 +171,7 @@ class TrainState:
             carry = self._restore(checkpoint)
         self.carry = device.put(carry)
         self.forward = device.compiled(trm_model.act_step, config.training.compile)
-        self.run_step = device.traced_once(self.train_step, self.tensors)
+        self.begin_stage()
         self.start_clock()
 
     # ----- what a checkpoint holds -----
@@ -223,6 +225,14 @@ class TrainState:
         return list({id(t): t for t in (*tensors, *self.carry, self.totals)}.values())
 
     # ----- one step -----
+    def begin_stage(self) -> None:
+        """From the next step on, with the recursion of its stage: on XLA another program."""
+        training = self.config.training
+        stage = [stage for begin, stage in self.stages if begin <= self.step][-1]
+        cycles = trm_model.Cycles(stage.H_cycles, stage.L_cycles)
+        self.objective = trm_model.Objective(cycles, training.step_loss_decay, training.ponder_cost)
+        self.run_step = self.device.traced_once(self.train_step, self.tensors)
+
     def batches(self, last_step: int) -> Iterator[dict[str, np.ndarray]]:
         """The loader's batches for the steps up to `last_step`."""
         batches = iter(self.loader)
@@ -234,6 +244,8 @@ class TrainState:
 
     def advance(self, batch: dict[str, np.ndarray]) -> None:
         """One step with a batch of the loader. Does not wait for the device."""
+        if self.step and self.step in (begin for begin, _ in self.stages):
+            self.begin_stage()
         self.run_step(self.device.put(self.host_batch(batch)))
         if self.ema:
             self.ema.update_after_step(self.model)
@@ -319,7 +331,9 @@ class TrainState:
             if rows is not None:
                 part_rows = rows.chunk(parts)[part].detach().requires_grad_()
             min_halt_steps = batch["min_halt_steps"].chunk(parts)[part]
-            loss, part_metrics, after = self.forward(model, part_of, part_rows, min_halt_steps)
+            loss, part_metrics, after = self.forward(
+                model, part_of, part_rows, min_halt_steps, self.objective
+            )
             (loss / training.global_batch_size).backward()
             metrics.append(part_metrics)
             carries.append(after)
@@ -355,6 +369,15 @@ class TrainState:
         self.clock = now
         return dict(zip(TOTALS, totals))
 
+    def flops(self, steps: int) -> float:
+        """FLOPs of the matrix products in the first `steps` steps, over all workers."""
+        total, ends = 0.0, [begin for begin, _ in self.stages[1:]] + [self.total_steps]
+        for (begin, stage), end in zip(self.stages, ends, strict=True):
+            cycles = trm_model.Cycles(stage.H_cycles, stage.L_cycles)
+            each = trm_model.step_flops_per_example(self.model, train=True, cycles=cycles)
+            total += max(0, min(steps, end) - begin) * each
+        return total * self.config.training.global_batch_size
+
     def record(self, totals: dict[str, float], peak_flops: float) -> dict[str, Any]:
         """The record of the logging interval, for metrics.jsonl.
 
@@ -364,7 +387,8 @@ class TrainState:
         batch, steps = self.config.training.global_batch_size, self.interval_steps
         count, rate = totals["count"], steps / self.interval_seconds
         lm_loss, q_halt_loss = (totals[key] / (steps * batch) for key in ("lm_loss", "q_halt_loss"))
-        flops = rate * batch * trm_model.step_flops_per_example(self.model, train=True)
+        flops = self.flops(self.step) - self.flops(self.step - steps)
+        flops_per_second = flops / self.interval_seconds
 
         def of_halted(key):
             return totals[key] / count if count else None
@@ -387,7 +411,8 @@ class TrainState:
             "train_seconds": self.train_seconds,
             "steps_per_second": rate,
             "examples_per_second": rate * batch,
-            "model_flops_per_second": flops,
-            "mfu": flops / peak_flops / self.device.workers.world_size,
+            "train_flops": self.flops(self.step),
+            "model_flops_per_second": flops_per_second,
+            "mfu": flops_per_second / peak_flops / self.device.workers.world_size,
             **self.device.counters(),
         }

@@ -4,6 +4,7 @@
     python train_tpu.py --config configs/e1_1.yaml --print_config   # what would run
     python train_tpu.py --config configs/e1_1.yaml device=cuda training.seed=1 --run_name e1_1_seed1
     python train_tpu.py --config configs/quickstart.yaml --eval_only --checkpoint best
+    python train_tpu.py --config configs/e4_4.yaml --eval_only --average 4
 
 The same command again goes on where the run stopped.
 """
@@ -12,17 +13,20 @@ import startup
 
 startup.require("torch")
 import argparse
+import re
 from argparse import Namespace
 from pathlib import Path
 
-from config import Config, Schedule, load_config
+from config import Config, load_config
 from device import Device
-from evaluation import Evaluator, evaluate_only
+from eval_only import evaluate_only, steps_to_average
+from evaluation import Evaluator
 from initial_weights import initial_weights
 from plan import plan_text, start_text
 from preemption import Preemption, cause, exit_status, lost_workers_may_be_preempted
 from provenance import start_record
-from run_folder import RunFolder
+from run_folder import RunFolder, open_checkpoints
+from schedule import Schedule
 from train_state import TrainState, check_same_run, load_datasets, settle_forward_dtype
 from utils import UserError, run_cli
 from workers import check_workers, launch
@@ -47,6 +51,14 @@ def parse_args() -> Namespace:
         metavar="latest|best|STEP|FILE",
         help="what --eval_only evaluates (default: latest)",
     )
+    add(
+        "--average",
+        action="append",
+        default=[],
+        metavar="K|STEP,STEP,...",
+        help="with --eval_only: also the mean of the raw weights of the last K checkpoints, or of "
+        "those of these steps; may be given several times",
+    )
     add("--print_config", action="store_true", help="print what would run, and stop")
     args = parser.parse_intermixed_args()
     args.run_name = Path(args.config).stem if args.run_name is None else args.run_name
@@ -65,9 +77,26 @@ def parse_args() -> Namespace:
             "--checkpoint: only --eval_only takes it; to start from weights use --init_from, to "
             "resume give no flag"
         )
+    for text in args.average:
+        check_average(text, args)
     if args.init_from and args.eval_only:
         raise UserError("--init_from: not with --eval_only: name the file by --checkpoint")
     return args
+
+
+def check_average(text: str, args: Namespace) -> None:
+    """Raises UserError unless `--average text` says which checkpoints are meant."""
+    if not args.eval_only:
+        raise UserError("--average: only with --eval_only, which evaluates the averaged weights")
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(
+            f"--average {text}: must be a number of checkpoints, as 4, or steps, as 1000,2000,3000"
+        )
+    numbers = [int(number) for number in text.split(",")]
+    if numbers[0] < 2 and len(numbers) == 1:
+        raise UserError(f"--average {text}: must be at least 2 checkpoints")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--average {text}: a step is given twice")
 
 
 def main() -> int | None:
@@ -76,6 +105,9 @@ def main() -> int | None:
     if args.print_config:
         print(plan_text(config))
         return 0
+    if args.average:
+        checkpoints = open_checkpoints(config, args.run_name)
+        args.average = [steps_to_average(checkpoints, text) for text in args.average]
     return launch(evaluate_only if args.eval_only else train_worker, config, args)
 
 

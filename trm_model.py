@@ -45,6 +45,28 @@ METRIC_KEYS = (
 )
 
 
+class Cycles(NamedTuple):
+    """How deep the recursion of a supervision step is."""
+
+    H_cycles: int  # T: only the last one has a gradient
+    L_cycles: int  # n: updates of z_L in each
+
+
+class Objective(NamedTuple):
+    """What a training step minimises, and with which recursion. The defaults are the paper's.
+
+    cycles: None for the model's own. step_loss_decay, ponder_cost: see TrainingConfig and
+    `act_step`.
+    """
+
+    cycles: Cycles | None = None
+    step_loss_decay: float = 1.0
+    ponder_cost: float = 0.0
+
+
+PAPER_OBJECTIVE = Objective()
+
+
 class Carry(NamedTuple):
     """What each slot keeps from one supervision step to the next."""
 
@@ -202,6 +224,11 @@ class TinyRecursiveModel(nn.Module):
         self.register_buffer("H_init", truncated_normal((dim,), 1.0, generator))
         self.register_buffer("L_init", truncated_normal((dim,), 1.0, generator))
 
+    @property
+    def cycles(self) -> Cycles:
+        """Its recursion, in evaluation always and in training where there is no curriculum."""
+        return Cycles(self.config.H_cycles, self.config.L_cycles)
+
     def empty_carry(self, batch_size: int) -> Carry:
         """A carry on the CPU in which every slot is halted. Its other values are never read."""
 
@@ -262,18 +289,18 @@ class TinyRecursiveModel(nn.Module):
         return x * dim**0.5
 
     def supervision_step(
-        self, carry: Carry, puzzle_rows: torch.Tensor | None
+        self, carry: Carry, puzzle_rows: torch.Tensor | None, cycles: Cycles | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One supervision step: H_cycles - 1 cycles without gradient, then one with gradient.
 
-        Returns z_H and z_L [B, L, D] and the logits [B, S, V] in the forward dtype, and the halting
-        logit [B] float32.
+        cycles: other than the model's own. Returns z_H and z_L [B, L, D] and the logits [B, S, V]
+        in the forward dtype, and the halting logit [B] float32.
         """
-        config, net = self.config, self.L_level
+        net, (H_cycles, L_cycles) = self.L_level, cycles or self.cycles
 
         def cycle(z_H, z_L):
             injection = z_H + x
-            for _ in range(config.L_cycles):
+            for _ in range(L_cycles):
                 z_L = net(z_L, injection, weights, self.rope)
             return net(z_H, z_L, weights, self.rope), z_L
 
@@ -281,7 +308,7 @@ class TinyRecursiveModel(nn.Module):
         x = self.input_embedding(carry.inputs, puzzle_rows)
         z_H, z_L = carry.z_H, carry.z_L
         with torch.no_grad():
-            for _ in range(config.H_cycles - 1):
+            for _ in range(H_cycles - 1):
                 z_H, z_L = cycle(z_H, z_L)
         z_H, z_L = cycle(z_H, z_L)
         logits = self.lm_head(z_H[:, self.prefix_len :])
@@ -336,18 +363,33 @@ def act_step(
     carry: Carry,
     puzzle_rows: torch.Tensor | None,
     min_halt_steps: torch.Tensor,
+    objective: Objective = PAPER_OBJECTIVE,
 ) -> tuple[torch.Tensor, torch.Tensor, Carry]:
     """One training step of deep supervision with adaptive halting, without the backward pass.
 
-    carry: after `admit`. min_halt_steps: [B] integers from `exploration_min_steps`. Returns the
-    loss summed over the batch, a scalar; sums in the order of METRIC_KEYS, one float32 vector; and
-    the next carry. Accuracies and steps are summed over the slots that halt at this step, losses
-    over all slots.
+    The loss, summed over the slots, of which each is at its supervision step t = 1, 2, ...:
+
+        step_loss_decay^(t - 1) * cell loss + 0.5 * halting loss
+            + ponder_cost * (1 - sigmoid(halting logit))
+
+    The last term is the price of the further step that the halting head expects. carry: after
+    `admit`. min_halt_steps: [B] integers from `exploration_min_steps`. Returns the loss, a scalar;
+    sums in the order of METRIC_KEYS, one float32 vector; and the next carry. Accuracies and steps
+    are summed over the slots that halt at this step; lm_loss and q_halt_loss over all slots,
+    without decay and price, so that runs compare.
     """
-    z_H, z_L, logits, q_halt = model.supervision_step(carry, puzzle_rows)
+    z_H, z_L, logits, q_halt = model.supervision_step(carry, puzzle_rows, objective.cycles)
     correct_cells, exact = score(logits, carry.labels)
-    lm_loss = stablemax_loss(logits, carry.labels).sum()
+    cell_losses = stablemax_loss(logits, carry.labels)
+    lm_loss = cell_losses.sum()
     q_halt_loss = halting_loss(q_halt, exact, reduction="sum")
+    weighted = lm_loss
+    if objective.step_loss_decay != 1:
+        weights = objective.step_loss_decay ** carry.steps.to(cell_losses.dtype)
+        weighted = (weights * cell_losses).sum()
+    loss = weighted + 0.5 * q_halt_loss
+    if objective.ponder_cost:
+        loss = loss + objective.ponder_cost * torch.sigmoid(-q_halt).sum()
 
     steps = carry.steps + 1
     max_steps = model.config.halt_max_steps
@@ -365,7 +407,7 @@ def act_step(
     )
     examples = carry.inputs, carry.labels, carry.puzzle_identifiers
     next_carry = Carry(z_H.detach(), z_L.detach(), steps, halted, *examples)
-    return lm_loss + 0.5 * q_halt_loss, metrics, next_carry
+    return loss, metrics, next_carry
 
 
 def halting_loss(q_halt: torch.Tensor, exact: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -388,9 +430,9 @@ def evaluation_step(
     """Start new examples, then one supervision step. Each example gets exactly halt_max_steps
     steps.
 
-    batch: as for `TinyRecursiveModel.admit`. Returns the next carry and [5, B] float32: cell
+    batch: as for `TinyRecursiveModel.admit`. Returns the next carry and [6, B] float32: cell
     accuracy, exact (0 or 1), whether the halting logit is right (0 or 1), loss of the cells, loss
-    of the halting logit.
+    of the halting logit, the halting logit.
     """
     carry = model.admit(carry, batch)
     z_H, z_L, logits, q_halt = model.supervision_step(carry, model.puzzle_rows(carry))
@@ -402,6 +444,7 @@ def evaluation_step(
         (q_halt >= 0) == exact,
         stablemax_loss(logits, carry.labels),
         q_halt_loss,
+        q_halt,
     ]
     result = torch.stack([value.float() for value in values])
     steps = carry.steps + 1
@@ -469,13 +512,16 @@ def forward_flops_per_example(model: TinyRecursiveModel) -> int:
     return flops
 
 
-def step_flops_per_example(model: TinyRecursiveModel, train: bool) -> int:
+def step_flops_per_example(
+    model: TinyRecursiveModel, train: bool, cycles: Cycles | None = None
+) -> int:
     """FLOPs of the matrix products in one supervision step on one example.
 
     train: with the backward pass, which is taken to cost twice as much as the forward pass.
+    cycles: other than the model's own.
     """
-    config = model.config
-    calls = config.L_cycles + 1
-    net_calls = config.H_cycles * calls + (2 * calls if train else 0)
+    config, (H_cycles, L_cycles) = model.config, cycles or model.cycles
+    calls = L_cycles + 1
+    net_calls = H_cycles * calls + (2 * calls if train else 0)
     heads = 2 * config.hidden_size * model.vocab_size * model.seq_len * 2
     return net_calls * forward_flops_per_example(model) + heads * (3 if train else 1)

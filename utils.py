@@ -76,8 +76,7 @@ def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
     STREAM_AUGMENTATION,
     STREAM_EXPLORATION,
     STREAM_EVAL_SUBSET,
-    STREAM_STORED_AUGMENTATION,
-) = range(5)
+) = range(4)
 
 
 def sha256_of(path: str | Path) -> str:

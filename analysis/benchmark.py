@@ -54,12 +54,13 @@ import trm_model
 import workers
 from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager
-from config import Config, Schedule, load_config, planned_workers
+from config import Config, load_config, planned_workers
 from data_loader_tpu import SudokuDatasetTPU, create_dataloader_tpu
 from device import Device, resolve_device
 from evaluation import evaluate
 from provenance import start_record
 from run_folder import working_folder
+from schedule import Schedule
 from storage import open_folder
 from train_state import TrainState, load_datasets, settle_forward_dtype
 from utils import UserError, check_output_file, replace_file, run_cli

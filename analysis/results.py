@@ -25,8 +25,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import Config, config_from_dict, total_steps
+from config import Config, config_from_dict
 from metrics_logger import read_records
+from schedule import total_steps
 from storage import join, open_folder
 from utils import UserError
 

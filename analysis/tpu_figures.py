@@ -7,7 +7,8 @@ from typing import Any
 
 import tpu_hlo
 
-from config import Config, evaluation_interval_steps, total_steps
+from config import Config
+from schedule import evaluation_interval_steps, total_steps
 from tpu_types import Generation, slice_type
 
 ROOT = Path(__file__).resolve().parent.parent

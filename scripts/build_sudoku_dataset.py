@@ -4,6 +4,9 @@
     # Sudoku-Extreme, 1,000 training puzzles, the whole test set (downloads about 0.8 GB)
     python scripts/build_sudoku_dataset.py --output_dir data/sudoku-extreme-1k \\
         --subsample_size 1000
+    # 1,000, 5,000 and 10,000 of them, each set a part of the next
+    python scripts/build_sudoku_dataset.py --subsample_size 1000 5000 10000 \\
+        --output_dir data/sudoku-extreme-1k data/sudoku-extreme-5k data/sudoku-extreme-10k
     # the same from files that you have; columns source,question,answer,rating
     python scripts/build_sudoku_dataset.py --output_dir data/mine \\
         --train_csv train.csv --test_csv test.csv
@@ -57,14 +60,14 @@ from sudoku_copies import Copies, find_copies
 from sudoku_sources import Split, csv_splits, generate_splits, list_splits, rows_as_bytes
 
 import sudoku
-from utils import STREAM_STORED_AUGMENTATION, UserError, random_stream, run_cli, sha256_of
+from utils import UserError, run_cli, sha256_of
 
 HUB_REPO = "sapientinc/sudoku-extreme"
 HUB_PAGE = f"https://huggingface.co/datasets/{HUB_REPO}/tree/main"
 # which flags go with which source of puzzles
 COUNTS = ("num_train", "num_test")
 GENERATE_ONLY = ("clues", "min_guesses")
-CSV_ONLY = ("train_csv", "test_csv", "subsample_size", "min_difficulty", "no_check_unique")
+CSV_ONLY = ("train_csv", "test_csv", "min_difficulty", "no_check_unique")
 FILES_ONLY = ("skip_bad",)
 # arguments that do not change the dataset; files count by their checksum
 NOT_CONTENT = (
@@ -160,11 +163,11 @@ def check_overlap(overlap: dict[str, int], args: argparse.Namespace) -> None:
 
 
 def with_augmentations(split: Split, size: int, num_aug: int, seed: int) -> Split:
-    """Each row followed by its `num_aug` random images."""
+    """Each row followed by its `num_aug` images, those that data.augmentations draws from."""
     copies, augmenter = 1 + num_aug, sudoku.SudokuAugmenter(size)
     out = Split(*(np.repeat(array, copies, axis=0) for array in split))
     rows = np.flatnonzero(np.arange(len(out.ratings)) % copies)
-    draws = random_stream(seed, STREAM_STORED_AUGMENTATION, 0).bit_generator.random_raw(len(rows))
+    draws = sudoku.fixed_draws(seed, *np.divmod(rows, copies))
     # in parts: it bounds the memory of the maps
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 20_000)):
         pairs = sudoku.paired(out.puzzles[rows[part]], out.solutions[rows[part]])
@@ -186,7 +189,8 @@ def parse_args() -> argparse.Namespace:
     # None where it is off: a flag that a dataset was built without is left out of the comparison
     switch: dict[str, Any] = {"action": "store_true", "default": None}
     add = parser.add_argument
-    add("--output_dir", required=True, help="folder of the dataset")
+    text = "folder of the dataset, or a folder for each of several --subsample_size"
+    add("--output_dir", required=True, nargs="+", metavar="DIR", help=text)
     add("--overwrite", action="store_true", help="replace the dataset that is there")
     add("--seed", type=int, default=0)
     sizes = sorted(sudoku.BOX_SHAPES)
@@ -196,6 +200,8 @@ def parse_args() -> argparse.Namespace:
     add("--val_size", default=0, **integer, help="take N train puzzles as a split val")
     text = "processes (default: one for each core); does not change the result"
     add("--num_workers", default=os.cpu_count(), **integer, help=text)
+    text = "keep N random train puzzles (default: all). Those of a smaller N are part of them"
+    add("--subsample_size", nargs="+", **integer, help=text)
     text = "build even if a test or val puzzle, or a symmetric copy of it, is also in train"
     add("--allow_test_in_train", **switch, help=text)
 
@@ -204,8 +210,6 @@ def parse_args() -> argparse.Namespace:
     add("--test_csv", metavar="FILE")
     text = "one puzzle a line; solutions and ratings are computed, and the puzzles split at random"
     add("--puzzles", metavar="FILE", help=text)
-    text = "of --train_csv or Sudoku-Extreme: keep N random train puzzles (default: all)"
-    add("--subsample_size", **integer, help=text)
     text = "of CSV files: keep the rows of rating N or more, in both splits"
     add("--min_difficulty", **integer, help=text)
     text = "leave bad rows out, instead of refusing the file"
@@ -229,18 +233,20 @@ def parse_args() -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """UserError for a value out of range, and for flags that do not go together."""
-    positive = ("num_workers", "subsample_size", "num_train", "num_test")
+    positive = ("num_workers", "num_train", "num_test")
     for name in (*positive, "num_aug", "val_size", "seed", "min_difficulty", "min_guesses"):
         value, lowest = getattr(args, name), int(name in positive)
         if value is not None and value < lowest:
             raise UserError(f"--{name} {value} must be {lowest} or more")
     if args.seed >= 2**63:
         raise UserError(f"--seed {args.seed} must be below 2^63")
-    if args.output_dir.startswith("gs:"):
-        raise UserError(
-            f"--output_dir {args.output_dir}: datasets are built in a local folder: give one, and "
-            "copy it to the bucket then (gcloud storage cp -r)"
-        )
+    for folder in args.output_dir:
+        if folder.startswith("gs:"):
+            raise UserError(
+                f"--output_dir {folder}: datasets are built in a local folder: give one, and "
+                "copy it to the bucket then (gcloud storage cp -r)"
+            )
+    check_sizes(args)
     check_source(args)
     if args.generate or args.puzzles:
         missing = [f"--{name}" for name in COUNTS if getattr(args, name) is None]
@@ -254,6 +260,25 @@ def check_args(args: argparse.Namespace) -> None:
             )
     if args.generate:
         args.clues = parse_clues(args.clues, args.size)
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """UserError unless there is a folder for each size, and no size that cannot be."""
+    sizes = args.subsample_size or [None]
+    if len(sizes) != len(args.output_dir):
+        raise UserError(
+            f"--output_dir names {len(args.output_dir)} folder(s) for {len(sizes)} dataset(s): "
+            "give a folder for each --subsample_size, in their order"
+        )
+    for what, values in (("--subsample_size", sizes), ("--output_dir", args.output_dir)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{what} {' '.join(map(str, values))}: each must be another")
+    most = (args.num_train or 0) - args.val_size
+    for size in args.subsample_size or []:
+        if size < 1:
+            raise UserError(f"--subsample_size {size} must be 1 or more")
+        if args.num_train and size > most:
+            raise UserError(f"--subsample_size {size}: there are only {most} train puzzles")
 
 
 def check_source(args: argparse.Namespace) -> None:
@@ -308,12 +333,19 @@ def source_files(args: argparse.Namespace) -> dict[str, str]:
     return {f"{name}_csv": path for name, path in paths.items()}
 
 
-def read_or_generate(args: argparse.Namespace, files: dict[str, str]) -> dict[str, Split]:
-    """The splits by name: train, test, and val if it is asked for."""
-    if args.puzzles:
-        return list_splits(args)
-    if files:
+def read_or_generate(
+    args: argparse.Namespace, files: dict[str, str]
+) -> tuple[dict[str, Split], np.ndarray]:
+    """The splits by name: train, test, and val if it is asked for; and the place of each train
+    puzzle in a random order, by which subsets are taken, [train puzzles]."""
+    if files and not args.puzzles:
         return csv_splits(args, {"train": files["train_csv"], "test": files["test_csv"]})
+    splits = list_splits(args) if args.puzzles else generated(args)
+    return splits, np.random.default_rng(args.seed).permutation(len(splits["train"].ratings))
+
+
+def generated(args: argparse.Namespace) -> dict[str, Split]:
+    """The splits of freshly generated puzzles."""
     clues = args.clues if args.clues == "min" else "{} to {}".format(*args.clues)
     print(
         f"generating {args.num_train} train and {args.num_test} test puzzles of size {args.size}, "
@@ -323,43 +355,36 @@ def read_or_generate(args: argparse.Namespace, files: dict[str, str]) -> dict[st
     return generate_splits(args)
 
 
-def main() -> None:
-    """Build the dataset, unless it is there already."""
-    args = parse_args()
-    start = time.time()
-    out = Path(args.output_dir).resolve()
+def folder_for(out: Path) -> dict[str, Any] | None:
+    """Make way for a dataset at `out`. Returns build_info.json of the one that is there, or None.
+
+    Raises UserError if nothing can be written there.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         clean_up_after_dead(out)
-        previous = previous_build(out)
+        return previous_build(out)
     except OSError as error:
         raise UserError(
             f"cannot write to {out.parent} ({error.strerror}): choose another --output_dir"
         ) from None
-    files = source_files(args)
-    content = {key: value for key, value in vars(args).items() if key not in NOT_CONTENT}
-    try:
-        content |= {f"{name}_sha256": sha256_of(path) for name, path in files.items()}
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    if previous and not args.overwrite:
-        check_same(out, previous, content)
-        check_overlap(previous.get("overlap", {}), args)
-        print(f"already built: {out} was made with these arguments: nothing to do")
-        return
 
-    splits = read_or_generate(args, files)
+
+def build(
+    out: Path, splits: dict[str, Split], args: argparse.Namespace, info: dict[str, Any]
+) -> None:
+    """Write one dataset. info: what build_info.json holds, but for what follows from `splits`."""
     overlap = report(splits)
     check_overlap(overlap, args)
-    csv = {name.removesuffix("_csv"): path for name, path in files.items()} or None
     counts = {name: len(split.ratings) for name, split in splits.items()}
-    info = {"content": content, "csv": csv, "counts": counts, "overlap": overlap}
     if args.num_aug:
-        splits["train"] = with_augmentations(splits["train"], args.size, args.num_aug, args.seed)
+        augmented = with_augmentations(splits["train"], args.size, args.num_aug, args.seed)
+        splits = splits | {"train": augmented}
         print(
-            f"train: {len(splits['train'].ratings)} rows with {args.num_aug} augmented copies of "
-            "each puzzle"
+            f"train: {len(augmented.ratings)} rows with {args.num_aug} augmented copies of each "
+            "puzzle"
         )
+    info = info | {"counts": counts, "overlap": overlap}
     try:
         write_dataset(out, splits, args.size, 1 + args.num_aug, info)
     except OSError as error:
@@ -367,7 +392,38 @@ def main() -> None:
             f"cannot write {out}: {error.strerror}; nothing half-written is left. "
             "Free space or choose another --output_dir, then run this again"
         ) from None
-    print(f"done in {time.time() - start:.1f} s: {out}")
+
+
+def main() -> None:
+    """Build the datasets that are not there already."""
+    args = parse_args()
+    start = time.time()
+    outs = [Path(folder).resolve() for folder in args.output_dir]
+    previous = {out: folder_for(out) for out in outs}
+    files = source_files(args)
+    content = {key: value for key, value in vars(args).items() if key not in NOT_CONTENT}
+    try:
+        content |= {f"{name}_sha256": sha256_of(path) for name, path in files.items()}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    sizes = dict(zip(outs, args.subsample_size or [None]))
+    contents = {out: content | {"subsample_size": size} for out, size in sizes.items()}
+    for out, info in previous.items():
+        if info and not args.overwrite:
+            check_same(out, info, contents[out])
+            check_overlap(info.get("overlap", {}), args)
+            print(f"already built: {out} was made with these arguments: nothing to do")
+            del contents[out]
+    if not contents:
+        return
+
+    splits, places = read_or_generate(args, files)
+    csv = {name.removesuffix("_csv"): path for name, path in files.items()} or None
+    for out, content in contents.items():
+        kept = np.flatnonzero(places < (sizes[out] or len(places)))
+        subset = splits | {"train": splits["train"].take(kept)}
+        build(out, subset, args, {"content": content, "csv": csv})
+        print(f"done in {time.time() - start:.1f} s: {out}")
 
 
 if __name__ == "__main__":

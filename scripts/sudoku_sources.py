@@ -415,8 +415,11 @@ def take_unique(
     return np.array(chosen, np.int64)
 
 
-def csv_splits(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, Split]:
-    """The splits train and test of two CSV files, and val, taken from train.
+def csv_splits(
+    args: argparse.Namespace, paths: dict[str, str]
+) -> tuple[dict[str, Split], np.ndarray]:
+    """The splits train and test of two CSV files, and val, taken from train; and the place of each
+    train puzzle in a random order, [train puzzles]. Train has the first max(--subsample_size).
 
     Raises UserError for a bad row (unless --skip_bad), and where too few rows are left.
     """
@@ -433,7 +436,7 @@ def csv_splits(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, Spl
                 f"--val_size {args.val_size}: train has only {len(val)} usable puzzles; lower it"
             )
         splits["val"] = train.take(np.sort(val))
-    wanted = args.subsample_size or len(order)
+    wanted = max(args.subsample_size or [len(order)])
     if args.subsample_size is None:
         order = np.sort(order)
     chosen = take_unique(train, train_lines, order, wanted, bad["train"], args, "train")
@@ -442,7 +445,8 @@ def csv_splits(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, Spl
         raise UserError(
             f"--subsample_size {wanted}: only {len(chosen)} usable train puzzles are left; lower it"
         )
-    splits["train"] = train.take(np.sort(chosen))
+    places = np.argsort(chosen)
+    splits["train"] = train.take(chosen[places])
     every = np.arange(len(test_lines))
     kept = take_unique(test, test_lines, every, len(every), bad["test"], args, "test")
     bad["test"].report()
@@ -453,7 +457,7 @@ def csv_splits(args: argparse.Namespace, paths: dict[str, str]) -> dict[str, Spl
                 f"no puzzle is left for {name}: lower --min_difficulty or --val_size, or check "
                 f"{paths}"
             )
-    return splits
+    return splits, places
 
 
 def read_wanted(path: str, bad: BadRows, args: argparse.Namespace) -> tuple[Split, np.ndarray]:

@@ -7,8 +7,9 @@ import json
 
 import numpy as np
 
-from config import config_yaml, load_config, total_steps
+from config import config_yaml, load_config
 from evaluation import pack_solved
+from schedule import total_steps
 
 PUZZLES = 1000
 DATASETS = {

@@ -6,14 +6,8 @@ import unittest
 
 import yaml
 
-from config import (
-    config_from_dict,
-    config_yaml,
-    evaluation_interval_steps,
-    load_config,
-    planned_workers,
-    total_steps,
-)
+from config import config_from_dict, config_yaml, load_config, planned_workers
+from schedule import evaluation_interval_steps, total_steps
 from tests.helpers import ROOT, FolderTest, write_config
 
 DATA = "data: {dataset_path: nowhere}\n"
