@@ -594,7 +594,7 @@ class Mistakes(Folder):
         for arguments, text in [
             (["--generate", "--num_train", "5"], "--num_test"),
             (["--num_train", "5"], "needs --generate"),
-            (SMALL + ["--subsample_size", "5"], "cannot go with --generate"),
+            (SMALL + ["--min_difficulty", "5"], "cannot go with --generate"),
             (SMALL + ["--skip_bad"], "cannot go with --generate"),
             (SMALL + ["--puzzles", "x.txt"], "cannot go with --generate"),
             (["--puzzles", "x.txt", "--train_csv", "x.csv"], "cannot go with --puzzles"),
