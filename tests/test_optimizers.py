@@ -10,6 +10,7 @@ import torch
 
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, bias_correction, lr_at
+from checkpoint_manager import load_checkpoint
 from config import ModelConfig, load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
@@ -369,6 +370,27 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         without = self.steps(self.run_of("training.ema=false", "model.puzzle_emb_ndim=0"), 2)
         self.assertIsNone(without.ema)
         self.assertIsNone(without.puzzle_optimizer)
+
+    def test_everything_is_taken_over_from_a_checkpoint(self):
+        run = self.steps(self.run_of(), 3)
+        torch.rand(1)  # so that the generator is not as at the start
+        run.interval_steps, run.interval_seconds, run.train_seconds = 3, 0.25, 1.5
+        file = io.BytesIO()
+        torch.save(run.state_dict(), file)
+        saved = load_checkpoint(file.getvalue())
+        for name, start in (("totals", run.totals * 0), ("generator", self.generator_at_start())):
+            self.assertFalse(torch.equal(saved[name], start), name)
+        self.assertFalse(saved["carry"]["halted"].all())
+        again = TrainState(run.config, run.device, self.dataset, saved)
+        self.same_content(again.state_dict(), saved)
+        self.assertEqual((again.interval_seconds, again.train_seconds), (0.25, 1.5))
+
+    def generator_at_start(self):
+        kept = torch.get_rng_state()
+        self.run_of()
+        start = torch.get_rng_state()
+        torch.set_rng_state(kept)
+        return start
 
     def test_clipping(self):
         norms = []
