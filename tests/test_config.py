@@ -6,7 +6,7 @@ import unittest
 
 import yaml
 
-from config import config_from_dict, config_yaml, load_config, planned_workers
+from config import config_from_dict, config_yaml, differences, load_config, planned_workers
 from schedule import evaluation_interval_steps, total_steps
 from tests.helpers import ROOT, FolderTest, write_config
 
@@ -110,6 +110,34 @@ class Reading(ConfigTest):
         self.assertEqual(again, config)
         self.assertEqual(
             (again.training.lr, again.training.ema, again.logging.output_dir), (3e-5, False, "1e3")
+        )
+
+    def test_what_a_run_may_go_on_with(self):
+        """Each knob of these sections is part of what a run is, but for those that change no
+        number."""
+        config, free = self.load(), set()
+        for section in ("model", "data", "training"):
+            knobs = getattr(config, section)
+            for field in dataclasses.fields(knobs):
+                value = [getattr(knobs, field.name), "changed"]
+                changed = dataclasses.replace(knobs, **{field.name: value})
+                other = dataclasses.replace(config, **{section: changed})
+                found = differences(other, dataclasses.asdict(config), (section,))
+                if not found:
+                    free.add(f"{section}.{field.name}")
+                else:
+                    self.assertTrue(found.startswith(f"{section}.{field.name} "), found)
+        self.assertEqual(
+            free,
+            {
+                "data.dataset_path",
+                "data.prefetch_batches",
+                "model.activation_checkpointing",
+                "training.compile",
+                "training.ema_strategy",
+                "training.num_workers",
+                "training.pallas_kernels",
+            },
         )
 
     def test_config_from_a_checkpoints_dict(self):

@@ -392,6 +392,22 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         torch.set_rng_state(kept)
         return start
 
+    def test_workers_share_what_the_host_gives_to_a_step(self):
+        def host_batch(rank, world_size):
+            device = Device("cpu")
+            device.workers.rank, device.workers.world_size = rank, world_size
+            config = load_config(self.path, ["model.halt_exploration_prob=0.5"])
+            run = TrainState(config, device, self.dataset)
+            return run.host_batch(run.loader.batch(0))
+
+        whole, shares = host_batch(0, 1), [host_batch(rank, 4) for rank in range(4)]
+        self.assertTrue(0 < (whole["min_halt_steps"] > 0).sum() < 8)
+        for name in ("inputs", "labels", "puzzle_identifiers", "min_halt_steps"):
+            together = np.concatenate([share[name] for share in shares])
+            np.testing.assert_array_equal(together, whole[name], name)
+        for share in shares:
+            np.testing.assert_array_equal(share["scalars"], whole["scalars"])
+
     def test_clipping(self):
         norms = []
         for limit in (0.0, 1e-3):
