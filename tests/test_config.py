@@ -7,7 +7,7 @@ import unittest
 import yaml
 
 from config import config_from_dict, config_yaml, differences, load_config, planned_workers
-from schedule import evaluation_interval_steps, total_steps
+from schedule import Schedule, evaluation_interval_steps, total_steps
 from tests.helpers import ROOT, FolderTest, write_config
 
 DATA = "data: {dataset_path: nowhere}\n"
@@ -78,6 +78,27 @@ class Reading(ConfigTest):
         self.assertEqual(evaluation_interval_steps(config, 1000), 6510)
         tiny = self.load("", "evaluation.interval_epochs=0.001", "training.epochs=0.5")
         self.assertEqual((total_steps(tiny, 1000), evaluation_interval_steps(tiny, 1000)), (0, 1))
+
+    def test_what_is_due_at_which_step(self):
+        def due(last_step):
+            schedule = Schedule(50, last_step, 20, 15, 30)
+            return [
+                [step for step in range(1, last_step + 1) if is_due(step)]
+                for is_due in (schedule.evaluation_due, schedule.checkpoint_due, schedule.log_due)
+            ]
+
+        self.assertEqual(due(50), [[20, 40, 50], [20, 30, 40, 50], [15, 30, 45, 50]])
+        # --max_steps 45: the run is not at its end, and there is nothing to evaluate
+        self.assertEqual(due(45), [[20, 40], [20, 30, 40, 45], [15, 30, 45]])
+        for last_step, step, evaluated, done in (
+            (50, 49, True, False),
+            (50, 50, False, False),
+            (50, 50, True, True),
+            (45, 45, False, True),
+            (40, 40, False, False),
+        ):
+            schedule = Schedule(50, last_step, 20, 15, 30)
+            self.assertEqual(schedule.is_done(step, evaluated), done, (last_step, step, evaluated))
 
     def test_planned_workers(self):
         config = self.load("", "tpu.accelerator_type=v4-64")

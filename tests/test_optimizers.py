@@ -16,7 +16,7 @@ from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
-from train_state import TOTALS, TrainState
+from train_state import TOTALS, TrainState, settle_forward_dtype
 
 torch.set_num_threads(
     1
@@ -272,13 +272,17 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
 
     def test_a_record_in_which_nobody_halted_has_no_accuracies(self):
         run = self.run_of()
-        run.interval_steps, run.interval_seconds = 2, 1.0
+        run.step, run.interval_steps, run.interval_seconds = 2, 2, 1.0
         totals = dict.fromkeys(TOTALS, 0.0) | {"lm_loss": 32.0}
         for count, expected in ((0.0, None), (4.0, 0.0)):
             record = run.record({**totals, "count": count}, 1e12)
             for key in ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "mean_steps"):
                 self.assertEqual(record[key], expected, key)
             self.assertEqual(record["lm_loss"], 2)  # of two steps with 8 slots
+        run.device.workers.world_size = 2  # of which each has this peak
+        record = run.record({**totals, "count": 0.0}, 1e12)
+        self.assertGreater(record["mfu"], 0)
+        self.assertEqual(record["mfu"], record["model_flops_per_second"] / 1e12 / 2)
 
     def test_accumulated_gradients_are_those_of_the_whole_batch(self):
         recorded = []
@@ -370,6 +374,14 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         without = self.steps(self.run_of("training.ema=false", "model.puzzle_emb_ndim=0"), 2)
         self.assertIsNone(without.ema)
         self.assertIsNone(without.puzzle_optimizer)
+
+    def test_auto_is_the_dtype_of_the_checkpoint_and_of_the_device_without_one(self):
+        device, config = Device("cpu"), load_config(self.path, ["model.forward_dtype=auto"])
+        for dtype in ("float32", "bfloat16"):
+            settled = settle_forward_dtype(config, device, {"model": {"forward_dtype": dtype}})
+            self.assertEqual(settled.model.forward_dtype, dtype)
+        settled = settle_forward_dtype(config, device)
+        self.assertEqual(settled.model.forward_dtype, device.forward_dtype("auto"))
 
     def test_everything_is_taken_over_from_a_checkpoint(self):
         run = self.steps(self.run_of(), 3)
