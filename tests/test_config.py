@@ -6,8 +6,8 @@ import unittest
 
 import yaml
 
-from config import config_from_dict, config_yaml, load_config, planned_workers
-from schedule import evaluation_interval_steps, total_steps
+from config import config_from_dict, config_yaml, differences, load_config, planned_workers
+from schedule import Schedule, evaluation_interval_steps, total_steps
 from tests.helpers import ROOT, FolderTest, write_config
 
 DATA = "data: {dataset_path: nowhere}\n"
@@ -79,6 +79,27 @@ class Reading(ConfigTest):
         tiny = self.load("", "evaluation.interval_epochs=0.001", "training.epochs=0.5")
         self.assertEqual((total_steps(tiny, 1000), evaluation_interval_steps(tiny, 1000)), (0, 1))
 
+    def test_what_is_due_at_which_step(self):
+        def due(last_step):
+            schedule = Schedule(50, last_step, 20, 15, 30)
+            return [
+                [step for step in range(1, last_step + 1) if is_due(step)]
+                for is_due in (schedule.evaluation_due, schedule.checkpoint_due, schedule.log_due)
+            ]
+
+        self.assertEqual(due(50), [[20, 40, 50], [20, 30, 40, 50], [15, 30, 45, 50]])
+        # --max_steps 45: the run is not at its end, and there is nothing to evaluate
+        self.assertEqual(due(45), [[20, 40], [20, 30, 40, 45], [15, 30, 45]])
+        for last_step, step, evaluated, done in (
+            (50, 49, True, False),
+            (50, 50, False, False),
+            (50, 50, True, True),
+            (45, 45, False, True),
+            (40, 40, False, False),
+        ):
+            schedule = Schedule(50, last_step, 20, 15, 30)
+            self.assertEqual(schedule.is_done(step, evaluated), done, (last_step, step, evaluated))
+
     def test_planned_workers(self):
         config = self.load("", "tpu.accelerator_type=v4-64")
         self.assertEqual(planned_workers(config), 1)
@@ -110,6 +131,34 @@ class Reading(ConfigTest):
         self.assertEqual(again, config)
         self.assertEqual(
             (again.training.lr, again.training.ema, again.logging.output_dir), (3e-5, False, "1e3")
+        )
+
+    def test_what_a_run_may_go_on_with(self):
+        """Each knob of these sections is part of what a run is, but for those that change no
+        number."""
+        config, free = self.load(), set()
+        for section in ("model", "data", "training"):
+            knobs = getattr(config, section)
+            for field in dataclasses.fields(knobs):
+                value = [getattr(knobs, field.name), "changed"]
+                changed = dataclasses.replace(knobs, **{field.name: value})
+                other = dataclasses.replace(config, **{section: changed})
+                found = differences(other, dataclasses.asdict(config), (section,))
+                if not found:
+                    free.add(f"{section}.{field.name}")
+                else:
+                    self.assertTrue(found.startswith(f"{section}.{field.name} "), found)
+        self.assertEqual(
+            free,
+            {
+                "data.dataset_path",
+                "data.prefetch_batches",
+                "model.activation_checkpointing",
+                "training.compile",
+                "training.ema_strategy",
+                "training.num_workers",
+                "training.pallas_kernels",
+            },
         )
 
     def test_config_from_a_checkpoints_dict(self):
