@@ -84,6 +84,22 @@ class Folder(unittest.TestCase):
         self.assertEqual(status, 0, stderr)
         return stdout
 
+    def check_nested(self, *source):
+        """Subsets of 3 and 6 train puzzles are parts of the whole; other splits are the same."""
+        subsets = [self.folder / "3", self.folder / "6"]
+        self.built(*source)
+        self.built(*source, "--subsample_size", 3, 6, out=subsets)
+        folders = [*subsets, self.out]
+        few, more, whole = (
+            {row.tobytes() for row in load(folder / "train")["inputs"]} for folder in folders
+        )
+        self.assertEqual((len(few), len(more)), (3, 6))
+        self.assertTrue(few < more < whole)
+        hashes = [fingerprint(folder) for folder in folders]
+        for name in hashes[0]:
+            same = len({of_one[name] for of_one in hashes}) == 1
+            self.assertTrue(same or name.startswith("train/"), name)
+
     def refused(self, *arguments, says=()):
         status, stdout, stderr = build("--output_dir", self.out, *arguments)
         self.assertEqual(status, 2, stdout + stderr)
@@ -206,6 +222,9 @@ class Layout(Folder):
             self.assertEqual(sum(map(len, sets)), len(set().union(*sets)))
             if key == "inputs":
                 self.assertEqual([len(s) for s in sets], [275, 50, 25])
+
+    def test_subsamples_are_nested(self):
+        self.check_nested(*SMALL, "--val_size", 5)
 
     def test_min_guesses(self):
         self.built("--generate", "--num_train", 3, "--num_test", 2, "--min_guesses", 4)
@@ -525,6 +544,9 @@ class FromList(Folder):
             splits.append(found)
         self.assertEqual(splits[0], splits[1])
         self.assertNotEqual(splits[0], splits[2])
+
+    def test_subsamples_are_nested(self):
+        self.check_nested(*self.source("\n".join(self.texts)), *self.numbers(15, 5, 3))
 
     def test_puzzles_of_one_solution_stay_in_one_split(self):
         twins = []
