@@ -143,7 +143,7 @@ class Device:
         """Bring tensors on the CPU and numpy arrays (also in dicts, lists and named tuples) to the
         device, with the same dtypes. Does not wait for the copy.
 
-        Where the device is the CPU nothing is copied: the result shares the memory of its source.
+        On the device "cpu" nothing is copied: the result shares the memory of its source.
         """
 
         def copy(leaf):

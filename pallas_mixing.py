@@ -122,7 +122,7 @@ def _distances(swiglu, axis, x, grad, chip):
 class TokenMixing(torch.autograd.Function):
     """rms_norm(x + swiglu(x)) along the positions of x [B, L, D] bfloat16.
 
-    Forward and backward are one kernel each, and both take half of the gate's weights.
+    Forward and backward are one kernel each. Both take the gate's weights halved.
     """
 
     @staticmethod

@@ -60,7 +60,8 @@ def listen() -> None:
     """From now on SIGTERM and SIGHUP end this process with status 143, whatever it is doing.
 
     They end it at once until disable_immediate_exit() is called or a Preemption is made. After that
-    the request is only noted (`requested`), and others decide when the process ends.
+    the request is only noted (`requested`), and the Preemption, or the parent process, decides when
+    to end.
 
     SIGHUP comes to the processes of a login right after SIGTERM when a host shuts down. It is left
     alone if this process was started to ignore it (nohup). Call this in the main thread; a second
@@ -376,8 +377,8 @@ class Preemption:
                     continue
             except RuntimeError:
                 # The process that holds the store is gone. The training's next collective fails,
-                # and ends this worker. If it hangs instead, _exit_without does that, some looks
-                # later.
+                # and that ends this worker. If the collective hangs instead, _exit_without ends it,
+                # above, after the time in which a silent worker counts as gone.
                 self.store, self.open_request, store_lost_at = None, None, requests
                 continue
             self.open_request = None

@@ -58,11 +58,11 @@ class SwiGLUFunction(torch.autograd.Function):
 
     x is bfloat16 or float32, the result float32. The weights are float32, of layers.SwiGLUWeights.
 
-    x is neither transposed nor reshaped, and the float32 sums of a product are used as they are,
-    without rounding: otherwise the compiler chooses slow layouts. Only what the backward pass needs
-    (gate and up) is rounded to x's dtype, because in float32 it would not fit into memory. The
-    forward pass then continues with the rounded values: if it used the float32 values, the compiler
-    would keep these, and not round them again in the backward pass.
+    x is neither transposed nor reshaped, and the float32 results of the products are not rounded
+    before they are used: otherwise the compiler chooses slow layouts. The exception is gate and up
+    where a backward pass follows. They are kept for it in x's dtype, because in float32 they would
+    not fit into memory, and the forward pass continues with the rounded values, too. If it used the
+    float32 values, the compiler would keep these rather than round them a second time.
 
     keep: whether a backward pass will follow.
     """

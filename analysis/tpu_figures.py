@@ -30,8 +30,8 @@ def program_figures(
     optimised programs. compiled: the content of compile.json. report: with the content of
     trace.json. top: the number of operations in `where`, the most expensive ones.
 
-    The figures are those of one chip. Their names end with the unit, except estimated_mfu (a
-    fraction).
+    All figures are of one chip, except compile_seconds, which this machine took. A figure with a
+    unit has it in its name (ms, bytes, cycles, flops); estimated_mfu is a fraction.
     """
     chip = chip_of(report)
     texts = {name: (folder / f"{name}.optimised.txt").read_text() for name in compiled}

@@ -12,8 +12,8 @@ import os
 import re
 import sys
 
-# Importing torch_xla and jax opens no device. With these settings it cannot happen, either, if a
-# later version of one of them does.
+# Importing torch_xla and jax opens no device today. If a later version did, it would open the CPU
+# with these settings, and leave the chips alone.
 os.environ.update(JAX_PLATFORMS="cpu", PJRT_DEVICE="CPU")
 
 

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from diagnose_sections import HOST, ROOT, SECTIONS, VENV_PYTHON
 
-# After its time limit a section prints where it is. If it has not ended so long after the limit, it
-# is killed.
+# At its time limit a section prints where it is, and ends. If it does not end, it is killed so many
+# seconds later.
 KILL_SECONDS = 15
 MARK, END = "trm-diagnose", "end of the report"
 MARKED = re.compile(rf"{MARK} (\S+) (\d+) (\d+): ")  # host, line, its length
