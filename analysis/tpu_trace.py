@@ -293,6 +293,13 @@ def milliseconds(
 # --------------------------------------------------------------------------------------------------
 # The puzzles
 # --------------------------------------------------------------------------------------------------
+class AssumedPuzzles(SimpleNamespace):
+    """What a training needs of a dataset that is not on this machine."""
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
 def training_puzzles(config: Config) -> tuple[Any, str]:
     """(what TrainState needs of a dataset, where it comes from).
 
@@ -308,7 +315,7 @@ def training_puzzles(config: Config) -> tuple[Any, str]:
             "training puzzles that it has"
         )
     cells = np.full((count, 81), 2, np.uint8)
-    dataset = SimpleNamespace(
+    dataset = AssumedPuzzles(
         inputs=cells,
         labels=cells,
         puzzle_identifiers=np.zeros(count, np.int32),

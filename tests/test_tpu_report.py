@@ -333,19 +333,30 @@ class Compiled(FolderTest):
         return json.loads(figures.read_text()), output
 
     def test_one_that_is_too_large_does_not_end_the_table(self):
+        """And a program that two configurations have is compiled once."""
         text = SMALL.replace("batch_size: 32, epochs", "batch_size: 262144, epochs")
         small = write_config(self.folder / "small.yaml", SMALL)
-        both, output = self.report("v4-8", text=text, name="large", others=[small], status=1)
-        self.assertEqual([report["compiles"] for report in both["reports"]], [False, True])
+        augmented = SMALL.replace(
+            "expected_puzzles: 100", "expected_puzzles: 100, augmentations: 5"
+        )
+        same = write_config(self.folder / "same.yaml", augmented)
+        others = [small, same]
+        all_, output = self.report("v4-8", text=text, name="large", others=others, status=1)
+        self.assertEqual([report["compiles"] for report in all_["reports"]], [False, True, True])
         self.assertRegex(
             output,
             r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM.*: "
             r"set model.activation_checkpointing=true",
         )
         self.assertRegex(output, r"small +0\.01 ")
-        self.assertRegex(output, r"evaluations are taken to be of Sudoku-Extreme's.*: small\n\Z")
-        hours = both["reports"][1]["estimated_hours"]
-        self.assertEqual((both["judged"], both["estimated_hours"]), (1, hours))
+        self.assertRegex(
+            output, r"evaluations are taken to be of Sudoku-Extreme's.*: small, same\n\Z"
+        )
+        _, one, other = all_["reports"]
+        for figure in ("estimated_ms_per_step", "hbm_bytes", "custom_calls", "compile_seconds"):
+            self.assertEqual(one[figure], other[figure])
+        hours = one["estimated_hours"] + other["estimated_hours"]
+        self.assertEqual((all_["judged"], all_["estimated_hours"]), (2, hours))
 
     def test_a_small_configuration(self):
         report, output = self.report("v4-8")
