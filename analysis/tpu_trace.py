@@ -38,6 +38,7 @@ import trm_model
 from config import Config, load_config
 from device import Device, tree_map
 from mixing import num_kernels, use_kernels
+from schedule import Schedule
 from train_state import TrainState, load_dataset, settle_forward_dtype
 from utils import UserError, run_cli
 from xla_program import changed_places, places
@@ -53,6 +54,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     config = load_config(folder / "config.yaml")
     dataset, dataset_source = training_puzzles(config)
+    Schedule.of(config, dataset.num_puzzles)  # refuses what training would refuse
     device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type))
     config = settle_forward_dtype(config, device)
     state = traced_state(config, device, dataset)

@@ -99,6 +99,7 @@ class CommandLine(FolderTest):
             ((path, "model.hidden=3"), "hidden"),
             ((self.folder / "b.yaml",), "cannot read"),
             (unknown_size, "data.expected_puzzles"),
+            ((path, "training.epochs=0.1", "--accelerator", "v4-8"), "they make no full batch"),
         ):
             self.mistake(says, "--config", *args)
 
@@ -334,7 +335,7 @@ class Compiled(FolderTest):
 
     def test_one_that_is_too_large_does_not_end_the_table(self):
         """And a program that two configurations have is compiled once."""
-        text = SMALL.replace("batch_size: 32, epochs", "batch_size: 262144, epochs")
+        text = SMALL.replace("batch_size: 32, epochs: 64", "batch_size: 262144, epochs: 99999")
         small = write_config(self.folder / "small.yaml", SMALL)
         augmented = SMALL.replace(
             "expected_puzzles: 100", "expected_puzzles: 100, augmentations: 5"
