@@ -50,12 +50,11 @@ class Names(FolderTest):
         ]:
             for value in written.split(","):
                 with self.subTest(value):
-                    self.assertEqual(names(f"training.lr={value},7")[0], f"_lr{name}")
-                    (override, _) = parse_grid([f"training.lr={value},7"], None, []).points[
-                        0
-                    ].overrides + (0,)
+                    point, _ = parse_grid([f"training.lr={value},7"], None, []).points
+                    self.assertEqual(point.name, f"_lr{name}")
                     path = write_config(self.folder / "a.yaml")
-                    self.assertEqual(load_config(path, [override]).training.lr, float(value))
+                    config = load_config(path, point.overrides)
+                    self.assertEqual(config.training.lr, float(value))
         self.assertEqual(
             names("training.num_workers=null,2.0", "training.ema=true,false")[::3],
             ["_num_workersnull_ematrue", "_num_workers2_emafalse"],
