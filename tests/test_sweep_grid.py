@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import unittest
 from unittest import mock
 
@@ -164,8 +166,8 @@ class Lengths(FolderTest):
     def test_same_steps(self):
         """Whatever the rounding, and evaluations after as many steps."""
         batches = [1, 3, 5, 7, 8, 12, 48, 49, 96, 768, 1000, 3072]
-        for puzzles in (80, 90, 1000, 7777):
-            for epochs in ("6", "0.3", "0.7", "8.8", "49.7", "1000", "33333.3"):
+        for puzzles in (80, 100, 7777):
+            for epochs in ("6", "0.3", "2.32", "8.8", "1000", "33333.3"):
                 own, *others = self.plans("steps", batches, puzzles, f"training.epochs={epochs}")
                 self.assertEqual({plan[:2] for plan in others}, {own[:2]}, (puzzles, epochs))
                 self.assertEqual([plan[2] // own[0] for plan in others], batches)
@@ -378,6 +380,25 @@ class RealTraining(CommandTest, SweepTest):
             load_checkpoint(self.checkpoint(cells[3], 20)),
             load_checkpoint(self.checkpoint("by_hand", 20)),
         )
+
+    def test_the_dataset_of_each_cell_is_looked_at(self):
+        """And tells the number of puzzles, where the configuration does not."""
+        data = f"data.dataset_path={self.folder}/data,{self.folder}/nowhere"
+        command = [sys.executable, "scripts/sweep.py", str(self.config), "--local", "--dry_run"]
+        for grid, status, says in [
+            (["training.lr=1,2", data], 2, "nowhere': there is no train split"),
+            ([f"{BATCH}=8,40", "--same", "steps"], 0, r"size40 +40 +60 +2,400 "),
+        ]:
+            done = subprocess.run(
+                [*command, f"logging.output_dir={self.folder}/none", "--grid", *grid],
+                cwd=ROOT,
+                text=True,
+                capture_output=True,
+                timeout=120,
+            )
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertRegex(done.stdout + done.stderr, says)
+        self.assertFalse((self.folder / "none").exists())
 
 
 if __name__ == "__main__":
