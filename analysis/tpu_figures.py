@@ -14,7 +14,13 @@ from tpu_types import Generation, slice_type
 ROOT = Path(__file__).resolve().parent.parent
 MONTH_HOURS = 30 * 24  # of a grant of the TPU Research Cloud
 MS_PER_HOUR = 3.6e6
-STAGE_FIGURES = ("flops_per_chip_step", "estimated_ms_per_step", "estimated_cycles_per_step")
+# of a step, in each stage of a curriculum
+STAGE_FIGURES = (
+    "model_flops_per_chip_step",
+    "flops_per_chip_step",
+    "estimated_ms_per_step",
+    "estimated_cycles_per_step",
+)
 
 
 def chip_of(report: dict[str, Any]) -> Generation:
@@ -39,23 +45,14 @@ def program_figures(
     texts = {name: (folder / f"{name}.optimised.txt").read_text() for name in compiled}
     kernel_cycles = json.loads((folder / "kernels.json").read_text())
     costs = {name: tpu_hlo.read_cost(text, chip, kernel_cycles) for name, text in texts.items()}
-    flops = {program["name"]: program["flops"] for program in report["programs_traced"]}
-    stages = [
-        stage
-        | {
-            "flops_per_chip_step": flops[stage["program"]],
-            "estimated_ms_per_step": 1e3 * costs[stage["program"]].seconds,
-            "estimated_cycles_per_step": costs[stage["program"]].cycles,
-        }
-        for stage in report["stages"]
-    ]
+    stages = stage_figures(report, costs)
     last = costs[stages[-1]["program"]]
     all_reduce = last.collectives["all-reduce"]
     all_reduce_seconds = tpu_hlo.all_reduce_seconds(all_reduce["bytes"], report["chips"], chip)
+    total = sum(stage["steps"] for stage in stages)
     means = {
-        name: sum(stage["steps"] * stage[name] for stage in stages)
-        / sum(stage["steps"] for stage in stages)
-        for name in ("model_flops_per_chip_step", *STAGE_FIGURES)
+        name: sum(stage["steps"] * stage[name] for stage in stages) / total
+        for name in STAGE_FIGURES
     }
     seconds = means["estimated_ms_per_step"] / 1e3
     return {
@@ -83,6 +80,20 @@ def program_figures(
         "compile_seconds": {name: result["compile_seconds"] for name, result in compiled.items()},
         "where": tpu_hlo.cycles_by_source(last, ROOT)[:top],
     }
+
+
+def stage_figures(report: dict[str, Any], costs: dict[str, tpu_hlo.Cost]) -> list[dict[str, Any]]:
+    """The stages of trace.json, each with STAGE_FIGURES. costs: of each program."""
+    flops = {program["name"]: program["flops"] for program in report["programs_traced"]}
+    return [
+        stage
+        | {
+            "flops_per_chip_step": flops[stage["program"]],
+            "estimated_ms_per_step": 1e3 * costs[stage["program"]].seconds,
+            "estimated_cycles_per_step": costs[stage["program"]].cycles,
+        }
+        for stage in report["stages"]
+    ]
 
 
 def memory_figures(compiled: dict[str, Any], parameters: int) -> dict[str, Any]:
