@@ -40,6 +40,7 @@ SECONDS = {
     "test_resume": 75,
     "test_docs": 72,
     "test_environment": 72,
+    "test_sweep_grid": 42,
     "test_commands": 39,
     "test_analysis_figures": 38,
     "test_checkpoint_manager": 38,

@@ -383,7 +383,7 @@ class RealTraining(CommandTest, SweepTest):
 
     def test_the_dataset_of_each_cell_is_looked_at(self):
         """And tells the number of puzzles, where the configuration does not."""
-        data = f"data.dataset_path={self.folder}/data,{self.folder}/nowhere"
+        data = f"data.dataset_path={self.folder}/nowhere,{self.folder}/data"
         command = [sys.executable, "scripts/sweep.py", str(self.config), "--local", "--dry_run"]
         for grid, status, says in [
             (["training.lr=1,2", data], 2, "nowhere': there is no train split"),
