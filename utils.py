@@ -71,12 +71,7 @@ def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, index]))
 
 
-(
-    STREAM_EPOCH_ORDER,
-    STREAM_AUGMENTATION,
-    STREAM_EXPLORATION,
-    STREAM_EVAL_SUBSET,
-) = range(4)
+(STREAM_EPOCH_ORDER, STREAM_AUGMENTATION, STREAM_EXPLORATION, STREAM_EVAL_SUBSET) = range(4)
 
 
 def sha256_of(path: str | Path) -> str:
