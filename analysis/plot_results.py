@@ -15,11 +15,13 @@ import analysis_startup
 
 analysis_startup.require("matplotlib", "pandas", "scipy")
 from plot_bars import ablation, ema, final_accuracy, throughput
+from plot_compute import curriculum, early_stop, precision
 from plot_curves import X_AXES, accuracy_by_rating, accuracy_by_step, learning_curves
 from plot_data import augmentations, data_scaling
 from plot_grid import learning_rate_and_batch, schedule
 from plot_scaling import pareto, pareto_steps, scaling
 from plot_style import Figure, Kind, NoData, save
+from plot_weights import weight_averages
 from results import load_runs
 from run_groups import Group, group_runs
 
@@ -103,6 +105,10 @@ FIGURES = {
     ),
     "accuracy_by_rating": Kind("Accuracy by difficulty", accuracy_by_rating),
     "accuracy_by_supervision_step": Kind("Accuracy after each supervision step", accuracy_by_step),
+    "curriculum": Kind("Does a depth that grows during training pay", curriculum),
+    "early_stop": Kind("What a price on supervision steps saves at test time", early_stop),
+    "precision": Kind("bfloat16 against float32", precision),
+    "weight_averages": Kind("Averages of checkpoints against the EMA", weight_averages),
     "throughput": Kind("Training speed", throughput),
 }
 

@@ -18,6 +18,7 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from results import Run
 from run_groups import Group
 from study_statistics import wilson
@@ -30,6 +31,13 @@ MAX_LINES = len(COLORS)  # lines of one figure; more go to further figures
 GREY = "#999999"
 TICKS = [1, 2, 2.5, 5, 10]  # multiples of a power of ten, as matplotlib has them
 EXACT = "exact accuracy (%)"
+# (points to the right, points up, alignments) of a label beside its point
+SIDES = (
+    (0, 4, "center", "bottom"),
+    (0, -4, "center", "top"),
+    (4, 0, "left", "center"),
+    (-4, 0, "right", "center"),
+)
 INTERVALS = "Bars: one run, 95% Wilson interval over puzzles; several seeds, mean and range."
 SEEDS = (
     "Filled markers: one run, with the 95% Wilson interval over puzzles, or the mean of several "
@@ -283,6 +291,42 @@ def draw_seeds(ax: Axes, table: pd.DataFrame, places: str, style: dict[str, Any]
         zorder=4,
     )
     return handle
+
+
+def draw_band(ax: Axes, x: pd.Series, y: pd.Series, k: int, **style: Any) -> Any:
+    """The k-th line: the mean of y at each x, and the band of its range where there are several.
+
+    x, y: of all runs, one after the other. style: in place of line_style's. Returns the line.
+    """
+    style = line_style(k) | style
+    at = pd.DataFrame({"x": x, "y": y}).groupby("x").y.agg(["mean", "min", "max"])
+    (line,) = ax.plot(at.index, at["mean"], **style)
+    ax.fill_between(at.index, at["min"], at["max"], color=style["color"], alpha=0.2, linewidth=0)
+    return line
+
+
+def place_labels(
+    fig: matplotlib.figure.Figure, ax: Axes, points: Sequence[tuple[float, float, str, str]]
+) -> None:
+    """Write the text of points (x, y, text, colour) beside them where there is room.
+
+    A text that would cover another one, or a point, at all four sides of its own is left out. To be
+    called when everything else is drawn, because the layout decides what has room.
+    """
+    fig.draw_without_rendering()
+    pixels = ax.transData.transform([(x, y) for x, y, _, _ in points])
+    reach = 0.03 * fig.dpi
+    taken = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in pixels]
+    for x, y, text, color in points:
+        for right, up, horizontal, vertical in SIDES:
+            label = ax.annotate(text, (x, y), (right, up), textcoords="offset points", color=color)
+            label.set(ha=horizontal, va=vertical)
+            box = label.get_window_extent()
+            inside = all(ax.bbox.contains(*corner) for corner in (box.min, box.max))
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
 def with_final(groups: Sequence[Group]) -> list[Group]:

@@ -42,7 +42,7 @@ RATINGS = [
     )
 ]
 # kinds of figures that test_study_figures.py draws
-LATER = ("augmentations",)
+LATER = ("augmentations", "curriculum", "early_stop", "precision", "weight_averages")
 MORE_DATA = {**DATASETS, "train": {"puzzles": 2000, "sha256": "c" * 64}}
 
 

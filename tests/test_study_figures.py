@@ -13,7 +13,7 @@ import numpy as np
 from tests.helpers import ROOT
 from tests.run_folders import DATASETS, PUZZLES, solved_first, write_run
 from tests.test_analysis import AnalysisCommandTest, groups_in
-from tests.test_analysis_figures import check_legible
+from tests.test_analysis_figures import LATER, check_legible
 
 sys.path.insert(0, str(ROOT / "analysis"))
 import plot_grid
@@ -71,6 +71,66 @@ def make_grid(folder, missing=()):
                     [f"training.lr={rate}", f"training.global_batch_size={batch}"],
                     solved_first(accuracy_at(rate, batch), 100_000),
                 )
+
+
+STAGES = (
+    "[{begin: 0, H_cycles: 1, L_cycles: 2}, {begin: 0.3, H_cycles: 2, L_cycles: 4}, "
+    "{begin: 0.6, H_cycles: 3, L_cycles: 6}]"
+)
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
+
+
+def stops(top, price, seed=0):
+    """early_stop of a run that solves `top`: the higher the price, the fewer steps."""
+    return [
+        {
+            "threshold": threshold,
+            "exact_accuracy": top - 0.15 * (1 - threshold) * (1 + 10 * price) + 0.01 * seed,
+            "mean_steps": 2 + (6 - 40 * price) * threshold**2 + 0.2 * seed,
+        }
+        for threshold in THRESHOLDS
+    ]
+
+
+def every_third(share, count=400):
+    """[count] bool: as solved_first, but other puzzles at the end of it."""
+    solved = solved_first(share, count)
+    solved[::40] = ~solved[::40]
+    return solved
+
+
+def make_compute(folder):
+    """Base, curriculum with and without a decay of the loss, prices of a step, float32, and means
+    of checkpoints; two seeds of each."""
+    curves = (0.05, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.96, 0.99, 1)
+    for seed in range(2):
+
+        def run(name, overrides, share, seed=seed, **more):
+            overrides = [f"training.seed={seed}", "model.halt_max_steps=16", *overrides]
+            solved = solved_first(share - 0.02 * seed)
+            options = {"evaluations": curves, **more}
+            write_run(folder / f"{name}_seed{seed}", overrides, solved, **options)
+
+        averages = [
+            ([50 * k for k in range(9 - number, 9)], solved_first(0.87 + 0.002 * number * seed))
+            for number in (2, 4, 8)
+        ]
+        run(
+            "base",
+            [],
+            0.87,
+            raw=solved_first(0.84),
+            averages=averages,
+            early_stop=stops(0.87, 0, seed),
+        )
+        run("e4_1_depth", [f"training.curriculum={STAGES}"], 0.86)
+        decay = "training.step_loss_decay=0.7"
+        run("e4_1", [f"training.curriculum={STAGES}", decay], 0.855)
+        for price in (0.02, 0.05, 0.08):
+            early = stops(0.87 - price, price, seed)
+            run(f"e4_2_{price}", [f"training.ponder_cost={price}"], 0.87 - price, early_stop=early)
+        slower = {"step_seconds": 50.0, "loss": 1.01}
+        run("e4_3", ["model.forward_dtype=float32"], 0.88, **slower)
 
 
 class FolderOfRuns(unittest.TestCase):
@@ -250,6 +310,15 @@ class GridsOfTwoKinds(AnalysisCommandTest):
         self.assertIn("the same number of steps", second.caption)
         by_batch = second.data.groupby("training.global_batch_size").exact_accuracy.mean()
         self.assertEqual(by_batch.to_dict(), {50: 0.3, 100: 0.5})
+
+
+class Compute(FolderOfRuns):
+    @classmethod
+    def make(cls, folder):
+        make_compute(folder)
+
+    def test_legible(self):
+        check_legible(self, {kind: self.drawn[kind] for kind in LATER if kind != "augmentations"})
 
 
 if __name__ == "__main__":
