@@ -38,12 +38,12 @@ class BackgroundWriter:
             self._start_if_first()
 
     def submit_newest(self, job: Callable[[], None]) -> list[Callable[[], None]]:
-        """Append a job once the earlier ones have ended, or in the place of those that wait for a
-        retry.
+        """Wait until the earlier jobs have ended, then append this one.
 
-        Returns the jobs that are dropped for it. Raises what an earlier job raised, and
-        StorageError if an earlier job is still running at the deadline that `hurry` has set; then
-        `job` is not appended.
+        If the first of them has failed and waits for its retry, nothing is waited for: this job
+        takes the place of all of them, and they are returned. Raises what an earlier job raised,
+        and StorageError if an earlier job is still running at the deadline that `hurry` has set;
+        then `job` is not appended.
         """
         with self.changed:
             while self.jobs and self.storage_error is None and self.error is None:
@@ -69,8 +69,8 @@ class BackgroundWriter:
             return dropped
 
     def hurry(self, seconds: float) -> None:
-        """From now on `submit_newest` waits for at most `seconds` from now, also a call that is
-        waiting already."""
+        """From now on no call of `submit_newest` waits longer than until `seconds` from now, also
+        one that is already waiting."""
         with self.changed:
             self.submit_deadline = time.monotonic() + seconds
             self.changed.notify_all()
@@ -104,7 +104,7 @@ class BackgroundWriter:
             threading.Thread(target=self._work, name="writer", daemon=True).start()
 
     def _work(self) -> None:
-        failed = None  # the job that has been warned of
+        failed = None  # the job whose failure has been printed as a warning
         while True:
             with self.changed:
                 if not self.jobs:

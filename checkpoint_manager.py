@@ -30,10 +30,11 @@ class CheckpointManager:
 
     folder: a folder of storage.py, local or gs://. keep_last_n: how many of the newest checkpoints
     are kept; the best by exact accuracy is kept besides. staging: a local folder for files that are
-    not in `folder` yet, on the same disk if `folder` is local. writer: the thread that saves run
-    in; None if checkpoints are only read. before_payload, before_marker: called before each of the
-    two is written, the second one for what must be in place when the checkpoint counts. Both may
-    raise to prevent it.
+    not in `folder` yet, on the same file system if `folder` is local. writer: runs the saves in its
+    thread; None if checkpoints are only read.
+    before_payload: called before the payload is written. before_marker: called before a marker is
+    written, to write what must be in the run's folder when the checkpoint counts. If one of them
+    raises, the checkpoint does not count.
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class CheckpointManager:
     def save(self, step: int, state: dict[str, Any] | None) -> None:
         """Write `state` to the local disk, and from there to the folder in the background.
 
-        Waits for the save before this one, then deletes checkpoints that are no longer to be kept.
+        state: of tensors and plain data, what TrainState.state_dict returns on rank 0. Waits until
+        the save before this one has ended. Checkpoints that are not to be kept are deleted in the
+        background, once this one is complete.
+
         A kill at any moment leaves the earlier checkpoints as they were, and this one only if it is
         complete. Raises UserError if this checkpoint, or the one before, cannot be written, and
         what BackgroundWriter.submit_newest raises.
@@ -135,6 +139,9 @@ class CheckpointManager:
     def markers(self) -> list[dict[str, Any]]:
         """The markers of the complete checkpoints, oldest first.
 
+        A marker is {"step": int, "bytes": int, "sha256": str, both of the payload, "metrics": the
+        evaluation, with at least exact_accuracy, or None}.
+
         Those that are damaged, or do not fit their payload, are left out with a warning.
         """
         found, sizes = [], self.folder.list()
@@ -160,7 +167,7 @@ class CheckpointManager:
         return next((m["metrics"] for m in self.markers() if m["step"] == step), None)
 
     def newest_text(self) -> str:
-        """For messages: where the last good checkpoint is."""
+        """The part of a message that says where the last good checkpoint is."""
         try:
             markers = self.markers()
         except StorageError as error:  # the message that this is a part of matters more
@@ -179,15 +186,19 @@ class CheckpointManager:
 
     # ----- read -----
     def load_latest(self) -> bytes | None:
-        """The newest complete checkpoint, or None. Damaged ones give a warning."""
+        """The payload of the newest complete checkpoint, for load_checkpoint, or None.
+
+        Prints a warning for each damaged one. Raises what the folder's methods raise.
+        """
         path = self._first_complete(reversed(self.markers()))
         return path.read_bytes() if path else None
 
     def resolve(self, name: str) -> Path:
         """The local path of a checkpoint.
 
-        name: "latest", "best", a step of this run, or a file, local or gs://. Of "latest" and
-        "best" the first one that is complete. Raises UserError if there is none.
+        name: "latest", "best", a step of this run, or a file, local or gs://. If the latest or the
+        best one is damaged, the next one is taken, with a warning. Raises UserError if there is
+        none.
         """
         if not is_of_run(name):
             return fetch_file(name, self.staging)
@@ -233,7 +244,7 @@ class _Save:
             "sha256": sha256_of(staged),
             "metrics": None,
         }
-        self.payload_is_there = False
+        self.payload_is_there = False  # a second call does not write it again
 
     def __call__(self) -> None:
         manager, step = self.manager, self.step

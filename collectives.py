@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from utils import UserError, WorkerGone
 
-# without an answer from another worker; more than any of them takes alone
+# A collective fails when another worker has not joined it for so long. It is more than the slowest
+# thing that one worker does between two collectives while the others wait.
 TIMEOUT_SECONDS = 300
 T = TypeVar("T")
 
@@ -27,9 +28,9 @@ class Workers:
     """This worker (`rank`) and the others (`world_size` in all), which call the same methods in the
     same order.
 
-    Joins them and waits for them, if there are several. backend: as torch.distributed takes it.
-    xla_model: torch_xla.core.xla_model where the device is an XLA device. Every method may raise
-    WorkerGone.
+    If there are several, the constructor waits until all have connected to MASTER_ADDR:MASTER_PORT.
+    backend: as torch.distributed.init_process_group takes it. xla_model: torch_xla.core.xla_model
+    where the device is an XLA device. The constructor and every method may raise WorkerGone.
     """
 
     def __init__(self, rank: int, world_size: int, backend: str = "gloo", xla_model: Any = None):
@@ -67,11 +68,12 @@ class Workers:
     # ----- how they end together -----
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that the workers leave together, if none of them raises in it. No collective may
-        be in it.
+        """Collective, at the end of the block: wait for all workers, and learn whether one raised.
 
-        If any worker raises, all end: a UserError is raised on rank 0 and the others exit with
-        status 2; any other error is raised where it happened and becomes WorkerGone elsewhere.
+        If none raised, all continue. If any did, all end: a UserError is raised on rank 0 and the
+        others exit with status 2; any other error is raised where it happened and becomes
+        WorkerGone elsewhere. The block itself must contain no collective, since a worker that
+        raised would be missing in it.
         """
         if self.world_size == 1:
             yield
@@ -104,8 +106,8 @@ class Workers:
         """Sums over the workers of a list of float32 tensors on the device: one collective for all
         of them.
 
-        To start earlier, with a part of the gradients, would gain nothing: every weight is used
-        until the end of the backward pass.
+        Overlapping it with the backward pass would gain nothing: every weight is used until the
+        end of that pass, so no gradient is complete earlier.
         """
         if self.world_size == 1:
             return tensors
@@ -160,7 +162,7 @@ class Workers:
             self._collective(lambda: dist.broadcast(tensor, src=0))
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any worker."""
+        """Collective. Whether `flag` is true on any worker."""
         flags = torch.tensor([int(flag)])
         if self.world_size > 1:
             self._collective(lambda: dist.all_reduce(flags))
@@ -177,8 +179,8 @@ class Workers:
 
     # ----- the key-value store, for preemption.py -----
     def second_store(self) -> "dist.PrefixStore | None":
-        """A connection of its own to the run's key-value store, for a thread; None if there is one
-        worker."""
+        """A second connection to the run's key-value store, for use in another thread; None if
+        there is one worker."""
         if self.world_size == 1:
             return None
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -188,7 +190,8 @@ class Workers:
         return dist.PrefixStore(f"preemption/{start}", client)
 
     def store_is_apart(self) -> bool:
-        """Whether a process that is no worker holds the store; otherwise rank 0 holds it."""
+        """Whether the store is in a process that is no worker (the parent, or torchrun). Otherwise
+        it is in the process of rank 0, and is lost with it."""
         return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -168,9 +168,11 @@ class TrainLoader:
     s*B to (s+1)*B, where B is the global batch size. For each puzzle it draws one of the stored
     augmentations and, if `augment`, applies a random symmetry.
 
-    augmentations: N for one of N fixed symmetries of each puzzle, or the puzzle itself, in place of
-    any symmetry. They depend on (seed, puzzle, 1 to N) alone, and are those that the dataset
-    builder stores with --num_aug N and that seed. Raises UserError if the dataset has stored ones.
+    augmentations: N for one of N fixed symmetries of each puzzle, or the puzzle itself, each with
+    the same probability, in place of any symmetry. Symmetry k, from 1 to N, depends on (seed,
+    puzzle, k) alone. So the batches are those of a dataset that was built with --num_aug N and this
+    seed, and nothing is stored. The dataset must have no stored augmentations, and `augment` must
+    be true.
     """
 
     def __init__(
@@ -184,13 +186,7 @@ class TrainLoader:
         world_size: int = 1,
         augmentations: int | None = None,
     ):
-        if augmentations is not None and len(dataset) != dataset.num_puzzles:
-            stored = len(dataset) // dataset.num_puzzles - 1
-            raise UserError(
-                f"data.augmentations = {augmentations}: {dataset.path} has {stored} stored "
-                "augmentations a puzzle: leave data.augmentations null, or build the dataset "
-                "without --num_aug"
-            )
+        assert augmentations is None or (augment and len(dataset) == dataset.num_puzzles)
         self.augmentations = augmentations
         self.dataset, self.seed, self.global_batch_size = dataset, seed, global_batch_size
         self.prefetch_batches = prefetch_batches

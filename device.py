@@ -23,8 +23,8 @@ PEAK_FLOPS = {
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" as "tpu", "cuda" or "cpu", the first of them that is here; any other name as it is.
-    Starts no device.
+    """Return the name of the device to use: for "auto" the first of "tpu", "cuda" and "cpu" that
+    this host has, any other name as it is. Starts no device.
 
     Raises UserError if the device needs torch_xla and that is not installed.
     """
@@ -47,7 +47,7 @@ class Device:
     name: "auto" (TPU, then CUDA, then CPU), "tpu", "xla_cpu", "cuda" or "cpu". torch_xla is
     imported for tpu and xla_cpu only. `torch`: the torch.device. `generation`: of a TPU its
     tpu_types.Generation, else None. Raises UserError if there is no such device here, and
-    WorkerGone if a worker does not come.
+    WorkerGone if another worker has not connected within collectives.TIMEOUT_SECONDS.
     """
 
     def __init__(self, name: str):
@@ -119,8 +119,8 @@ class Device:
     def forward_dtype(self, name: str) -> str:
         """The dtype that a configuration's forward_dtype stands for here: "bfloat16" or "float32".
 
-        "auto" is bfloat16, but float32 on a CPU without instructions for bfloat16, which takes ten
-        times as long with it.
+        "auto" is bfloat16. On a CPU that has no instructions for bfloat16 it is float32, because
+        such a CPU takes ten times as long in bfloat16.
         """
         if name != "auto":
             return name
@@ -140,8 +140,11 @@ class Device:
 
     # ----- tensors and programs -----
     def put(self, tree: Any) -> Any:
-        """Copy tensors on the CPU and numpy arrays (also in dicts, lists and named tuples) to the
-        device."""
+        """Bring tensors on the CPU and numpy arrays (also in dicts, lists and named tuples) to the
+        device, with the same dtypes. Does not wait for the copy.
+
+        On the device "cpu" nothing is copied: the result shares the memory of its source.
+        """
 
         def copy(leaf):
             leaf = torch.as_tensor(leaf)
@@ -153,14 +156,21 @@ class Device:
         return tree_map(copy, tree)
 
     def fetch(self, tree: Any) -> Any:
-        """Copy tensors (also in dicts, lists and named tuples) to the CPU; waits for what computes
-        them."""
+        """Bring tensors (also in dicts, lists and named tuples) to the CPU, without their autograd
+        graph. Waits until they are computed.
+
+        A tensor that is on the CPU already is not copied. Leaves that are no tensors stay as they
+        are.
+        """
         return tree_map(
             lambda leaf: leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf, tree
         )
 
     def broadcast_parameters(self, module: torch.nn.Module) -> None:
-        """Give `module` of every worker the parameters (float32) that it has on rank 0."""
+        """Collective. Overwrite the parameters (float32) of `module` with those that rank 0 has.
+
+        Raises WorkerGone.
+        """
         if self.workers.world_size == 1:
             return
         params = list(module.parameters())
@@ -191,16 +201,17 @@ class Device:
         return XLAProgram(function, state)
 
     def compiled(self, function: Callable, when: str) -> Callable:
-        """torch.compile(function) where `when`, a training.compile, asks for it; never on XLA,
-        which compiles anyway."""
+        """torch.compile(function), or `function` itself. when: the value of training.compile:
+        "always", "auto" (on CUDA only) or "never". XLA never gets it, as it compiles anyway."""
         if self.is_xla or when == "never" or (when == "auto" and self.name != "cuda"):
             return function
         return torch.compile(function, dynamic=False)
 
     # ----- what it has done and can do -----
     def counters(self) -> dict[str, int]:
-        """So far: on XLA compiles, executions and bytes transferred; on CUDA the most bytes
-        allocated; else nothing."""
+        """Counts since this process began. On XLA: xla_compiles, xla_executions,
+        xla_bytes_to_device and xla_bytes_from_device. On CUDA: peak_memory_bytes, the most bytes
+        allocated at once. On the CPU: {}."""
         if self.name == "cuda":
             return {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
         if not self.is_xla:
@@ -219,10 +230,10 @@ class Device:
         }
 
     def peak_flops(self, dtype: torch.dtype) -> tuple[float, str]:
-        """(FLOP/s, where the number comes from).
+        """(peak FLOP/s of this one device, where the number comes from, for messages).
 
-        The data sheet's number for bfloat16, or else that of a matrix product in `dtype`, measured
-        now.
+        The data sheet's number for bfloat16. A device that has none here is measured now, by a
+        matrix product in `dtype`, which takes 0.2 s or more.
         """
         if self.generation:
             return self.generation.peak_flops, f"TPU {self.generation.name} data sheet"

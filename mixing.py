@@ -17,7 +17,8 @@ def choose_mixing(
     """Give the model (still on the CPU) the forms of `mix` that suit the device. Collective.
 
     On a TPU that is the kernels, if they compute the right numbers on every worker; otherwise rank
-    0 prints a warning. training: with the batches of training, and not only those of an evaluation.
+    0 prints a warning. training: check the kernels also at the batch size of training, forward and
+    backward, and not only at that of an evaluation.
     """
     if not device.is_xla:
         return
@@ -50,8 +51,8 @@ def use_kernels(model: TinyRecursiveModel, chip: Generation) -> None:
 
 def _reason_against_kernels(model, config, device, training):
     """Why the kernels cannot be used on this worker, one line, or None."""
-    shares = device.workers.world_size * config.training.grad_accumulation_steps
-    training_batch = config.training.global_batch_size // shares if training else None
+    num_parts = device.workers.world_size * config.training.grad_accumulation_steps
+    training_batch = config.training.global_batch_size // num_parts if training else None
     try:
         import pallas_mixing  # needs jax, too
 

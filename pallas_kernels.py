@@ -34,14 +34,16 @@ from tpu_types import Generation
 # The part of a core's VMEM that the compiler gives to a kernel unless it is told otherwise; on a v4
 # that is all there is.
 SMALL_VMEM_BYTES = 16 * 2**20
-# With fewer examples the weights are loaded into the multiplier too often; more make it no faster.
+# With fewer examples the weights are loaded into the matrix unit too often; more make it no faster.
 EXAMPLES_A_PASS = 4
-# Channel mixing takes its width W in parts of this size: more float32 intermediates would not fit.
+# Channel mixing computes so many of its W inner units at a time: the float32 intermediates of more
+# units would not fit into VMEM.
 WIDTH_A_TIME = 1536
 
 
 # --------------------------------------------------------------------------------------------------
-# The kernels. Each *_ref is a block in VMEM: x [n, L, D] of n examples, all of a weight
+# The kernels. Each *_ref is an array in VMEM. x_ref and out_ref hold the n examples of one pass,
+# [n, L, D] bfloat16. The weights are there as a whole.
 # --------------------------------------------------------------------------------------------------
 def dot(a, b, contract_a=1, contract_b=0):
     """The float32 product of two matrices over the given axes."""
@@ -50,6 +52,7 @@ def dot(a, b, contract_a=1, contract_b=0):
 
 
 def wide(x):
+    """x in float32."""
     return x.astype(jnp.float32)
 
 
@@ -59,12 +62,14 @@ def swish_of_half(half):
 
 
 def inverse_rms(x, axis):
+    """1 / sqrt(mean(x^2) + eps) of x float32 along `axis`, which stays with size 1."""
     return jax.lax.rsqrt(jnp.mean(x * x, axis=axis, keepdims=True) + RMS_NORM_EPS)
 
 
 def token_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref):
-    """Mix the L positions of each example. Its [L, D] is the right operand of every product as it
-    is.
+    """Mix the L positions of each example.
+
+    Its [L, D] is the right operand of every product, without a transpose.
     """
     for k in range(x_ref.shape[0]):
         x = x_ref[k]
@@ -84,8 +89,8 @@ def token_gradient_kernel(
     up_grad_ref,
     down_grad_ref,
 ):
-    """The gradient of token_kernel. It computes the forward pass again, so that only x is kept for
-    it.
+    """The gradient of token_kernel. It computes the forward pass again, so that the forward pass
+    has to keep nothing but x.
 
     Each core sums the gradients of the weights over its own examples, in float32.
     """
@@ -121,8 +126,10 @@ def token_gradient_kernel(
 def channel_kernel(x_ref, gate_ref, up_ref, down_ref, out_ref, *kept_refs_and_rows):
     """Mix the D channels of all positions of all n examples at once.
 
-    kept_refs_and_rows: what the backward pass needs, or nothing of it: gate [n, L, W], up [n, L, W]
-    and 1 / rms [n, L, 1]; then memory for the rows of all examples.
+    kept_refs_and_rows: if a backward pass follows, its three inputs gate [n, L, W], up [n, L, W]
+    and 1 / rms [n, L, 1]. Last in any case a scratch array [n * stride, D] for the positions of all
+    examples, one below the other. Its stride is L rounded up to a multiple of 8. The rows between
+    are never written and hold anything; no result is taken from them.
     """
     *kept_refs, rows_ref = kept_refs_and_rows
     length, stride = x_ref.shape[1], rows_ref.shape[0] // x_ref.shape[0]
@@ -161,7 +168,8 @@ def token_mixing(x, gate, up, down, chip: Generation, interpret: bool = False):
 def token_mixing_gradient(x, out_grad, gate, up, down, chip: Generation, interpret: bool = False):
     """Gradients of x [B, L, D], gate (not of its half), up and down.
 
-    Those of the weights are float32 [1 or 2, ...], one for each core, and have to be summed.
+    The gradient of x is in x's dtype. Those of the weights are float32 with one more axis in front:
+    each core has a sum of its own there (1 or 2 in all), and the caller adds them up.
     """
     weights = gate, up, down
     inputs = x, out_grad
@@ -190,7 +198,8 @@ def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
     """Call a kernel over its grid of (cores, passes).
 
     inputs and outputs [B, ...] are divided among the passes along B; each pass has all of the
-    weights. sums: arrays that each core has a float32 sum for; they are the last results.
+    weights. sums: for each of these arrays the kernel has one more result, after the outputs:
+    float32 [cores, *its shape], into which each core adds over its passes.
     """
     batch, length, dim = inputs[0].shape
     examples = _examples_a_pass(kernel, (*inputs, *outputs), weights, chip)
@@ -212,8 +221,9 @@ def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
     out_shape = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs]
     out_shape += [jax.ShapeDtypeStruct((cores, *array.shape), jnp.float32) for array in sums]
     rows = pltpu.VMEM((examples * padded(length, 8), dim), inputs[0].dtype)
-    mixed_with = length if kernel is channel_kernel else dim
-    flops = 2 * batch * mixed_with * sum(weight.size for weight in weights) * (3 if sums else 1)
+    # how many vectors of an example go through the MLP
+    vectors = length if kernel is channel_kernel else dim
+    flops = 2 * batch * vectors * sum(weight.size for weight in weights) * (3 if sums else 1)
     moved = (*inputs, *out_shape, *weights * cores)
     return pl.pallas_call(
         kernel,
@@ -230,14 +240,15 @@ def _call(kernel, inputs, weights, outputs, chip, interpret, sums=()):
         ),
         cost_estimate=pl.CostEstimate(
             flops=flops,
-            transcendentals=batch * mixed_with * weights[0].shape[0],
+            transcendentals=batch * vectors * weights[0].shape[0],
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in moved),
         ),
     )(*inputs, *weights)
 
 
 def _examples_a_pass(kernel, arrays, weights, chip):
-    """As many examples as fit into VMEM, or fewer if a core would have nothing to do otherwise."""
+    """The number of examples in a pass, at most EXAMPLES_A_PASS: as many as fit into VMEM, or fewer
+    if a core would have nothing to do otherwise. It divides the batch."""
     batch = arrays[0].shape[0]
     fitting = [
         count
@@ -270,8 +281,9 @@ def vmem_limit(chip: Generation) -> int:
 def vmem_bytes(kernel: Callable, examples: int, arrays, weights) -> int:
     """An upper bound of the bytes of VMEM that a kernel takes.
 
-    It holds each block twice (one is computed while another one moves), the weights, and
-    intermediate results in float32.
+    arrays: its inputs and outputs, of which a block of `examples` is there at a time; the first one
+    is x [B, L, D]. The kernel holds each block twice (one is computed while another one moves), the
+    weights, and intermediate results in float32.
     """
 
     def in_vmem(*shape, bytes_each=2):
@@ -295,7 +307,8 @@ def fits(length: int, dim: int, width: int, axis: int, chip: Generation) -> bool
     """Whether a SwiGLU of this width that mixes `axis` of [B, length, dim] bfloat16 can be a
     kernel.
 
-    One example and the weights have to fit into a core's VMEM, also for training.
+    One example and the weights have to fit into a core's VMEM, also for training, and dim must be
+    a multiple of 128 (the lanes of a core's vector unit).
     """
 
     def array(*shape, dtype=jnp.bfloat16):

@@ -14,8 +14,9 @@ from device import Device
 from layers import SwiGLU, SwiGLUWeights, cast
 from tpu_types import Generation
 
-# The largest relative distance between a kernel's result and XLA's: both round to bfloat16, in
-# different places. A usual distance is 0.004.
+# The largest distance that is accepted between a kernel's result and XLA's: the L2 norm of their
+# difference, over the norm of XLA's result. Both round to bfloat16, in different places. A usual
+# distance is 0.004.
 TOLERANCE = 0.02
 
 
@@ -46,8 +47,8 @@ def use(model: trm_model.TinyRecursiveModel, chip: Generation) -> None:
 def can_be_kernel(
     model: trm_model.TinyRecursiveModel, axis: int, swiglu: SwiGLU, chip: Generation
 ) -> bool:
-    """Whether a SwiGLU of the model can run as a kernel: in bfloat16, if it fits into a core's
-    VMEM.
+    """Whether a SwiGLU of the model can run as a kernel: the model computes in bfloat16, and the
+    kernel fits into a core's VMEM.
     """
     width = swiglu.down_proj.weight.shape[1]
     return model.forward_dtype == torch.bfloat16 and pallas_kernels.fits(
@@ -66,9 +67,10 @@ def find_error(
 ) -> str | None:
     """Compare the kernels with XLA's own operations on this device; returns what is wrong, or None.
 
-    Each kind of SwiGLU is computed with random input: forward and backward of `training_batch`
-    examples (None: no training), forward alone of these and of `evaluation_batch` examples. All of
-    it is one program. Errors of the compiler are not caught here.
+    Each kind of SwiGLU is computed with random input, at the two batch sizes of one worker: forward
+    and backward of `training_batch` examples (None: no training), and forward alone of as many and
+    of `evaluation_batch` examples. All of it is one program. Errors of the compiler are not caught
+    here.
     """
     chip = device.generation
     assert chip, "only a TPU runs kernels"
@@ -118,9 +120,9 @@ def _distances(swiglu, axis, x, grad, chip):
 # Kernels as operations of autograd
 # --------------------------------------------------------------------------------------------------
 class TokenMixing(torch.autograd.Function):
-    """rms_norm(x + swiglu(x)) along the positions of x [B, L, D].
+    """rms_norm(x + swiglu(x)) along the positions of x [B, L, D] bfloat16.
 
-    Forward and backward are one kernel each.
+    Forward and backward are one kernel each. Both take the gate's weights halved.
     """
 
     @staticmethod
@@ -139,7 +141,7 @@ class TokenMixing(torch.autograd.Function):
 
 
 class ChannelMixing(torch.autograd.Function):
-    """rms_norm(x + swiglu(x)) along the channels of x [B, L, D].
+    """rms_norm(x + swiglu(x)) along the channels of x [B, L, D] bfloat16.
 
     The forward pass is one kernel; the backward pass is XLA's. keep: whether a backward pass
     follows.
@@ -159,6 +161,7 @@ class ChannelMixing(torch.autograd.Function):
     def backward(ctx, grad):
         x, *weights, out, gate, up, scale = ctx.saved_tensors
         grad, out = grad.float(), out.float()
+        # the gradient of x + swiglu(x), which the norm has multiplied by scale = 1 / rms
         mixed_grad = scale * (grad - out * (grad * out).mean(-1, keepdim=True))
         x_grad, *weight_grads = xla_mixing.swiglu_gradient(
             mixed_grad.to(x.dtype), x, weights, gate, up, 2

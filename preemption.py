@@ -1,15 +1,16 @@
 """How a run ends early: with a checkpoint and an exit status, within seconds.
 
-What ends it, at one worker or at all: SIGTERM, SIGHUP, and on Google Cloud the metadata server's
-notice that a host is preempted: exit status 143. Ctrl-C (SIGINT) of a run that is one process: 130;
-of several processes their parent answers it (workers.py).
+Three things end it with exit status 143, whether one worker gets them or all: SIGTERM, SIGHUP, and
+on Google Cloud the notice of the metadata server that a host is preempted. Ctrl-C (SIGINT) ends a
+run of one process with status 130. In a run of several processes their parent handles Ctrl-C
+(workers.py).
 
-A signal that is only looked at between training steps is lost on a process that compiles or
-evaluates. So a thread listens: while nothing is unsaved it ends the process by itself, once that is
-so on every worker; otherwise the training loop saves, at a step on which all workers agree.
+A process that compiles or evaluates would come too late if it looked for signals only between two
+training steps. So a thread listens. If no worker has anything unsaved, the thread of each worker
+ends its process. Otherwise the training loop saves and ends, at a step on which all workers agree.
 
 The same thread ends this worker when another one has failed, or gives no sign of life any more: a
-collective may not notice that for minutes, and one of a TPU not at all.
+collective may not notice that for minutes, and a collective on a TPU may never notice it.
 """
 
 import contextlib
@@ -33,22 +34,22 @@ EXIT_STATUS = 143  # 128 + SIGTERM
 AGREE_STEPS = 4
 POLL_SECONDS = 0.25  # between two looks at the other workers
 BEAT_SECONDS = 5  # between two signs of life
-# so many looks in a row without a new sign of life, BEAT_SECONDS apart: with the delay of a look
-# itself less than a minute
+# A worker counts as gone after so many looks in a row, BEAT_SECONDS apart, that found no new sign
+# of life. With the delays of the looks themselves this is less than a minute.
 SILENT_LOOKS = 10
-# for news of a SIGTERM, after another worker is gone
+# After another worker is gone: how long to wait for the news that it was ended by SIGTERM.
 NEWS_SECONDS = 1
-# a number: where its name is not known, to ask for it may take half a minute
+# the address and not the name: away from Google Cloud, looking up the name may take half a minute
 METADATA_SERVER = "169.254.169.254"
 METADATA_SECONDS = 60  # after which the metadata server answers though nothing has changed
 BACK_OFF_SECONDS = 10  # at most, between two requests to a metadata server that fails
 
 _signals: int | None = None  # read end of a pipe: the number of each signal is written into it
-_arrived = threading.Event()
-# of what has arrived: the signal that it counts as, and its name
+_end_requested = threading.Event()
+# of the request to end: the signal that it counts as, and what to call it in messages
 _signal, _cause = signal.SIGTERM, "SIGTERM"
-_handled = {signal.SIGTERM}
-_arriving = threading.Lock()
+_ending_signals = {signal.SIGTERM}
+_request_lock = threading.Lock()
 _exit_immediately = True
 
 
@@ -58,12 +59,17 @@ _exit_immediately = True
 def listen() -> None:
     """From now on SIGTERM and SIGHUP end this process with status 143, whatever it is doing.
 
-    At once, until disable_immediate_exit() or a Preemption. SIGHUP only unless this process was
-    told to ignore it (nohup): where a host shuts down, it comes to the processes of a login right
-    after SIGTERM. To be called in the main thread; more than once is fine.
+    They end it at once until disable_immediate_exit() is called or a Preemption is made. After that
+    the request is only noted (`requested`), and the Preemption, or the parent process, decides when
+    to end.
 
-    Python runs a signal's handler in the main thread, between two bytecodes: during a compile that
-    is much too late. The number that set_wakeup_fd writes is there at once, for any thread.
+    SIGHUP comes to the processes of a login right after SIGTERM when a host shuts down. It is left
+    alone if this process was started to ignore it (nohup). Call this in the main thread; a second
+    call does nothing.
+
+    Python runs a signal's handler in the main thread, between two bytecodes: during a compile this
+    is much too late. set_wakeup_fd writes the signal's number into a pipe at once, where another
+    thread reads it.
     """
     global _signals
     if _signals is None:
@@ -72,18 +78,18 @@ def listen() -> None:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            _handled.add(signal.SIGHUP)
+            _ending_signals.add(signal.SIGHUP)
             signal.signal(signal.SIGHUP, lambda *_: None)
         threading.Thread(target=_read_signals, name="signals", daemon=True).start()
 
 
 def listen_to_keyboard() -> None:
-    """From now on Ctrl-C, too, unless this process was told to ignore it.
+    """Handle Ctrl-C (SIGINT), too, from now on, unless this process was started to ignore it.
 
-    The first one ends the run with a checkpoint, a second one is a KeyboardInterrupt.
+    The first Ctrl-C ends the run with a checkpoint. The second one raises KeyboardInterrupt.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        _handled.add(signal.SIGINT)
+        _ending_signals.add(signal.SIGINT)
         signal.signal(
             signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler)
         )
@@ -92,21 +98,21 @@ def listen_to_keyboard() -> None:
 def _read_signals() -> None:
     assert _signals is not None
     while True:
-        arrived = _handled.intersection(os.read(_signals, 64))
+        arrived = _ending_signals.intersection(os.read(_signals, 64))
         if signal.SIGINT in arrived:
-            _arrive("SIGINT", signal.SIGINT)
+            _request_end("SIGINT", signal.SIGINT)
         elif arrived:
-            _arrive("SIGTERM" if signal.SIGTERM in arrived else "SIGHUP")
+            _request_end("SIGTERM" if signal.SIGTERM in arrived else "SIGHUP")
 
 
-def _arrive(cause: str, counts_as: signal.Signals = signal.SIGTERM) -> None:
+def _request_end(cause: str, counts_as: signal.Signals = signal.SIGTERM) -> None:
     """Note the first request to end, whichever way it comes."""
     global _signal, _cause
-    with _arriving:
-        if _arrived.is_set():
+    with _request_lock:
+        if _end_requested.is_set():
             return
         _signal, _cause = counts_as, cause
-        _arrived.set()
+        _end_requested.set()
     if _exit_immediately:
         _say(f"{cause}: nothing is unsaved; status {exit_status()}")
         os._exit(exit_status())
@@ -125,8 +131,8 @@ def _say(text: str) -> None:
 def listen_to_metadata_server() -> None:
     """From now on, on Google Cloud, the notice that this host is preempted counts as SIGTERM.
 
-    Elsewhere this does nothing. For one process of a host. A server that fails is asked again,
-    silently and without end.
+    Elsewhere this does nothing. Call it in one process of each host. A server that fails is asked
+    again and again, without a message.
 
     The value is `instance/preempted`: https://cloud.google.com/compute/docs/instances/spot (Compute
     Engine gives about 30 s; the pages of Cloud TPU promise none). GCE_METADATA_HOST names another
@@ -155,8 +161,8 @@ def _read_metadata(host: str) -> None:
         try:
             value, etag = _metadata(host, etag)
             if value == b"TRUE":
-                return _arrive(f"the notice that {socket.gethostname()} is preempted")
-            pause = 1  # and not 0, for a server that does not wait
+                return _request_end(f"the notice that {socket.gethostname()} is preempted")
+            pause = 1  # and not 0: a server that ignores wait_for_change would be flooded
         except (OSError, http.client.HTTPException):  # 503 while it restarts; or no such server
             pause = min(2 * pause, BACK_OFF_SECONDS)
         time.sleep(pause)
@@ -189,11 +195,11 @@ def disable_immediate_exit() -> None:
 
 def requested() -> bool:
     """Whether this process, or another worker, has been asked to end."""
-    return _arrived.is_set()
+    return _end_requested.is_set()
 
 
 def cause() -> str:
-    """What has asked it to end, for messages: the name of a signal, or which host's notice."""
+    """What has asked it to end, for messages: the name of a signal, or the notice to a host."""
     return _cause
 
 
@@ -204,12 +210,16 @@ def exit_status() -> int:
 
 def wait() -> None:
     """Return when this process has been asked to end."""
-    _arrived.wait()
+    _end_requested.wait()
 
 
 @contextlib.contextmanager
 def lost_workers_may_be_preempted() -> Iterator[None]:
-    """A block in which a worker that has ended because of a SIGTERM is no failure of this one."""
+    """In this block, the loss of a worker because of a preemption ends this process with status
+    143, too.
+
+    Any other WorkerGone is raised.
+    """
     try:
         yield
     except WorkerGone:
@@ -225,12 +235,12 @@ def lost_workers_may_be_preempted() -> Iterator[None]:
 class Preemption:
     """Watches over the training of one worker, as a context manager around it.
 
-    folder: has `hurry()`, called when the run is asked to end, and `leave()`, called before the
-    process exits outside of the training loop: it completes what must not be cut off, as an upload,
-    and returns whether all is saved.
+    folder: has two methods. `hurry()` is called when the run is asked to end. `leave()` is called
+    when a thread of this class is about to end the process: it completes what must not be cut off,
+    such as an upload, and returns whether everything is saved.
 
-    An exception that leaves the block is reported to the other workers, which end then. If another
-    worker was first, this one exits with that one's status.
+    An exception that leaves the block is reported to the other workers, which then end. If another
+    worker has failed before, this one exits with the status of that one.
     """
 
     def __init__(self, workers: Workers, folder: Any):
@@ -240,13 +250,15 @@ class Preemption:
         # step.
         self.nothing_unsaved = True
         self.loop_stops = False  # the training loop has been told to save and end
-        self.vote: tuple[Any, torch.Tensor] | None = None  # that is under way, and its votes
+        # the vote that is under way, as start_vote returned it, and its tensor of votes
+        self.vote: tuple[Any, torch.Tensor] | None = None
         self.saved_since_vote = False
         self.store = workers.second_store()
         self.last_sign: dict[int, str] = {}  # of each rank: "number host"
         self.silent_looks: dict[int, int] = {}  # of each rank: looks in a row without a new sign
         self.signs_given = 0
-        self.question: int | None = None  # which the store has to answer now
+        # the number of the request that the store has not answered yet
+        self.open_request: int | None = None
         self.closed, self.ended = threading.Event(), threading.Event()
         self.watch = threading.Thread(target=self._watch, name="preemption", daemon=True)
         self.store_watch = threading.Thread(target=self._watch_store, name="store", daemon=True)
@@ -282,12 +294,12 @@ class Preemption:
         From here on the silence of another worker is no failure.
         """
         self._say_ended(self.store)
-        self.store, self.question = None, None
+        self.store, self.open_request = None, None
         self.workers.leave()
 
     def _report_failure(self, status: int) -> int | None:
-        """Let the others end with `status`. Returns the status of a worker that was first, or
-        None."""
+        """Let the others end with `status`. Returns None, or the status of the worker that has
+        failed before this one."""
         try:
             if self.store is None or self.store.add("failures", 1) == 1:
                 if self.store:
@@ -300,9 +312,9 @@ class Preemption:
     def after_step(self, step: int, save_due: bool) -> tuple[bool, bool]:
         """(stop, save): whether to save and end after `step`, and whether to save.
 
-        The same on every worker at the same step. save_due: this worker's wish for a checkpoint.
-        Costs an all-reduce between hosts every AGREE_STEPS steps, for which nobody waits: its
-        result is read AGREE_STEPS later. The device is not waited for.
+        Every worker gets the same answer at the same step. save_due: whether this worker wants a
+        checkpoint. It costs an all-reduce of 8 bytes between hosts every AGREE_STEPS steps. Nobody
+        waits for it: its result is read AGREE_STEPS steps later. The device is not waited for.
         """
         self.nothing_unsaved = False
         if self.store is None:
@@ -327,19 +339,19 @@ class Preemption:
 
     # ----- the thread that watches for the end -----
     def _watch(self) -> None:
-        """Pass on the request to end; exit once nothing is unsaved anywhere. Give and check signs
-        of life.
+        """Pass on the request to end, and exit once no worker has anything unsaved. Give and check
+        signs of life.
 
-        A worker that has announced "nothing unsaved" and then trains on a little loses nothing but
-        those steps, if the others have announced it too.
+        A worker that has announced "nothing unsaved" may take some more steps until all the others
+        have announced it, too. Only these steps are lost then.
         """
         announced = hurried = False
-        next_look, questions, store_lost_at = 0.0, 0, None
+        next_look, requests, store_lost_at = 0.0, 0, None
         while not self.closed.wait(POLL_SECONDS):
             store = self.store
             try:
-                questions += 1
-                self.question = questions if store else None
+                requests += 1
+                self.open_request = requests if store else None
                 if store:
                     self._exit_if_another_failed(store)
                     self._pass_on(store)
@@ -351,7 +363,7 @@ class Preemption:
                     hurried = True
                 if (
                     store_lost_at
-                    and questions - store_lost_at > SILENT_LOOKS * BEAT_SECONDS / POLL_SECONDS
+                    and requests - store_lost_at > SILENT_LOOKS * BEAT_SECONDS / POLL_SECONDS
                 ):
                     self._exit_without([self._store_holder()])
                 if not requested() or self.loop_stops:
@@ -364,10 +376,12 @@ class Preemption:
                 if store and not store.check(self._keys("nothing unsaved")):
                     continue
             except RuntimeError:
-                # Whoever holds the store is gone: the training's next collective fails, or hangs.
-                self.store, self.question, store_lost_at = None, None, questions
+                # The process that holds the store is gone. The training's next collective fails,
+                # and that ends this worker. If the collective hangs instead, _exit_without ends it,
+                # above, after the time in which a silent worker counts as gone.
+                self.store, self.open_request, store_lost_at = None, None, requests
                 continue
-            self.question = None
+            self.open_request = None
             saved = "" if self.folder.leave() else "what the warning names but "
             rank, status = self.workers.rank, exit_status()
             _say(f"{cause()}: {saved}nothing is unsaved; worker {rank} ends with status {status}")
@@ -380,7 +394,7 @@ class Preemption:
     def _exit_if_another_failed(self, store: Any) -> None:
         if store.check(["failed"]):
             status = int(store.get("failed"))
-            self.question = None
+            self.open_request = None
             self.folder.leave()
             os._exit(status)
 
@@ -389,7 +403,7 @@ class Preemption:
         there."""
         if store.check(["requested"]):
             if not requested():
-                _arrive(store.get("requested").decode())
+                _request_end(store.get("requested").decode())
         elif requested():
             store.set("requested", cause())
 
@@ -414,18 +428,22 @@ class Preemption:
             self.silent_looks[rank] = 0 if is_new else self.silent_looks[rank] + 1
             self.last_sign[rank] = sign
         if max(self.silent_looks.values()) >= SILENT_LOOKS:
-            # the others of its host vanish with it, and may have given their last sign a bit later
+            # The workers of one host vanish together, but not all gave their last sign at the same
+            # time: so those are named, too, that are silent for half as long.
             silent = [r for r, looks in self.silent_looks.items() if 2 * looks >= SILENT_LOOKS]
             self._exit_without([self._name(rank) for rank in silent])
 
     # ----- the thread that watches the store -----
     def _watch_store(self) -> None:
-        """Exit when the store answers no more: of a host that has vanished, a question may never
-        return."""
+        """Exit when the store no longer answers.
+
+        The other thread cannot notice that: if the store's host has vanished, its request may never
+        return.
+        """
         asked, looks = None, 0
         while not self.ended.wait(BEAT_SECONDS):
-            looks = looks + 1 if self.question and self.question == asked else 0
-            asked = self.question
+            looks = looks + 1 if self.open_request and self.open_request == asked else 0
+            asked = self.open_request
             if looks >= SILENT_LOOKS:
                 self._exit_without([self._store_holder()], tell=False)
 
@@ -440,7 +458,8 @@ class Preemption:
     def _exit_without(self, silent: list[str], tell: bool = True) -> None:
         """Exit with status 1 because of workers that give no sign of life.
 
-        The first worker to see it reports it. tell: the others, through the store, which answers.
+        Only the first worker that notices it prints the message. tell: tell the others through the
+        store, which must still answer.
         """
         status = self._report_failure(1) if tell else None
         if status is None:
@@ -449,6 +468,6 @@ class Preemption:
                 f"{', '.join(silent)}: gone, or stopped: run the same command again, it goes on "
                 "from the last checkpoint"
             )
-        self.question = None
+        self.open_request = None
         self.folder.leave()
         os._exit(status or 1)

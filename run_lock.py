@@ -1,9 +1,10 @@
-"""One training at a time writes to the folder of a run: a lock in it, which its owner renews.
+"""A lock in the folder of a run, so that one training at a time writes to it.
 
-The lock of a dead owner does not stay in the way. Clocks of two hosts are never compared: whether
-an owner that cannot be seen from here is alive is decided by watching, on this host's monotonic
-clock, whether it renews the lock. What an owner holds is one version of the lock file: whoever
-replaces that version has the lock.
+The lock is a file that its owner renews, that is, writes again every few seconds. The lock of a
+dead owner can be taken. If the owner cannot be seen from here, this process watches on its own
+monotonic clock whether the lock is renewed; clocks of two hosts are never compared. Taking and
+renewing replace exactly the version of the file that was read before, so that of several processes
+only one succeeds.
 """
 
 import json
@@ -31,14 +32,15 @@ Owner = dict[str, Any]  # content of the lock; its token is "" if damaged, None 
 class RunLock:
     """The right to write to `folder`, one of storage.py, until release(). A thread renews it.
 
-    folder: its deadline bounds how long a renewal, check(verify=True) or release may take; about
-    `beat_seconds` is a good one. take_over: take the lock at once from whoever holds it when this
-    looks for the first time. beat_seconds: between two renewals; the same for all that may open the
-    folder.
+    folder: open it with a deadline of about `beat_seconds`, since a renewal, check(verify=True) and
+    release may take as long as its deadline. take_over: take the lock at once from the owner that
+    has it when the constructor begins. beat_seconds: the time between two renewals. It has to be
+    the same in all processes that may open the folder.
 
-    Raises UserError if another training holds the lock, and what the folder's methods raise. An
-    owner that has died, on this host or before its reboot, costs no time; one that is alive here
-    costs GRACE_SECONDS; any other costs WATCHED_BEATS * beat_seconds.
+    Raises UserError if another training holds the lock, and what the folder's methods raise. The
+    constructor does not wait if the owner was on this host and has died, also before a reboot. It
+    waits GRACE_SECONDS for an owner that is alive on this host, and up to
+    WATCHED_BEATS * beat_seconds for any other.
     """
 
     def __init__(self, folder: Folder, take_over: bool = False, beat_seconds: float = 10.0):
@@ -57,9 +59,9 @@ class RunLock:
     def check(self, verify: bool = False) -> None:
         """Raises RunFailure once the lock is lost: this process may no longer write to the folder.
 
-        It costs nothing, and knows what the last renewal found. verify: ask the folder itself, and
-        raise what its read_version raises. After a StorageError the lock need not be lost, but it
-        gives no right to write either.
+        It costs nothing, because it only looks at what the last renewal found. verify: read the
+        lock from the folder, too, and raise what read_version raises. After a StorageError the lock
+        may still be this one's, but do not write.
         """
         if verify and self.failure is None:
             self._still_ours()
@@ -67,18 +69,22 @@ class RunLock:
             raise self.failure
 
     def stop(self) -> None:
-        """Renew the lock no more. A release() within WATCHED_BEATS then need not wait for a renewal
-        that is running."""
+        """Renew the lock no more, and return at once.
+
+        Called some time before release(), it lets a running renewal end meanwhile. Others still
+        respect the lock for WATCHED_BEATS.
+        """
         self.ended.set()
 
     def release(self) -> None:
         """Stop renewing, and delete the lock if it is still this one.
 
-        If the folder cannot be reached, that costs up to three of its deadlines and a warning. The
-        lock that stays there is that of a dead owner as soon as this process has ended.
+        If the folder cannot be reached, this takes up to three of its deadlines and prints a
+        warning. The lock then stays there, and counts as that of a dead owner once this process has
+        ended.
         """
         self.stop()
-        self.thread.join()  # a renewal between the look and the deletion would keep the lock
+        self.thread.join()  # a renewal between _read and delete would leave the lock there
         if self.released:
             return
         self.released = True
@@ -100,8 +106,8 @@ class RunLock:
             owner, version = self._read()
             alive = self._alive(owner)
             if seen is None or owner["token"] != seen["token"]:
-                # An owner that was not there a moment ago is judged anew, and not forced out: it
-                # was faster in taking the lock.
+                # The first look, or a new owner that has taken the lock since the last look: watch
+                # it from the beginning. take_over is only for the owner of the first look.
                 forced = take_over and seen is None and version is not None
                 seen, seen_version, began = owner, version, time.monotonic()
                 if alive is None and not forced:
@@ -125,7 +131,8 @@ class RunLock:
                 time.sleep(min(self.beat_seconds / 4, 0.5))
 
     def _alive_after(self, waited: float, alive: bool | None, renewed: bool) -> bool | None:
-        """`_alive`, once its owner was watched for `waited` seconds; None: go on watching."""
+        """Whether the owner is alive, after it was watched for `waited` seconds; None: go on
+        watching. alive: what `_alive` says now. renewed: whether the lock was renewed meanwhile."""
         if alive is None:
             if renewed:
                 return True
@@ -202,7 +209,8 @@ class RunLock:
         warned = False
         while self.failure is None and not self.ended.wait(self.beat_seconds):
             try:
-                # None alone is no loss: if the answer to a renewal was lost, our version is old
+                # If it returns None, the lock need not be lost: perhaps only the answer to the
+                # renewal before was, and self.version is out of date.
                 renewed = self.folder.replace_if(NAME, self._content(), self.version)
                 self.version = renewed or self._still_ours()
                 warned = False

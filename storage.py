@@ -51,7 +51,7 @@ def join(url: str | Path, *names: str | Path) -> str:
 def open_folder(url: str | Path, deadline: float = 120.0) -> "LocalFolder | GCSFolder":
     """The folder at `url`, which need not exist. Several threads may use it.
 
-    deadline: for how many seconds an operation on GCS that failed is tried again.
+    deadline: for GCS only, in seconds: for so long an operation that fails is tried again.
     Raises UserError for a malformed gs:// path, if google-cloud-storage is not installed, if there
     are no credentials, and if a file is where a folder should be.
     """
@@ -67,9 +67,9 @@ def open_folder(url: str | Path, deadline: float = 120.0) -> "LocalFolder | GCSF
 
 
 def checked_name(name: str, where: str) -> str:
-    """`name`, if it is a path that stays within its folder.
+    """Return `name` if it is a path that stays within its folder, otherwise raise UserError.
 
-    Raises UserError otherwise, which names the folder `where`.
+    where: what the message calls the folder.
     """
     parts = set(name.split("/"))
     if name.startswith("/") or "\\" in name or "\0" in name or parts & {"", ".", ".."}:
@@ -81,7 +81,7 @@ def checked_name(name: str, where: str) -> str:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Bring the entries of a folder (files made, renamed, deleted) to the disk."""
+    """fsync a folder, so that files made, renamed or deleted in it stay so after a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -161,7 +161,10 @@ class Folder(ABC):
 
     @abstractmethod
     def take(self, local_path: str | Path, name: str) -> None:
-        """Move a local file into the folder."""
+        """Move a local file into the folder.
+
+        For a LocalFolder both must be on the same file system; otherwise it raises OSError.
+        """
 
     @abstractmethod
     def get(self, name: str, local_path: str | Path) -> None:
@@ -204,8 +207,8 @@ class LocalFolder(Folder):
     def read_version(self, name: str) -> tuple[bytes, str]:
         with open(self._path(name), "rb") as file:
             data = file.read()
-            # the content alone would not distinguish a lock that was released and taken again from
-            # one that was kept
+            # With the time, because the content alone does not tell whether the file was deleted
+            # and written again meanwhile (as a lock that is released and taken).
             return data, f"{os.fstat(file.fileno()).st_mtime_ns}-{digest(data)}"
 
     def write(self, name: str, data: bytes) -> None:
@@ -334,7 +337,10 @@ class GCSFolder(Folder):
 
     def _call(self, name: str, attempt: Callable[[], Any]) -> Any:
         """The result of `attempt()`, which is called again, with exponential backoff, while its
-        error is transient."""
+        error is transient. name: of the object, for messages ("": the folder).
+
+        Raises StorageError or UserError, as the class says. A FileNotFoundError passes through.
+        """
         google, what = self.google, join(self.url, name) if name else self.url
         retry = google.Retry(
             self._is_transient, initial=0.5, maximum=20.0, multiplier=2.0, timeout=self.deadline
@@ -380,7 +386,8 @@ class GCSFolder(Folder):
         return isinstance(error, (_Damaged, *google.network))
 
     def _cause(self, error: Any) -> str:
-        """For messages: no URL, no header, nothing that a server chose to repeat."""
+        """What went wrong, for messages, without URLs, headers or text from the server: these may
+        hold credentials."""
         if isinstance(error, _Damaged):
             return str(error)
         if isinstance(error, self.google.api.GoogleAPICallError):
@@ -407,7 +414,8 @@ class GCSFolder(Folder):
         return {name: version.size for name, version in self.versions(prefix).items()}
 
     def versions(self, prefix: str = "") -> dict[str, ObjectVersion]:
-        """{name: the version that is stored now}, for get_version."""
+        """{name: the version that is stored now} of all objects whose name begins with `prefix`.
+        `get_version` takes one of them."""
 
         def attempt() -> dict[str, ObjectVersion]:
             blobs = self.client.list_blobs(
@@ -433,8 +441,11 @@ class GCSFolder(Folder):
         return ObjectVersion.of(blob)
 
     def _check_bucket(self) -> None:
-        """Raises NotFound if the bucket is what is missing, which the answers for an object do not
-        tell. Costs a request."""
+        """Raises the library's NotFound if the bucket does not exist.
+
+        The answer NotFound for an object does not tell whether the object or the bucket is missing.
+        This costs one request.
+        """
         for _ in self.client.list_blobs(
             self.bucket, prefix=self.prefix, max_results=1, **self.options
         ):
@@ -448,7 +459,7 @@ class GCSFolder(Folder):
         file.seek(0)
         file.truncate()
         try:
-            # raw: as it is stored, which is what its size and checksum are of
+            # raw_download: the bytes as they are stored, since size and checksum are of these
             self.bucket.blob(version.name, generation=version.generation).download_to_file(
                 file, raw_download=True, checksum=None, **self.options
             )
@@ -469,7 +480,8 @@ class GCSFolder(Folder):
         self._call(name, lambda: self._get(self._stat(name), local_path))
 
     def get_version(self, name: str, version: ObjectVersion, local_path: str | Path) -> None:
-        """As `get`, of a version from `versions`; StorageError if it has been replaced."""
+        """As `get`, but exactly the version that `versions` returned. Raises StorageError if it has
+        been replaced since then."""
         self._call(name, lambda: self._get(version, local_path))
 
     def _get(self, version: ObjectVersion, local_path: str | Path) -> None:
@@ -493,8 +505,11 @@ class GCSFolder(Folder):
         return self._upload(name, io.BytesIO(data), int(token or 0))
 
     def _upload(self, name: str, file: BinaryIO, generation: int | None = None) -> str | None:
-        """Upload a file, if `generation` is given only over that version (0: none). Returns the new
-        version's token, or None if another version was there."""
+        """Upload a file; returns the token of the new version.
+
+        generation: if it is given, upload only if that version is there now (0: only if there is no
+        object). Returns None if another one is there.
+        """
         (size, crc32c), write_id, api = self._measured(file), secrets.token_hex(16), self.google.api
 
         def attempt() -> str | None:

@@ -367,24 +367,26 @@ def paired(puzzles: np.ndarray, solutions: np.ndarray) -> np.ndarray:
 
 
 def fixed_draws(seed: int, puzzles: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """The draw of SudokuAugmenter for fixed symmetry `copies` (from 1) of each puzzle, [B] uint64.
+    """The draws of SudokuAugmenter for fixed symmetries of puzzles, [B] uint64.
 
-    puzzles, copies: [B] integers. A function of (seed, puzzle, copy) alone, by the mixing function
-    of SplitMix64 (Steele, Lea and Flood 2014), which is vectorised here as no generator of numpy
-    is.
+    seed: below 2^64; puzzles, copies: [B] integers, the number of the puzzle in its dataset and the
+    number of its symmetry. A draw is a function of these three alone: output `copy` of the
+    generator SplitMix64 (Steele, Lea and Flood 2014) that is seeded with output `puzzle` of the one
+    that is seeded with `seed`. Outputs count from 0. Any output costs the same, and a whole batch
+    is one numpy expression, which no generator of numpy can do.
     """
-
-    def mix(x):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    step = np.uint64(0x9E3779B97F4A7C15)
     draws = np.array([seed], np.uint64)
-    with np.errstate(over="ignore"):  # all sums are modulo 2^64
-        for part in (puzzles, copies):
-            draws = mix(draws + step + part.astype(np.uint64) * step)
+    for index in (puzzles, copies):
+        draws = _splitmix64(draws, index.astype(np.uint64))
     return draws
+
+
+def _splitmix64(seeds: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Output `index`, from 0, of SplitMix64 with each seed; all are uint64, modulo 2^64."""
+    x = seeds + (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class SudokuAugmenter:

@@ -30,14 +30,15 @@ class Generation:
     name: as the compiler and Google's pages call it. prefix: of a slice's type.
     counts_cores: the number in a slice's type is that of TensorCores, otherwise that of chips.
     cores: TensorCores of a chip; two of them work as one device (megacore).
-    axes: of the links between chips, 2 or 3. largest: chips of the largest slice.
+    axes: of the grid in which links connect the chips, 2 or 3. largest: chips of the largest slice.
     image: the runtime version of its hosts.
-    zones: where the TPU Research Cloud lends it (v5p, which it seldom lends: where it is). The
-        first one is the default.
+    zones: where the TPU Research Cloud lends it. It seldom lends v5p: there, the zones that have
+        it. The first one is the default.
     pci_device: its PCI device id.
     peak_flops: dense bfloat16, FLOP/s of a chip.
     clock_hz, clock_source: of a TensorCore, and where the number comes from.
-    hbm_bytes: the memory of a chip. usable_hbm_bytes: what the compiler lets one program use.
+    hbm_bytes: the memory of a chip. usable_hbm_bytes: how much of it the compiler lets one program
+        use.
     hbm_bytes_per_second: of a chip. link_bytes_per_second: of all links of a chip together, in each
         direction.
     vmem_bytes: the memory of a TensorCore.
@@ -107,9 +108,9 @@ def _cubic(largest: int) -> list[tuple[int, ...]]:
     return shapes
 
 
-# A clock that is not published is the peak divided by the FLOPs of a cycle. These follow from the
-# compiler's estimate of a large product, which comes near to 262,144 on v4 and v5p, 131,072 on v5e
-# and 524,288 on v6e.
+# Where the clock is not published, it is the peak divided by the FLOPs that the matrix units of a
+# chip can do in one cycle: 262,144 on v4 and v5p, 131,072 on v5e, 524,288 on v6e. These are the
+# powers of two just above what the compiler estimates for a large product (docs/tpu_step.md).
 _BY_PEAK = "not published: from the peak and the compiler's estimate of a large product"
 _ALL = (
     Generation(
@@ -194,7 +195,8 @@ GENERATIONS = {generation.name: generation for generation in _ALL}
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice that Google offers. topology: its chips along each axis."""
+    """A slice that Google offers. type: its name, such as "v4-64". chips and hosts: how many there
+    are in it. topology: its chips along each axis of the generation."""
 
     type: str
     generation: Generation
@@ -213,7 +215,7 @@ class Slice:
 
     @property
     def host_bounds(self) -> tuple[int, int, int]:
-        """The chips of a host along three axes."""
+        """The chips of one host along three axes, as the compiler wants them."""
         return {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)}[self.chips_per_host]
 
 

@@ -50,6 +50,13 @@ def load_dataset(config: Config, split: str) -> SudokuDatasetTPU:
             f"{dataset.num_puzzles} training puzzles: build the dataset that this configuration is "
             "planned for, or change data.expected_puzzles"
         )
+    augmentations, puzzles = config.data.augmentations, dataset.num_puzzles
+    if split == "train" and augmentations is not None and len(dataset) != puzzles:
+        raise UserError(
+            f"data.augmentations = {augmentations}: {config.data.dataset_path} holds "
+            f"{len(dataset)} examples of {puzzles} puzzles, so its augmentations are stored: leave "
+            "data.augmentations null, or build the dataset without --num_aug"
+        )
     return dataset
 
 

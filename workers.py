@@ -18,7 +18,8 @@ from config import Config, batch_fault, planned_workers
 from device import Device, resolve_device
 from utils import UserError, end_with_parent, run_cli, warn
 
-# how long the other workers have to end by themselves, once one has ended
+# how long the others may take to end by themselves, once a worker has ended with a status that is
+# not 0
 END_TOGETHER_SECONDS = 60
 
 
@@ -27,20 +28,22 @@ def launch(
 ) -> int | None:
     """Run function(rank, config, args) in every worker of this host; returns the exit status.
 
-    TPU, and XLA on the CPU: one process for each device of this host; the command runs on each host
-    of the slice. CUDA and CPU: `training.num_workers` processes on this host. Under torchrun, this
-    process is one of the workers, and starts no other. function returns an exit status (None: 0).
-    The status of several workers is the first one that was not 0. Raises UserError if device = tpu
-    and this host has no TPU.
+    On a TPU, and on XLA's CPU device, it starts one process for each device of this host; on a
+    slice the same command has to run on every host. On CUDA and CPU it starts
+    `training.num_workers` processes on this host. Under torchrun this process is one of the
+    workers, and starts no other.
+
+    function returns an exit status (None: 0). With several workers the result is the first status
+    that was not 0. Raises UserError if device = tpu and this host has no TPU.
     """
     preemption.listen()
     name = resolve_device(config.device)
     if name in ("tpu", "xla_cpu"):
         os.environ["PJRT_DEVICE"] = "TPU" if name == "tpu" else "CPU"
         count = local_tpu_processes() if name == "tpu" else 1
-        # The same processes as torch_xla.launch would start. Its own pool, when one process dies,
-        # sends SIGTERM to the others and drops their statuses and messages, so that a crash would
-        # look like a preemption.
+        # The same processes as torch_xla.launch would start. But when one of its processes dies,
+        # torch_xla.launch sends SIGTERM to the others and drops their statuses and messages, so
+        # that a crash would look like a preemption.
         environment = {"PJRT_LOCAL_PROCESS_COUNT": str(count)}
         return _supervise(function, count, environment, config, args)
     count = planned_workers(config)
@@ -120,6 +123,7 @@ def check_workers(config: Config, device: Device) -> None:
 # The parent
 # --------------------------------------------------------------------------------------------------
 def _supervise(function, count, environment, *args):
+    """Start `count` workers with these environment variables; returns their exit status."""
     # A process that has imported PyTorch, and nothing else, forks the workers, because the import
     # would cost each of them seconds.
     context = multiprocessing.get_context("forkserver")
@@ -175,7 +179,8 @@ def _wait(processes):
                 status = process.exitcode if process.exitcode > 0 else 1
                 deadline = time.monotonic() + END_TOGETHER_SECONDS
                 if status == preemption.EXIT_STATUS:
-                    _terminate(processes)  # it left before it could tell the others
+                    # SIGTERM ended it during its start, when it could not tell the others
+                    _terminate(processes)
     return status
 
 
@@ -209,7 +214,8 @@ def _child(environment, function, local_rank, *args):
         run_cli(lambda: function(_global_rank(local_rank), *args))
     except SystemExit as end:
         if end.code:
-            # At once: gloo's destructors would wait for the other workers, which wait for this one.
+            # Without clean-up: gloo's destructors would wait for the other workers, and these wait
+            # for this process to end.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)

@@ -34,13 +34,14 @@ Axes = int | tuple[int, ...]
 
 
 def contract(a: torch.Tensor, a_axes: Axes, b: torch.Tensor, b_axes: Axes) -> torch.Tensor:
-    """Sums of products over the given axes of a and b, in float32.
+    """Sum the products of a and b over the given axes, in float32 (as torch.tensordot does).
 
-    The result has the other axes of a, then the other axes of b.
+    a and b have the same dtype, float32 or bfloat16. The result, float32, has the other axes of a,
+    then the other axes of b.
     """
     axes = [[axes] if isinstance(axes, int) else list(axes) for axes in (a_axes, b_axes)]
     if a.dtype == torch.float32:
-        # On a TPU the function below always multiplies in bfloat16's precision.
+        # and not _xla_dot_general, which on a TPU always rounds its operands to bfloat16
         return torch.tensordot(a, b, axes)
     # XLA's CPU device cannot multiply bfloat16 into float32, hence the conversion. A TPU multiplies
     # in bfloat16 all the same.
@@ -52,12 +53,16 @@ def contract(a: torch.Tensor, a_axes: Axes, b: torch.Tensor, b_axes: Axes) -> to
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) of x [B, M, N] along `axis`, which comes last in the result.
+    """down(silu(gate(x)) * up(x)) of x [B, M, N] along `axis` (1 or 2), which comes last in the
+    result.
 
-    The result is float32. There is no transpose and no reshape of x, and what the TPU has added up
-    in float32 is used before it is rounded: otherwise the compiler chooses slow layouts. Only what
-    the backward pass needs is rounded, or it would not fit into memory: the compiler keeps the
-    float32 values rather than round them a second time.
+    x is bfloat16 or float32, the result float32. The weights are float32, of layers.SwiGLUWeights.
+
+    x is neither transposed nor reshaped, and the float32 results of the products are not rounded
+    before they are used: otherwise the compiler chooses slow layouts. The exception is gate and up
+    where a backward pass follows. They are kept for it in x's dtype, because in float32 they would
+    not fit into memory, and the forward pass continues with the rounded values, too. If it used the
+    float32 values, the compiler would keep these rather than round them a second time.
 
     keep: whether a backward pass will follow.
     """
@@ -89,10 +94,12 @@ def swiglu_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (with `axis` last), gate, up and down weight, all float32.
 
-    grad: [B, M, d], of the result; gate and up: [B, M, W], the forward pass's; all in x's dtype.
+    axis: the axis of x that is mixed, 1 or 2. d is its size, M that of the other axis, W the width
+    of the MLP. weights: gate and up [W, d], down [d, W]. grad: [B, M, d], the gradient of the
+    result. gate and up: [B, M, W], the values of the forward pass. All have x's dtype.
     """
     gate_weight, up_weight, down_weight = weights
-    dtype, rest = x.dtype, 3 - axis
+    dtype, rest = x.dtype, 3 - axis  # rest: the axis that is not mixed
     gate, up = gate.float(), up.float()
     sigmoid = torch.sigmoid(gate)
     swish = gate * sigmoid
@@ -111,17 +118,19 @@ def swiglu_gradient(
 def recompute_after_barrier(
     function: Callable[..., torch.Tensor], h: torch.Tensor, *rest
 ) -> torch.Tensor:
-    """`trm_model.recompute` for XLA: the backward pass computes again when the gradient has
-    arrived.
+    """`trm_model.recompute` for XLA: the backward pass computes `function` again, and not before
+    the gradient of its result is there.
 
-    Without the barrier the compiler would see that it has computed the same values before, and keep
-    those, or it would compute them again too early. Both need the memory that was to be saved.
+    h: the input of `function`. Without the barrier the compiler would see that the same values have
+    been computed before, and keep them. Or it would compute them again too early. Both need the
+    memory that was to be saved.
     """
     return BarrierInBackward.apply(trm_model.recompute(function, h, *rest), h)
 
 
 class BarrierInBackward(torch.autograd.Function):
-    """Returns `result`. In the backward pass h may be used only after the gradient of `result`."""
+    """Returns `result`. In the backward pass, h can be used only once the gradient of `result` has
+    been computed."""
 
     @staticmethod
     def forward(ctx, result, h):

@@ -18,14 +18,15 @@ _XLAC = torch_xla._XLAC
 
 
 def places(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
-    """{torch_xla's number of a tensor: its place among `tensors`}."""
+    """{torch_xla's id of a tensor: its index in `tensors`}. All are tensors on an XLA device."""
     return {_XLAC._xla_get_tensor_id(tensor): place for place, tensor in enumerate(tensors)}
 
 
 def changed_places(tensors: list[torch.Tensor]) -> list[int]:
-    """The places of the tensors that are still to be computed.
+    """The indices of the tensors whose value is a traced operation that has not run yet.
 
-    What was in these places before the step is not needed any more.
+    These are the ones that the traced step replaces, so the memory of their old values is free for
+    the results.
     """
     is_pending = _XLAC._check_tensor_need_materialization(tensors)
     return [place for place, pending in enumerate(is_pending) if pending]
@@ -47,13 +48,17 @@ class XLAProgram:
         state: Callable[[], list[torch.Tensor]],
     ):
         self.function, self.state = function, state
-        self.key: str | None = None  # torch_xla's, of the compiled program
-        # (place of an argument in the state and the batch, None), or (None, a constant)
+        self.key: str | None = None  # torch_xla's hash of the graph; None: not yet compiled
+        # for each argument of the program: (its index in state + batch, None), or (None, the value
+        # of a constant)
         self.arguments: list[tuple[int | None, Any]] = []
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor]) -> None:
-        """Start the program. batch: on the device; the same names and shapes at every call."""
+        """Start the program, and return before the device has finished it.
+
+        batch: tensors on the device, with the same names, order, shapes and dtypes at every call.
+        """
         if self.key is None:
             arguments = self._trace(batch)
         else:
@@ -69,7 +74,8 @@ class XLAProgram:
     def _trace(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Trace and compile; returns the program's arguments at this call."""
         given = self.state() + list(batch.values())
-        torch_xla.sync(wait=True)  # what is pending would become part of the program
+        # operations that are still pending would become part of the program
+        torch_xla.sync(wait=True)
         known = places(given)
         with torch.enable_grad():
             self.function(batch)
@@ -77,13 +83,13 @@ class XLAProgram:
         self.changed = changed_places(state)
         outputs = [state[place] for place in self.changed]
         ids, arguments = _XLAC._get_tensors_xla_device_data_node(outputs)
-        # An argument that is neither state nor batch is a number of the function's own, which
-        # torch_xla keeps on the device.
+        # An argument that is neither state nor batch is a constant of the function, such as a
+        # Python number. torch_xla keeps it on the device, and every call gets the same one.
         self.arguments = [
             (known.get(tensor_id), None if tensor_id in known else value)
             for tensor_id, value in zip(ids, arguments)
         ]
-        # a changed tensor's memory goes to the tensor that replaces it
+        # donate the memory of each tensor that changes to the results
         with alias_with_buffer_donor_config():
             for (place, _), value in zip(self.arguments, arguments):
                 if place in self.changed:

@@ -1,7 +1,7 @@
 """Run a script in a child process within limits of memory and time.
 
-A configuration that is too large for this machine ends the child, and neither the process that
-started it nor the machine.
+If a configuration is too large for this machine, only the child is ended: the process that started
+it goes on, and the machine keeps enough memory.
 """
 
 import ctypes
@@ -32,8 +32,8 @@ def run_child(
     doing: what it does, for messages and for the name of its log in `folder`. command: the script
     and its arguments. memory_gib: the limit in GiB (None: 80% of the free memory).
 
-    Returns what went wrong as one line, or None. Raises UserError where the script ended with
-    status 2 and an error message, which is then its own.
+    Returns what went wrong as one line, or None. If the script ended with status 2 and a line
+    "error: ...", raises UserError with the text of that line.
     """
     limit = memory_gib * GIB if memory_gib else 0.8 * free_memory()
     end = time.monotonic() + 60 * minutes
@@ -85,7 +85,7 @@ def _clean_environment() -> dict[str, str]:
 def _die_with_parent() -> None:
     """In a child: ask for SIGKILL when the parent ends, since nobody would watch its memory then.
 
-    workers.die_with_parent is for children of multiprocessing, which know their parent.
+    utils.end_with_parent does this for children of multiprocessing, which know their parent.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -28,7 +28,10 @@ def program_figures(
 
     A training step may be several programs; their figures are added up. folder: with the
     optimised programs. compiled: the content of compile.json. report: with the content of
-    trace.json. top: the number of operations in `where`.
+    trace.json. top: the number of operations in `where`, the most expensive ones.
+
+    All figures are of one chip, except compile_seconds, which this machine took. A figure with a
+    unit has it in its name (ms, bytes, cycles, flops); estimated_mfu is a fraction.
     """
     chip = chip_of(report)
     texts = {name: (folder / f"{name}.optimised.txt").read_text() for name in compiled}
@@ -72,8 +75,8 @@ def program_figures(
 def memory_figures(compiled: dict[str, Any], parameters: int) -> dict[str, Any]:
     """Bytes of a chip's memory (HBM) that the programs take, as the compiler reports them.
 
-    hbm_bytes: of the training step by kind, and `needed` altogether. hbm_working_bytes: while a
-    program runs.
+    hbm_bytes: those of the training step, by kind; its `needed` is what the whole run needs.
+    hbm_working_bytes: {program: bytes that are in use while it runs}.
     """
     by_program = {name: result["hbm_bytes"] for name, result in compiled.items()}
     training = [sizes for name, sizes in by_program.items() if name != "evaluation"]

@@ -180,7 +180,7 @@ def loop_passes(
         if compare.opcode == "compare" and "direction=LT" in compare.rest:
             counter_name, bound = compare.operands
             limit, counter = known_integer(condition, bound, ()), condition[counter_name]
-            # a limit of 0 belongs to the test of the sign of a counter's upper half
+            # skip a comparison with 0: it tests the sign of the upper half of a 64-bit counter
             if limit and counter.opcode == "get-tuple-element":
                 bounds.append((limit, int(search(r"\), index=(\d+)", counter.rest))))
     start = computation[loop.operands[0]]
@@ -267,7 +267,8 @@ def read_cost(text: str, chip: Generation, kernel_cycles: Mapping[str, int]) -> 
         elif opcode == "custom-call":
             _add_custom_call(cost, computation, instruction, times, kernel_cycles)
         elif base != opcode:
-            # The shape has source and destination. Of a slice only the destination moves.
+            # The shape has the source and the destination. If only a slice is copied, what moves is
+            # the smaller of the two, the destination.
             cost.prefetch_bytes += times * min(_sizes(instruction.shape)[:2])
         else:
             moved = _moved(computation, instruction)

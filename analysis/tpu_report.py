@@ -56,7 +56,7 @@ def main() -> int:
     args = parse_args()
     configs = {path: load_config(path, args.overrides) for path in args.config}
     check_dependencies()
-    # as an exception it also ends the children
+    # SIGTERM becomes an exception, so that run_child ends its child, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     several = len(configs) > 1
     if several:

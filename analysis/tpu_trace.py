@@ -155,8 +155,8 @@ def trace_programs(
 def trace_evaluation(state: TrainState, dataset: Any, keep: bool = True) -> Program:
     """The program of evaluation.evaluate, at its batch size of one worker.
 
-    keep: whether the program is wanted; otherwise {}, after what a run does to start a program that
-    it has compiled already.
+    keep: whether to return the program. Otherwise this returns {}, and only does what a run does on
+    the host to start a program that is compiled already (to measure the time of that).
     """
     size = state.config.evaluation.batch_size
     with torch.device("meta"):
@@ -179,8 +179,8 @@ def pending_program(tensors: list[torch.Tensor], places_before: dict[int, int]) 
     """The program that computes what is pending of `tensors`.
 
     Returns its HLO protobuf (hlo), the FLOPs of its products (flops), and the numbers of the
-    arguments whose memory results may take (donated). Those were in the places that have another
-    tensor now, as with XLAProgram. places_before: xla_program.places before the step.
+    arguments whose memory the results may take (donated). As in XLAProgram these are the old values
+    of the tensors that the step has replaced. places_before: xla_program.places before the step.
     """
     changed = changed_places(tensors)
     outputs = [tensors[place] for place in changed]
@@ -211,10 +211,10 @@ def in_kernel(model: trm_model.TinyRecursiveModel) -> dict[str, bool]:
 def host_milliseconds(state: TrainState, batch: Batch, dataset: Any) -> list[float]:
     """The main thread's milliseconds for each of TIMED_STEPS training steps.
 
-    From the loader's batch to the started program. A replayed step costs the host by the number of
-    its tensors, whatever is in them. So it is measured with the same model at the least width,
-    number of cycles and batch, which the CPU computes meanwhile. To this is added the time for the
-    batch of the run itself.
+    This is the time from the loader's batch to the started program. What a replayed step costs the
+    host depends on the number of its tensors, and not on their sizes. So it is measured with the
+    same model at the least width, number of cycles and batch, which this CPU can compute. Added to
+    it is the time for a batch of the real size.
     """
     model, training = state.config.model, state.config.training
     small_model = dataclasses.replace(

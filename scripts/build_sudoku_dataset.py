@@ -200,7 +200,8 @@ def parse_args() -> argparse.Namespace:
     add("--val_size", default=0, **integer, help="take N train puzzles as a split val")
     text = "processes (default: one for each core); does not change the result"
     add("--num_workers", default=os.cpu_count(), **integer, help=text)
-    text = "keep N random train puzzles (default: all). Those of a smaller N are part of them"
+    text = "keep N random train puzzles (default: all); with several N, one dataset for each, the "
+    text += "puzzles of a smaller one are part of those of a larger one"
     add("--subsample_size", nargs="+", **integer, help=text)
     text = "build even if a test or val puzzle, or a symmetric copy of it, is also in train"
     add("--allow_test_in_train", **switch, help=text)
@@ -270,9 +271,10 @@ def check_sizes(args: argparse.Namespace) -> None:
             f"--output_dir names {len(args.output_dir)} folder(s) for {len(sizes)} dataset(s): "
             "give a folder for each --subsample_size, in their order"
         )
-    for what, values in (("--subsample_size", sizes), ("--output_dir", args.output_dir)):
+    folders = [Path(folder).resolve() for folder in args.output_dir]
+    for what, values in (("--subsample_size", sizes), ("--output_dir", folders)):
         if len(set(values)) < len(values):
-            raise UserError(f"{what} {' '.join(map(str, values))}: each must be another")
+            raise UserError(f"{what} {' '.join(map(str, values))}: give each one only once")
     most = (args.num_train or 0) - args.val_size
     for size in args.subsample_size or []:
         if size < 1:

@@ -40,11 +40,11 @@ from utils import RunFailure, run_cli
 LENGTH = 1 << 20  # float32 numbers in the all-reduce: 4 MB
 STEPS = 6  # trained under --steps; the first one compiles
 PUZZLES = 1000  # made up for them
-# Relative, between steps with the TPU kernels and steps without, which differ in the order of
-# bfloat16's roundings. Of the state that a step hands on: where each of the 84 SwiGLUs of
-# configs/e1_1.yaml is off by the usual 0.004, they add up to 0.34 at most; states that have nothing
-# to do with each other are 1.4 apart. The loss alone would not tell: at the start it is that of
-# guessing
+# The largest relative differences that are accepted between steps with the TPU kernels and steps
+# without. Both round to bfloat16, in different places. STATE_TOLERANCE is for the carry after a
+# step: if each of the 84 SwiGLUs of configs/e1_1.yaml is off by the usual 0.004, this adds up to
+# 0.34 at most, while two unrelated states differ by 1.4. The loss alone would show nothing: at the
+# start it is that of guessing.
 LOSS_TOLERANCE, NORM_TOLERANCE, STATE_TOLERANCE = 0.02, 0.1, 0.4
 
 
@@ -77,8 +77,11 @@ def main():
 
 
 def check_worker(rank, config, args):
-    """Join the other workers, as training does, and sum a number of each over all. args: steps, and
-    deadline by time.monotonic(), or None."""
+    """Join the other workers, as training does, and check an all-reduce over all of them.
+
+    args: steps (whether to train some, too), and deadline by time.monotonic(), or None. Raises
+    RunFailure if a number is wrong.
+    """
     if args.deadline:
         faulthandler.dump_traceback_later(max(1.0, args.deadline - time.monotonic()), exit=True)
     device = Device(config.device)
@@ -103,7 +106,8 @@ def check_worker(rank, config, args):
 
 
 def passed(name, text):
-    """Say, once a host, that a part has passed, as scripts/diagnose.py reads it."""
+    """Print, once on each host, that a part has passed, in the form that scripts/diagnose.py
+    reads."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"[PASS] {name}: {text}", flush=True)
 
@@ -199,10 +203,15 @@ def check_steps(config, device):
 
 
 def train_steps(config, device, dataset, kernels):
-    """Train STEPS steps as train_tpu.py does. Returns what was measured. One entry a step: losses,
-    norms (of all gradients), seconds, compiles, executions. state: [z_H, z_L] of the carry after
-    the first step, float32; kernels: in how many SwiGLUs; warning: that they are not used where
-    they should be; examples and FLOPs a step; and all chips' peak in FLOP/s, None on a CPU."""
+    """Train STEPS steps as train_tpu.py does, and return what was measured:
+
+    losses, norms (of all gradients together), seconds, compiles, executions: one entry a step
+    state: [z_H, z_L] of the carry after the first step, float32 on the CPU
+    kernels: the number of SwiGLUs that run as kernels; asked: whether kernels were asked for
+    warning: the warning that they are not used all the same, or ""
+    examples, flops: of one step, over all workers
+    peak: FLOP/s of all devices together, None on a CPU
+    """
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, pallas_kernels=kernels)
     )
@@ -257,7 +266,7 @@ def measure_steps(run, device, measured):
                     f"{measured.asked})"
                 )
             run.start_interval()
-            if number == 1:  # of the same weights
+            if number == 1:  # later the weights differ, too
                 measured.state = device.fetch([run.carry.z_H.float(), run.carry.z_L.float()])
             if device.is_xla:
                 time.sleep(0.2)  # an execution is counted a moment after its result is there

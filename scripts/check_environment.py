@@ -1,6 +1,10 @@
-"""python scripts/check_environment.py requirements.txt ...: each package that these files pin is
-here in that version, and imports. No part of the kit is imported, as what it needs may be what is
-broken. On a TPU host the chips stay free."""
+"""Check that each package that requirements files pin is installed in that version, and imports.
+
+    python scripts/check_environment.py requirements.txt requirements-tpu.txt
+
+It imports no part of the kit, because a package that the kit needs may be what is broken. On a TPU
+host it does not take the chips.
+"""
 
 import importlib
 import importlib.metadata
@@ -8,8 +12,8 @@ import os
 import re
 import sys
 
-# importing torch_xla and jax opens no device by itself; what an import might come to run must not,
-# either
+# Importing torch_xla and jax opens no device today. If a later version did, it would open the CPU
+# with these settings, and leave the chips alone.
 os.environ.update(JAX_PLATFORMS="cpu", PJRT_DEVICE="CPU")
 
 
@@ -27,9 +31,11 @@ def pinned(path):
 
 
 def modules_of(distribution):
-    """What to import of an importlib.metadata.Distribution: the packages that lie in no other
-    package, in google-cloud-storage google.cloud.storage; where one has the distribution's name
-    that one alone (torch_xla brings others that need more).
+    """The modules to import of an importlib.metadata.Distribution.
+
+    These are the packages that lie in no other package; of google-cloud-storage this is
+    google.cloud.storage. If one of them has the distribution's own name, it is the only one:
+    torch_xla also installs others, which need more to be imported.
     """
     folders = {str(path.parent) for path in distribution.files if path.name == "__init__.py"}
     tops = sorted(
@@ -62,7 +68,7 @@ def problem(requirement):
 def main():
     problems = []
     try:
-        # a name stands there before its import: a crash without a message has one, too
+        # the name is printed before the import, so that it is known if the import kills Python
         print("environment: checking that each package imports:", end="", flush=True)
         for requirement in [requirement for path in sys.argv[1:] for requirement in pinned(path)]:
             print(f" {requirement.name}", end="", flush=True)

@@ -111,7 +111,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def clean_up_after_dead(out: Path) -> None:
-    """Delete what a killed build of `out` left beside it. UserError while another build writes."""
+    """Delete what a killed build of `out` left beside it.
+
+    Raises UserError if another build of `out` is being written now.
+    """
     building, old = _siblings(out)
     if building.exists():
         try:
@@ -126,8 +129,8 @@ def clean_up_after_dead(out: Path) -> None:
 
 
 def previous_build(out: Path) -> dict[str, Any] | None:
-    """build_info.json of the dataset at `out`; None if nothing is there. UserError if it holds
-    anything else."""
+    """build_info.json of the dataset at `out`, or None if nothing is there. Raises UserError if
+    anything else is there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -142,7 +145,7 @@ def previous_build(out: Path) -> dict[str, Any] | None:
 
 
 def check_same(out: Path, previous: dict[str, Any], content: dict[str, Any]) -> None:
-    """UserError unless the dataset at `out` is whole and was built from `content`."""
+    """Raises UserError unless the dataset at `out` is whole and was built from `content`."""
     built = previous["content"]
     differing = [
         f"{key} {built.get(key)!r} -> {content.get(key)!r}"

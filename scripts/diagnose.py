@@ -30,7 +30,9 @@ from pathlib import Path
 
 from diagnose_sections import HOST, ROOT, SECTIONS, VENV_PYTHON
 
-KILL_SECONDS = 15  # beyond a section's limit, for it to say where it is
+# At its time limit a section prints where it is, and ends. If it does not end, it is killed so many
+# seconds later.
+KILL_SECONDS = 15
 MARK, END = "trm-diagnose", "end of the report"
 MARKED = re.compile(rf"{MARK} (\S+) (\d+) (\d+): ")  # host, line, its length
 DAMAGED, LOST = " (damaged on the way)", " (lost on the way)"
@@ -45,7 +47,7 @@ _NAME = (
 )
 _PATTERNS = (
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", "(redacted)"),
-    # a name that says so, and its value
+    # a name that sounds like a secret, and its value
     (
         rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*[=:]\s*)"
         r"(?:\"[^\"\n]*\"|'[^'\n]*'|(?:bearer |basic )?[^\s,;]+)",
@@ -106,7 +108,7 @@ class Report:
             else:
                 self.say(f"  {line}")
         if status and len(passed) == len(parts):
-            passed.popitem()  # it failed at its very end
+            passed.popitem()  # it failed after its last part had passed
         failed = next((part for part in parts if part not in passed), None)
         for part, meaning in parts.items():
             if part in passed:
@@ -119,8 +121,10 @@ class Report:
 
 
 def run_section(name, words):
-    """(what a section prints, its exit status) of a process of its own, which is ended with all
-    that it has started."""
+    """Run a section in a process of its own; returns (what it printed, its exit status).
+
+    words: its command line after the name. All processes that it has started are killed at the end.
+    """
     section = SECTIONS[name]
     python = str(VENV_PYTHON if section.environment else sys.executable)
     if not os.access(python, os.X_OK):
@@ -146,7 +150,7 @@ def run_section(name, words):
         end()
         return process.communicate()[
             0
-        ] + f"\nerror: no end within {section.seconds} s, and no word where it was", 1
+        ] + f"\nerror: no end within {section.seconds} s, and it did not say where it was", 1
     finally:
         end()
 
@@ -155,7 +159,7 @@ def reason(output, status):
     """Why a section failed, in one line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line[len("error: ") :] for line in lines if line.startswith("error: ")]
-    if errors:  # rather the worker that was first than one that says another has failed
+    if errors:  # prefer the error of the worker that failed first: others report only that
         return next((line for line in errors if "another worker" not in line), errors[0])
     for line in lines:
         if line.startswith("Timeout ("):  # faulthandler's
@@ -167,7 +171,7 @@ def reason(output, status):
 
 
 def diagnose(words):
-    """Work through the sections; returns the exit status."""
+    """Work through the sections, each with the arguments `words`; returns the exit status."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # a section under way is ended, too
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     report = Report()
@@ -227,9 +231,11 @@ def collect(path, hosts, stream):
 
 
 def sort_in(line, parts, others):
-    """Add one line of the stream to `parts`, {host: {line number: text}}, or to `others`. Hosts may
-    break each other's lines: then one line holds several marks, or a part of what a mark belongs
-    to."""
+    """Add one line of the stream to `parts`, {host: {line number: text}}, or to `others`.
+
+    The lines of two hosts may run into each other. Then one line of the stream contains the marks
+    of several lines, or only a part of a line.
+    """
     first, *pieces = MARKED.split(line)
     if first:
         others.append(first)
@@ -277,15 +283,17 @@ def main():
         help="sort what hosts print, from standard input, into this file",
     )
     parser.add_argument(
-        "--hosts", type=int, default=1, metavar="N", help="of so many hosts (default: 1)"
+        "--hosts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --collect: how many hosts there are (default: 1)",
     )
     args = parser.parse_intermixed_args()
     if args.collect:
         return collect(Path(args.collect), args.hosts, sys.stdin)
     if not args.config:
-        print(
-            "error: --config FILE is not given: whose first steps are to be tried?", file=sys.stderr
-        )
+        print("error: --config FILE is not given: name the configuration to try", file=sys.stderr)
         return 2
     return diagnose(["--config", os.path.abspath(args.config), *args.overrides])
 

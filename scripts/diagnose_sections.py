@@ -137,7 +137,7 @@ def ask_metadata(path):
     answers."""
     url = f"http://{METADATA_HOST}/computeMetadata/v1/instance/{path}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    try:  # by no proxy, which would ask a server of its own
+    try:  # without a proxy, which would ask the metadata server of its own host
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             request, timeout=2
         ) as answer:
@@ -313,7 +313,7 @@ def check_packages(args):
 
 
 def holders():
-    """{process: its command} of those that have a chip open, as far as this user may see."""
+    """{process id: command} of the processes that have a chip open, as far as this user may see."""
     found, files = {}, chip_files()
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # another user's process, or one that has ended
@@ -332,7 +332,8 @@ def check_chips(args):
 
     for process, command in holders().items():
         print(f"process {process} has a chip open: {command}")
-    with contextlib.suppress(FileNotFoundError):  # libtpu's; one of another user stops it
+    # libtpu makes this file, and does not start if the file belongs to another user
+    with contextlib.suppress(FileNotFoundError):
         print(
             f"/tmp/libtpu_lockfile is of user {os.stat('/tmp/libtpu_lockfile').st_uid}; this is "
             f"user {os.getuid()}"
@@ -405,17 +406,21 @@ def check_bucket(args):
 def check_workers(args):
     """All workers of the slice at once: all-reduce, and a few steps of training, without the TPU
     kernels and with."""
-    limit = SECTIONS["workers"].seconds - 60  # of which the imports take a part
+    limit = SECTIONS["workers"].seconds - 60  # the rest is for the imports, which come before
     words = ["--config", args.config, *args.overrides, "--steps", "--limit", str(limit)]
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), "scripts/check_devices.py", *words])
 
 
 # --------------------------------------------------------------------------------------------------
 class Section(NamedTuple):
+    """check: called with the arguments; returns the text of its PASS line. seconds: its time limit.
+    environment: whether it runs with the Python of the kit's environment. parts: {name of each part
+    that it passes, in order: what a FAIL of this part means}."""
+
     check: Callable
-    seconds: int  # after which it is ended
-    environment: bool  # whether it needs the kit's
-    parts: dict  # {what it passes, one after the other: what a failure means}
+    seconds: int
+    environment: bool
+    parts: dict
 
 
 SECTIONS = {

@@ -1,12 +1,13 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes or reuses the virtual environment and sets $PYTHON to its interpreter.
 #   TRM_VENV     where it lies (default: .venv in the repository; on a TPU host ~/trm/venv)
-#   TRM_PYTHON   the interpreter it is made with (default: the newest on the PATH that its requirements files take; on a TPU host one
-#                that uv downloads)
+#   TRM_PYTHON   the interpreter it is made with (default: the newest one on the PATH that all
+#                requirements files allow; on a TPU host one that uv downloads)
 UV_VERSION=0.13.9       # that of requirements-test.txt
 
-# read_python_range FILE...: sets `least` and `most`, minor versions of Python 3, by the line `# Python 3.A to 3.B` of each file, and
-# `needing`, the file with the highest A
+# read_python_range FILE...: reads the line `# Python 3.A to 3.B` of each file, and sets `least` to
+# the highest A, `most` to the lowest B, and `needing` to the file that has the highest A (for
+# messages)
 read_python_range() {
     local file
     least=0 most=99 needing=$1
@@ -53,7 +54,8 @@ set_up_environment() {
         echo "environment: $venv (its requirements have not changed)"
     else
         mkdir -p "$venv" || { echo "error: TRM_VENV = $venv: no folder can be made there: name another" >&2; return 2; }
-        # The folder is the lock. ssh that lost its connection runs the command again, and the first installation may live on.
+        # The folder is the lock: when gcloud loses the connection of ssh it runs the command again,
+        # while the first installation may still be running
         {
             if ! flock --nonblock 8; then
                 echo "environment: another installation into $venv is running: waiting for its end"
@@ -94,8 +96,10 @@ install_with_pip() {
         { echo "error: $venv: pip could not install ${*}: its message is above; the same command again goes on" >&2; return 1; }
 }
 
-# A TPU VM's Python is 3.10 without a venv module, and its apt is busy after the start. uv needs neither: it comes by pip, and brings
-# a Python of its own. All of it lies in one folder beside the environment, on the same disk: uv links files instead of copying them.
+# The Python of a TPU VM is 3.10 and has no venv module, and apt cannot install one while it is busy
+# after the start. uv needs neither: pip installs it, and it downloads a Python of its own. All of
+# it lies in one folder beside the environment, on the same disk, so that uv links files instead of
+# copying them.
 install_with_uv() {
     local uv="$venv-uv/bin/uv" python="3.$least" source=(--torch-backend=cpu)
     local size='0.6 GB to download, 2 GB on disk: a minute or two (estimates, for a network of 50 MB/s)'
@@ -109,7 +113,8 @@ install_with_uv() {
         unset UV_MANAGED_PYTHON
     fi
     if [ -n "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ]; then
-        # uv reads no PIP_*. As pip does it, the best version of all indexes is taken; that of torch, too
+        # uv does not read PIP_*. Like pip it takes the best version among all indexes, with this
+        # strategy, and torch from there, too
         local -x UV_INDEX_STRATEGY=unsafe-best-match
         if [ -n "${PIP_INDEX_URL:-}" ]; then local -x UV_DEFAULT_INDEX=$PIP_INDEX_URL; fi
         if [ -n "${PIP_EXTRA_INDEX_URL:-}" ]; then local -x UV_INDEX=$PIP_EXTRA_INDEX_URL; fi
@@ -118,12 +123,13 @@ install_with_uv() {
     echo "environment: installing $* into $venv with uv and Python $python: $size"
     if [[ "$("$uv" --version 2>/dev/null)" != "uv $UV_VERSION"* ]]; then
         python3 -m pip --version >/dev/null 2>&1 ||
-            { echo "error: $(hostname): python3 has no pip, by which uv comes: sudo apt-get install python3-pip there, or put uv $UV_VERSION at $uv" >&2; return 2; }
-        # --target: where Python is managed by the system pip refuses anything else
+            { echo "error: $(hostname): python3 has no pip to install uv with: sudo apt-get install python3-pip there, or put uv $UV_VERSION at $uv" >&2; return 2; }
+        # --target: pip refuses anything else if the system manages its Python
         python3 -m pip install --quiet --disable-pip-version-check --upgrade --target "$venv-uv" "uv==$UV_VERSION" ||
             { echo "error: $(hostname): pip could not install uv $UV_VERSION: its message is above; the same command again goes on" >&2; return 1; }
     fi
-    # Made anew each time: uv takes a package for installed that it was killed in. What it has downloaded is in its cache.
+    # The environment is made anew each time: if uv is killed while it installs a package, it later
+    # takes this package for installed. What it has downloaded is in its cache.
     find "$venv" -mindepth 1 -delete
     "$uv" venv --python "$python" "$venv" ||
         { echo "error: $(hostname): uv could not make an environment with Python $python: its message is above; where the download of Python is" \

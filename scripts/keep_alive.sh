@@ -77,7 +77,8 @@ need_gcloud
 
 setup() { part setup_tpu.sh "$CONFIG" "${OVERRIDES[@]}" "${slice_flags[@]}" --commit "$COMMIT" --max_hours "$1" --poll "$poll" $DRY_RUN; }
 launch() { part launch_experiment.sh "$CONFIG" "${OVERRIDES[@]}" --run_name "$RUN_NAME" --commit "$COMMIT" --detach $DRY_RUN "${flags[@]}"; }
-# part SCRIPT ARGUMENTS...: what it prints is shown, and kept in $SCRATCH/attempt. It ends when this script does
+# part SCRIPT ARGUMENTS...: run another script, which ends when this one does. What it prints is
+# shown, and kept in $SCRATCH/attempt
 part() {
     local status=0 shown
     rm -f "$SCRATCH/part"
@@ -97,12 +98,18 @@ fi
 mkdir -p "$log_dir"
 log=$log_dir/$RUN_NAME.log
 end=$(awk -v now="$(date +%s)" -v hours="$max_hours" 'BEGIN {printf "%d", now + 3600 * hours}')
-attempts=0 silent=0 before='' seen=''       # seen: it was up since this began: how it ended earlier is no answer
-failures=0 up=0 waited=''                   # failures: in a row; up: looks at which the present attempt ran; waited: after this attempt's failure
+# attempts: so far. silent: looks in a row at which the hosts did not answer. before: the state at
+# the last look. seen: not empty once the run was up while this script ran; until then a "failed" or
+# "stopped" is from an earlier time, and does not count
+attempts=0 silent=0 before='' seen=''
+# failures: in a row. up: looks at which this attempt's run was running. waited: the number of the
+# attempt after whose failure back_off has waited already
+failures=0 up=0 waited=''
 
 fail() { local status=$1; shift; note "$*" >/dev/null; echo "error: $*" >&2; exit "$status"; }     # in the log, too
 
-# ended STATUS WHY: the end of this script, not always of the run; what is left behind is said
+# ended STATUS WHY: end this script, and say what it leaves behind: the run may go on, and the slice
+# exist
 ended() {
     note "$2"
     MAY_EXIST=''
@@ -116,7 +123,8 @@ ended() {
     exit "$1"
 }
 
-# a run that crashes at once is not to be started again and again without a pause; one that was up for a while is no such run
+# back_off: wait before the next attempt, each time twice as long, so that a run that crashes at
+# once is not started again and again. After a run that was up for 10 looks the wait is short again
 back_off() {
     local wait
     if [ "$up" -ge 10 ]; then failures=0; fi
@@ -126,7 +134,8 @@ back_off() {
     sleep "$wait"
 }
 
-# worth_an_attempt: whether setup_tpu.sh is to look after a slice whose hosts are silent; ends where only a person can tell
+# worth_an_attempt: the hosts are silent. Whether setup_tpu.sh should wait for them or replace the
+# slice. Ends this script if only a person can tell what is wrong
 worth_an_attempt() {
     case "$SILENT" in
         ''|UNHEALTHY_MAINTENANCE) return 1 ;;           # gcloud itself does not answer; the slice comes back by itself
@@ -156,7 +165,7 @@ while :; do
     if [ "$RUN_STATE" = running ]; then sleep "$poll"; continue; fi
     if [ "$RUN_STATE" = unknown ] && ! worth_an_attempt; then sleep "$poll"; continue; fi
     if [ "$attempts" -ge "$max_attempts" ]; then ended 1 "the $max_attempts attempts are spent; the slice is left as it is"; fi
-    # one that ends at once by SIGTERM, as on a host that is about to go, is no better than one that crashes
+    # A run that SIGTERM ends soon after its start counts as a crash here: the host is about to go
     case "$RUN_STATE $NODE" in failed*|"preempted READY")
         if [ -n "$seen" ] && [ "$waited" != "$attempts" ] && { [ "$RUN_STATE" = failed ] || [ "$up" -lt 10 ]; }; then back_off; continue; fi ;;
     esac

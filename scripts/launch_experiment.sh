@@ -9,7 +9,7 @@ usage: bash scripts/launch_experiment.sh CONFIG [section.key=value ...] [options
        bash scripts/launch_experiment.sh logs|stop RUN [section.key=value ...] [--config FILE]
 
 Checks the configuration, sends the committed code to all hosts of the slice (scripts/setup_tpu.sh
-makes it), and starts train_tpu.py there in a way that it continues without this connection. Then it
+makes it), and starts train_tpu.py there, so that it continues without this connection. Then it
 shows the log until the run ends; Ctrl-C ends only the display. The same command again resumes a
 run. A relative logging.output_dir or data.dataset_path is a folder in the bucket; a dataset that is
 on this machine is copied there.
@@ -122,7 +122,8 @@ if [ -z "$DRY_RUN" ]; then
     case "$NODE" in
         READY) ;;
         NO_ANSWER) fail 1 "gcloud gives no answer about the slice $TPU_NAME" ;;
-        *)  # under scripts/keep_alive.sh it has gone since that made it, and is asked for again
+        *)  # Under scripts/keep_alive.sh, which has just made the slice: it went away since then.
+            # With status 3 keep_alive.sh requests it again
             if [ -n "${TRM_KEPT_ALIVE:-}" ]; then fail 3 "the slice $TPU_NAME is $NODE before the run could start"; fi
             fail 2 "the slice $TPU_NAME is $NODE, not READY: bash scripts/setup_tpu.sh $same (with --spot where the grant is for spot slices)" ;;
     esac

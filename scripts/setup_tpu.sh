@@ -108,7 +108,8 @@ ask_for_slice() {
     fail 1 "$TPU_NAME could not be made: gcloud's message is above"
 }
 
-# hosts_answer: whether they do within $CONTACT_SECONDS; Google brings a new ssh key to the hosts in the first contact
+# hosts_answer: whether all hosts answer over ssh within $CONTACT_SECONDS. The first contact takes
+# long, because Google brings a new ssh key to the hosts then
 hosts_answer() {
     local end=$((SECONDS + CONTACT_SECONDS))
     say "$TPU_NAME is $NODE: reaching its $TPU_HOSTS host(s) over ssh, which may take minutes the first time"
@@ -120,21 +121,23 @@ hosts_answer() {
     return 1
 }
 
-# wait_more WHY: until the next look, or to the end of the time
+# wait_more WHY: say why (once), and wait until the next look; ends with 3 when --max_hours have
+# passed
 wait_more() {
     if [ "$1" != "$said" ]; then say "$TPU_NAME: $1, waiting"; said=$1; fi
     if [ "$QUEUED" != GONE ] && [ "$SECONDS" -ge "$next_reason" ]; then say_reason; next_reason=$((SECONDS + REASON_SECONDS)); fi
-    [ "$(date +%s)" -lt "$deadline" ] || fail 3 "$TPU_NAME is not there after $max_hours hours ($1): it stays asked for; bash scripts/delete_tpu.sh $SLICE takes that back"
+    [ "$(date +%s)" -lt "$deadline" ] || fail 3 "$TPU_NAME is not there after $max_hours hours ($1): the request stays open; bash scripts/delete_tpu.sh $SLICE cancels it"
     sleep "$poll"
 }
 
-# replace WHAT: delete what cannot be used any more, so that it can be asked for again
+# replace WHAT: delete a slice or a queued resource that can no longer be used, so that a new one
+# can be requested. If this command has requested it itself, it ends instead
 replace() {
     case "$QUEUED" in FAILED|SUSPENDED) say_reason ;; esac
     if [ -n "$asked" ]; then
         { echo "ERROR: "; echo "$ANSWER"; } > "$SCRATCH/problem"
         stop_if_final "$SCRATCH/problem"
-        # how a request ends that Google could not fill, or a slice that was taken away at once
+        # Google could not fill the request, or took the slice away at once
         case "$QUEUED" in FAILED) fail 1 "$TPU_NAME: the request FAILED, for the reason above; the same command deletes it and asks again" ;; esac
         fail 3 "$TPU_NAME is $1 before it could be used"
     fi

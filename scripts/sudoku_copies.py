@@ -23,8 +23,9 @@ BLOCK = 5_000  # puzzles at a time: bounds the memory
 
 
 class Copies(NamedTuple):
-    """Of one held-out split: how many of its puzzles are training puzzles as they are, how many are
-    symmetric copies of one (identical ones not included), and the first of these."""
+    """The copies in one held-out split. identical: how many of its puzzles are in the training
+    split, too, cell by cell. symmetric: how many more are symmetric copies of one that is.
+    examples: the first copies, identical ones before the others."""
 
     identical: int
     symmetric: int
@@ -36,7 +37,7 @@ def find_copies(train_puzzles, train_solutions, puzzles, solutions, shown: int =
 
     All arrays are uint8, 0 for an empty cell; solutions are those of the puzzles. A puzzle is
     judged together with its solution: two puzzles that each have one solution are copies of each
-    other if and only if the pairs are.
+    other if and only if the pairs are. shown: how many examples to return at most.
     """
     size = sudoku.size_of(puzzles.shape[1])
     train_index = {row.tobytes(): k for k, row in enumerate(train_puzzles)}
@@ -80,9 +81,10 @@ def _salted(values: np.ndarray, salt: int) -> np.ndarray:
 def invariants(puzzles: np.ndarray, solutions: np.ndarray) -> np.ndarray:
     """A number for each puzzle, uint64 [N], which all symmetric copies of a puzzle share.
 
-    Colour refinement (Weisfeiler and Leman 1968): a cell begins with whether it is given, and takes
-    up in each round the sums of the hashed colours of its row, column, box and digit (that of the
-    solution). Sums do not depend on an order, and rows and columns enter alike.
+    Colour refinement (Weisfeiler and Leman 1968): the first colour of a cell says whether it is
+    given. In each round the new colour is a hash of the old one and of four sums of colours: over
+    the cell's row, its column, its box and the cells with its digit in the solution. A sum does not
+    depend on the order, and rows and columns are treated alike.
     """
     parts = [
         _refine(puzzles[k : k + BLOCK], solutions[k : k + BLOCK])[0].sum(1)
@@ -103,7 +105,7 @@ def _refine(puzzles: np.ndarray, solutions: np.ndarray) -> tuple[np.ndarray, np.
         grid = colours.reshape(count, size, size)
         boxed = grid.reshape(count, size // height, height, size // width, width)
         rows, columns = _mix(grid.sum(2)), _mix(grid.sum(1))
-        # a line is bound to the others of its band, which a sum over the grid would not show
+        # with the colour of its band, because the lines of a band stay together
         rows = _with_band(rows, height)
         columns = _with_band(columns, width)
         boxes = _salted(boxed.sum((2, 4)), 2)
@@ -115,7 +117,8 @@ def _refine(puzzles: np.ndarray, solutions: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _with_band(lines: np.ndarray, width: int) -> np.ndarray:
-    """Colours of lines [N, size] with that of their band of `width` lines taken up."""
+    """New colours of lines [N, size], each hashed together with the colour of its band of `width`
+    lines."""
     bands = _mix(lines.reshape(len(lines), -1, width).sum(2))
     return _salted(lines + np.repeat(bands, width, axis=1), 4)
 
@@ -126,10 +129,10 @@ def _with_band(lines: np.ndarray, width: int) -> np.ndarray:
 def canonical_form(puzzle: np.ndarray, solution: np.ndarray, size: int) -> bytes:
     """The same bytes for all symmetric copies of a puzzle, and other bytes for any other puzzle.
 
-    A map is determined by the line that becomes the first row and by the order of the columns:
-    digits are relabelled so that the first row of the solution reads 1, 2, 3, ..., and the other
-    rows are sorted by their first digit. The form is the smallest image; only lines with the
-    smallest colour are tried as the first row.
+    A symmetry is determined by the line that becomes the first row and by the order of the columns,
+    because the rest is fixed: digits are relabelled so that the first row of the solution reads 1,
+    2, 3, ..., and the other rows are sorted by their first digit. The form is the smallest image
+    under these symmetries. Only lines with the smallest colour are tried as the first row.
     """
     height, width = sudoku.box_shape(size)
     _, lines = _refine(puzzle[None], solution[None])
@@ -153,7 +156,8 @@ def _images(grid, first, size, height, width):
     labels = np.zeros((count, size + 1), np.intp)
     np.put_along_axis(labels, digits[:, first], np.arange(1, size + 1)[None], 1)
     digits = np.take_along_axis(labels, digits.reshape(count, -1), 1).reshape(count, size, size)
-    # rows sorted within their band, bands by their smallest first digit: row `first` has 1
+    # sort rows within their band, and bands by their smallest first digit. Row `first` comes first,
+    # because its first digit is 1
     bands = digits[:, :, 0].reshape(count, -1, height).min(2)
     order = np.argsort(np.repeat(bands, height, axis=1) * (size + 1) + digits[:, :, 0], axis=1)
     image = np.take_along_axis(digits + size * given, order[:, :, None], 1).astype(np.uint8)

@@ -50,8 +50,11 @@ def main():
 
 
 def look(cells, dry_run):
-    """(SweepFolder, {cell: how it stands}, why this is not known or None), the last of them in a
-    dry run alone."""
+    """(SweepFolder, {name of a cell: its state}, None).
+
+    If the states cannot be read, a dry run gets (None, {}, the error); otherwise the error is
+    raised.
+    """
     url = sweep_cells.sweep_url(cells)
     try:
         if url.startswith(sweep_cells.NO_BUCKET):
@@ -65,8 +68,8 @@ def look(cells, dry_run):
 
 
 def check_same(cells, standings, retry_failed):
-    """Raises UserError where a cell was begun with another configuration: its result would be taken
-    for one of this one."""
+    """Raises UserError if a cell was begun with another configuration: its result would be taken
+    for one of this configuration."""
     wrong = []
     for cell in cells:
         standing = standings[cell.name]
@@ -81,8 +84,10 @@ def check_same(cells, standings, retry_failed):
 
 
 def environment(cells, args):
-    """That of scripts/keep_alive.sh: in a dry run the bucket need not be given, and it does not
-    look for it."""
+    """The environment variables for scripts/keep_alive.sh.
+
+    In a dry run no bucket need be given. Then a placeholder stands for it, which nobody reads.
+    """
     stands_in = sweep_cells.sweep_url(cells).startswith(sweep_cells.NO_BUCKET)
     return {**os.environ, **({"TPU_BUCKET": sweep_cells.NO_BUCKET} if stands_in else {})}
 

@@ -1,19 +1,21 @@
 # shellcheck shell=bash disable=SC2034     # what is set here is for the scripts that source it
-# Sourced by the scripts that work on a TPU slice: settings, gcloud, the slice, the code that the hosts get, the state of a run.
-# $DRY_RUN not empty: commands are printed, none is executed.
+# Sourced by the scripts that work on a TPU slice: settings, gcloud, the slice, the code that the
+# hosts get, the state of a run. If $DRY_RUN is not empty, commands are printed and none is
+# executed.
 . scripts/environment.sh
 
 SCRATCH=$(mktemp -d)
 APART=''                                        # the process group of the gcloud command that runs now
-TICKS=''                                        # the process that says that there is no news
+TICKS=''                                        # the process that says that gcloud still works
 OUR_AGENT=''                                    # the process of our ssh-agent
 MAY_EXIST=''                                    # not empty: there may be a slice, and the end of this script is to say how to delete it
 ANSWER_SECONDS=${TRM_ANSWER_SECONDS:-120}       # for gcloud or a host to answer; gcloud by itself tries a dead host ten times
 CONTACT_SECONDS=${TRM_CONTACT_SECONDS:-300}     # for the first contact: Google takes minutes to bring a new ssh key to the hosts
-REASON_SECONDS=${TRM_REASON_SECONDS:-1800}      # between two times that the reason for waiting is shown
+REASON_SECONDS=${TRM_REASON_SECONDS:-1800}      # how often Google's reason for the wait is shown
 exec 3>&1                                       # for what a dry run prints while a function's output goes to a file
 
-# BASHPID: a process in the background that is killed just after its start would do this, too
+# The trap is inherited by a process in the background, which runs it, too, if it is killed just
+# after its start: hence the comparison with BASHPID
 trap 'if [ "$BASHPID" = "$$" ]; then clean_up; fi' EXIT
 clean_up() {
     trap '' PIPE        # who reads what is printed may be gone already, as a tee that Ctrl-C has ended
@@ -56,12 +58,14 @@ in_repository() {
     echo "$path"
 }
 
-# under scripts/keep_alive.sh, which says it at its own end, this is silent
+# how_to_delete: say the command that deletes the slice; silent under scripts/keep_alive.sh, which
+# says it at its own end
 how_to_delete() { MAY_EXIST=''; [ -n "${TRM_KEPT_ALIVE:-}" ] || say "$TPU_NAME uses up its quota until it is deleted: bash scripts/delete_tpu.sh $SLICE"; }
 
 # ----- gcloud -----
-# apart SECONDS COMMAND...: run it in a session of its own, so that a key typed in this terminal neither reaches it nor stops it, for
-# at most SECONDS (0: no limit). It ends when this script does; not inside $( ), whose end would leave it running.
+# apart SECONDS COMMAND...: run it for at most SECONDS (0: no limit) in a session of its own, so
+# that a key typed in this terminal neither reaches it nor stops it. It ends when this script does.
+# Do not use it inside $( ): a subshell does not end it.
 apart() {
     local status=0
     setsid timeout --kill-after=10 "$@" </dev/null &
@@ -83,9 +87,14 @@ need_gcloud() {
     [ -s "$SCRATCH/account" ] || fail 2 "Google Cloud: gcloud has no active account: gcloud auth login"
 }
 
-# judge FILE [create]: whether waiting mends what gcloud says there. VERDICT: gone (there is no such thing), room (none now), later (try
-# again), final (it does not; WHY says what does). Only gcloud's own errors are read: a host may print anything. create: of a request for
-# a slice, whose conditions do not change as those of a slice do that is just being taken away.
+# judge FILE [create]: what an error of gcloud, which FILE holds, means. Sets VERDICT to
+#   gone    there is no such slice or queued resource
+#   room    there is no capacity, or the quota is in use, WHY; waiting may help
+#   final   waiting does not help; WHY says what does
+#   later   anything else: try again
+# Only gcloud's own errors are read, since a host may print anything. create: the command was a
+# request for a slice. Then an error such as FAILED_PRECONDITION is final. For any other command it
+# may only mean that the slice is just being taken away.
 judge() {
     local text quota="Quota (limit )?'([^']+)' (has been exceeded|exhausted)\. +Limit:? ([0-9]+) in [a-z]* ?([a-z0-9-]+)"
     text=$(sed -n '/^ERROR: /,$p' "$1" | tr -s '\n ' ' ')
@@ -119,15 +128,16 @@ judge() {
 }
 final() { VERDICT=final WHY="$*"; }
 
-# stop_if_final FILE [create]: end where waiting does not mend what gcloud says there. By the first words of the message scripts/sweep.py knows
-# that it is not the run's fault
+# stop_if_final FILE [create]: end if waiting does not help against gcloud's error in FILE. By the
+# words "Google Cloud:" scripts/sweep_launcher.py knows that it is not the run's fault
 stop_if_final() {
     judge "$@"
     if [ "$VERDICT" = final ]; then cat "$1" >&2; fail 2 "Google Cloud: $WHY"; fi
 }
 
 # ----- the slice -----
-# describe tpu-vm|queued-resources FORMAT: sets ANSWER to what gcloud answers, GONE, or NO_ANSWER; ends where no answer will come
+# describe tpu-vm|queued-resources FORMAT: sets ANSWER to what gcloud says about the slice or its
+# queued resource, to GONE if there is none, or to NO_ANSWER. Ends as stop_if_final does
 describe() {
     local status=0
     call_gcloud "$ANSWER_SECONDS" compute tpus "$1" describe "$TPU_NAME" "${LOCATION[@]}" "--format=$2" >"$SCRATCH/answer" 2>"$SCRATCH/problem" || status=$?
@@ -184,8 +194,9 @@ delete_slice() {
 }
 
 # ----- its hosts -----
-# use_ssh_key: an ssh-agent of this command's own that holds gcloud's key: gcloud reaches several hosts at once only with one, and the
-# agent that SSH_AUTH_SOCK names may be one of a login that has ended
+# use_ssh_key: start an ssh-agent for this command alone, and give it gcloud's key. gcloud reaches
+# several hosts at once only through an agent, and the agent that SSH_AUTH_SOCK names may belong to
+# a login that has ended
 use_ssh_key() {
     local key=~/.ssh/google_compute_engine flag
     for flag in "${SSH_FLAGS[@]}"; do
@@ -204,8 +215,8 @@ use_ssh_key() {
     apart 30 ssh-add -q "$key" || fail 2 "ssh-add $key failed: a key with a passphrase cannot be used unattended: move it away, and gcloud gets one without"
 }
 
-# on_hosts SECONDS WORKER|all COMMAND: over ssh, for at most SECONDS (0: no limit). gcloud runs a command again whose connection broke:
-# the command must bear that
+# on_hosts SECONDS WORKER|all COMMAND: run it over ssh, for at most SECONDS (0: no limit). If a
+# connection breaks, gcloud runs the command again, so it must do no harm to run twice
 on_hosts() {
     use_ssh_key
     reach "$1" ssh "$TPU_NAME" "${LOCATION[@]}" "--worker=$2" "--command=$3"
@@ -234,7 +245,8 @@ ask_hosts() {
 how_to_look() { echo "gcloud ${SSH_TRACK[*]:+${SSH_TRACK[*]} }compute tpus tpu-vm ssh $TPU_NAME ${LOCATION[*]}${TRM_GCLOUD_SSH_FLAGS:+ $TRM_GCLOUD_SSH_FLAGS}"; }
 
 # ----- the code -----
-# uncommitted: the changes that a run would have, or miss, against the commit; other files that git does not know are no code
+# uncommitted: print the changes that make this tree's code differ from the commit. Of the files
+# that git does not track only code counts
 uncommitted() {
     git status --porcelain --untracked-files=all | grep -vE '^\?\? ' || true
     git status --porcelain --untracked-files=all | grep -E '^\?\? "?([^/]*|(scripts|analysis|configs)/.*)\.(py|sh|yaml|yml|txt)"?$' || true
@@ -260,7 +272,8 @@ choose_code() {
         TREE=$(export GIT_INDEX_FILE=$SCRATCH/index; git read-tree HEAD; git add --all; git write-tree)
     fi
     CODE=trm/code/${COMMIT:0:12}-${TREE:0:12}
-    # a name of its own for each tree: two commands at once do not unpack each other's
+    # one name for each tree, so that two commands at the same time do not unpack each other's
+    # archive
     ARCHIVE=trm-code-${TREE:0:12}.tar
     git archive --format=tar --output="$SCRATCH/$ARCHIVE" "$TREE"
     echo "$COMMIT" > "$SCRATCH/COMMIT"
@@ -274,7 +287,7 @@ unpack_here() {
     tar -xf "$SCRATCH/$ARCHIVE" -C "$CODE_HERE"
 }
 
-# send_code: to all hosts, where unpack_code, the beginning of a command for them, finds it
+# send_code: copy the archive to all hosts. A command for them begins with what unpack_code prints
 send_code() {
     use_ssh_key
     if reach 0 scp "$SCRATCH/$ARCHIVE" "$TPU_NAME:" "${LOCATION[@]}" --worker=all 2>"$SCRATCH/problem"; then return; fi
@@ -319,7 +332,8 @@ look_at_run() {
     esac
 }
 
-# look_into_folder: the run's folder says more than a slice that is gone, or new
+# look_into_folder: correct RUN_STATE by the run's own folder, where the slice is gone, or new and
+# knows nothing of the run
 look_into_folder() {
     local folder=$SCRATCH/run
     mkdir -p "$folder"
@@ -335,7 +349,8 @@ look_into_folder() {
     fi
 }
 
-# check_bucket: end where the bucket of $RUN_URL is not to be had; warn where it is far from the slice
+# check_bucket: end if the bucket of $RUN_URL does not exist; warn if it is in another region than
+# the slice
 check_bucket() {
     local bucket region=${TPU_ZONE%-*} location
     case "$RUN_URL" in gs://*) ;; *) return ;; esac

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the other scripts have each host of a slice do; they call it over ssh. All it makes lies in ~/trm.
+# What each host of a slice does for the other scripts, which call this one over ssh. All its files
+# are in ~/trm.
 set -euo pipefail
 
 usage() {
@@ -10,7 +11,7 @@ usage: bash scripts/tpu_host.sh COMMAND, on a host of a TPU slice
   checked                       status 0 if the devices have been checked since this host started
   check --config FILE ...       scripts/check_devices.py; to be run on all hosts at once
   diagnose --config FILE ...    scripts/diagnose.py; to be run on all hosts at once
-  start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; ID tells a start that ssh repeats from a second one
+  start RUN ID FLAGS ...        train_tpu.py FLAGS, detached; a repeated start has the same ID
   status RUN                    one line: up, status N (how it ended), stopped N (after stop), lost (killed) or nothing
   list                          a line for each run that was started here, as status gives it
   follow RUN [all]              the log of the run since it was last started (all: since the first time), until it ends
@@ -22,7 +23,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 trm=$HOME/trm
 export TRM_VENV=${TRM_VENV:-$trm/venv}
-# whose content names the run that holds it: one at a time has the chips. What a run starts holds it, too, to its own end
+# Who has locked this file has the chips; its content is the name of that run. The processes that a
+# run starts inherit the lock, and it is free when the last of them has ended
 lock=$trm/lock
 checked=$trm/checked-$(cat /proc/sys/kernel/random/boot_id)
 
@@ -38,8 +40,9 @@ setup() {
     INSTALL_WITH=uv set_up_environment "${files[@]}"
 }
 
-# take_chips WHAT: for this process and what it starts, or status 2. A check or a diagnosis, in brackets, is waited for: it may be the
-# one that ssh began before its connection broke
+# take_chips WHAT: lock the chips for this process and those that it starts, or return 2. A check or
+# a diagnosis (a WHAT in brackets) is waited for: it may be this command's own first attempt, before
+# the connection of ssh broke
 take_chips() {
     exec 9>>"$lock"
     flock --timeout 2 9 || { [[ $(cat "$lock") = "("* ]] && waited=yes && flock --timeout 1500 9; } || { echo "error: $(hostname): the run $(cat "$lock") has the chips: stop it first" >&2; return 2; }
@@ -65,7 +68,8 @@ start() {
     shift
     mkdir -p "$folder"
     exec 9>>"$lock"
-    # 2 s: longer than somebody's look at it takes; a check or a diagnosis ends by itself
+    # 2 s, because `free` of another command also locks it for a moment. A check or a diagnosis ends
+    # by itself
     if ! flock --timeout 2 9 && ! { [[ $(cat "$lock") = "("* ]] && flock --timeout 1500 9; }; then
         if up && [ "$(cat "$folder/id")" = "$id" ]; then return; fi
         echo "error: $(hostname): the run $(cat "$lock") is up already, and one at a time has the chips: wait for it, or stop it" >&2
@@ -76,8 +80,8 @@ start() {
     touch "$folder/log"
     echo "$(($(stat --format=%s "$folder/log") + 1))" > "$folder/began"      # where the log of this start begins, in bytes from 1
     echo "$id" > "$folder/id"
-    # not in tmux: at a preemption every process gets SIGTERM, tmux too, which answers it by SIGHUP to what it runs: the training
-    # would end without its checkpoint
+    # Not in tmux: at a preemption every process gets SIGTERM. tmux then sends SIGHUP to what it
+    # runs, and the training would end without its checkpoint
     setsid nohup bash scripts/tpu_host.sh supervise "$run" "$@" < /dev/null >> "$folder/log" 2>&1 &
 }
 

@@ -6,8 +6,8 @@ PyYAML and numpy alone.
     python scripts/tpu_settings.py configs/e1_1.yaml --run_name e1_1_seed1 training.seed=1
     python scripts/tpu_settings.py configs/e1_1.yaml --finished eval.json metrics.jsonl
 
-environment variables: TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET go before the file's
-tpu.project, ...; an override on the command line goes before both.
+environment variables: TPU_PROJECT, TPU_ZONE, TPU_NAME and TPU_BUCKET win over the file's
+tpu.project, ...; an override on the command line wins over both.
 """
 
 import argparse
@@ -47,8 +47,8 @@ RULES = {
     ),
     "runtime_version": (r"[a-z0-9._-]+", "must be an image, as tpu-ubuntu2204-base"),
 }
-# of a kind of TPU, where nothing is given
-OF_ITS_KIND = {
+# what follows from the generation of the TPU, if it is not given
+DEFAULT_OF_GENERATION = {
     "zone": lambda generation: generation.zones[0],
     "runtime_version": lambda generation: generation.image,
 }
@@ -65,12 +65,12 @@ def main():
     parser.add_argument(
         "--need", default="", metavar="KEY,...", help="keys of tpu: that must be given"
     )
-    parser.add_argument("--run_name", help="say where this run lies, and its dataset")
+    parser.add_argument("--run_name", help="also print where this run and its dataset are")
     parser.add_argument(
-        "--on_slice", action="store_true", help="of a run on a slice, not on this machine"
+        "--on_slice", action="store_true", help="with --run_name: for a slice, not for this machine"
     )
     parser.add_argument(
-        "--to_launch", action="store_true", help="refuse what could not run on a slice"
+        "--to_launch", action="store_true", help="as --on_slice, and refuse what cannot run there"
     )
     parser.add_argument(
         "--finished",
@@ -93,8 +93,11 @@ def main():
 
 
 def slice_settings(config, overrides, need):
-    """{shell variable: text} of the slice; raises UserError where a needed one is not given, or one
-    breaks its rule."""
+    """{shell variable: text} of the slice, "" for what is not given.
+
+    need: keys of `tpu:` that must be given. Raises UserError if one of them is not, or if a value
+    breaks its rule.
+    """
     overridden = {text.partition("=")[0].strip() for text in overrides}
     slice_ = tpu_types.slice_type(config.tpu.accelerator_type)
     settings = {
@@ -104,12 +107,12 @@ def slice_settings(config, overrides, need):
         "TPU_HOSTS": str(slice_.hosts),
     }
     for key, (pattern, rule) in RULES.items():
-        value, said = getattr(config.tpu, key), f"tpu.{key}"
+        value, source = getattr(config.tpu, key), f"tpu.{key}"
         variable = VARIABLES.get(key)
         if variable and f"tpu.{key}" not in overridden and os.environ.get(variable):
-            value, said = os.environ[variable], variable
-        if value is None and key in OF_ITS_KIND:
-            value = OF_ITS_KIND[key](slice_.generation)
+            value, source = os.environ[variable], variable
+        if value is None and key in DEFAULT_OF_GENERATION:
+            value = DEFAULT_OF_GENERATION[key](slice_.generation)
         if value is None:
             if key in need:
                 raise UserError(
@@ -117,7 +120,7 @@ def slice_settings(config, overrides, need):
                     f"the configuration (or tpu.{key}=... on the command line)"
                 )
         elif not re.fullmatch(pattern, value):
-            raise UserError(f"{said} = {value!r}: {rule}")
+            raise UserError(f"{source} = {value!r}: {rule}")
         settings[variable or "TPU_RUNTIME"] = (value or "").rstrip("/")
     return settings
 
@@ -150,6 +153,10 @@ def run_settings(config, bucket, args):
 
 
 def on_slice(key, path, bucket):
+    """The path (the value of `key`) as it is on a slice: a relative one is in the bucket.
+
+    Raises UserError if it is relative and there is no bucket.
+    """
     if is_remote(path) or os.path.isabs(path):
         return path
     checked_name(path.rstrip("/"), key)
@@ -166,9 +173,9 @@ def is_finished(epochs: float, eval_json: bytes, metrics: bytes) -> bool:
     """Whether eval.json is the evaluation of the last step of a run of so many epochs; metrics: the
     content of metrics.jsonl.
 
-    The evaluation of an earlier checkpoint writes an eval.json, too. At the last step one more step
-    would be past `epochs`; metrics.jsonl tells which epoch a step is in, whatever the size of the
-    dataset.
+    The evaluation of an earlier checkpoint writes an eval.json, too. A step is the last one if one
+    more step would exceed `epochs`. Which epoch a step belongs to is read from metrics.jsonl, so
+    that the size of the dataset need not be known.
     """
     try:
         steps = {result["step"] for result in json.loads(eval_json)["results"]}

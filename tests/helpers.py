@@ -32,7 +32,27 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class FolderTest(unittest.TestCase):
+class ContentTest(unittest.TestCase):
+    """Tests that compare what checkpoints hold."""
+
+    def same_content(self, ours, theirs, path="checkpoint"):
+        """Bit by bit the same, but for measured seconds."""
+        self.assertIs(type(ours), type(theirs), path)
+        if isinstance(ours, dict):
+            self.assertEqual(list(ours), list(theirs), path)
+            for key in set(ours) - {"train_seconds", "interval_seconds", "output_dir"}:
+                self.same_content(ours[key], theirs[key], f"{path}.{key}")
+        elif isinstance(ours, (list, tuple)):
+            self.assertEqual(len(ours), len(theirs), path)
+            for k, pair in enumerate(zip(ours, theirs)):
+                self.same_content(*pair, f"{path}[{k}]")
+        elif isinstance(ours, torch.Tensor):
+            self.assertTrue(ours.dtype == theirs.dtype and torch.equal(ours, theirs), path)
+        else:
+            self.assertEqual(ours, theirs, path)
+
+
+class FolderTest(ContentTest):
     """A test with a folder of its own, self.folder."""
 
     def setUp(self):
@@ -185,7 +205,7 @@ def run_command(args, environment, seconds=300):
         return file.read().decode(), status
 
 
-class CommandTest(unittest.TestCase):
+class CommandTest(ContentTest):
     """Tests of the command itself, in real processes.
 
     They have 80 training, 50 test and 10 val puzzles of 4x4. A training has 60 steps of batch 8,
@@ -254,19 +274,3 @@ class CommandTest(unittest.TestCase):
 
     def checkpoint(self, run_name, step):
         return self.folder / "runs" / run_name / "checkpoints" / f"checkpoint_step_{step}.pt"
-
-    def same_content(self, ours, theirs, path="checkpoint"):
-        """Bit by bit the same, but for measured seconds."""
-        self.assertIs(type(ours), type(theirs), path)
-        if isinstance(ours, dict):
-            self.assertEqual(list(ours), list(theirs), path)
-            for key in set(ours) - {"train_seconds", "interval_seconds", "output_dir"}:
-                self.same_content(ours[key], theirs[key], f"{path}.{key}")
-        elif isinstance(ours, (list, tuple)):
-            self.assertEqual(len(ours), len(theirs), path)
-            for k, pair in enumerate(zip(ours, theirs)):
-                self.same_content(*pair, f"{path}[{k}]")
-        elif isinstance(ours, torch.Tensor):
-            self.assertTrue(ours.dtype == theirs.dtype and torch.equal(ours, theirs), path)
-        else:
-            self.assertEqual(ours, theirs, path)

@@ -1,7 +1,9 @@
 """The command as a user types it: what it prints, what it writes, and how it ends after each kind
 of mistake."""
 
+import contextlib
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -21,10 +23,12 @@ import yaml
 
 import trm_model
 from checkpoint_manager import load_checkpoint
+from collectives import Workers
 from config import load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
-from evaluation import PER_PUZZLE_KEYS, evaluate, unpack_solved
+from evaluation import PER_PUZZLE_KEYS, SCORES, evaluate, unpack_solved
+from initial_weights import initial_weights
 from provenance import code_version
 from tests.helpers import ROOT, CommandTest, FolderTest, random_pairs, run_command, write_split
 from utils import STREAM_EVAL_SUBSET, random_stream
@@ -176,6 +180,17 @@ class Training(CommandTest):
                         trained[name], given[prefix + name], rtol=0, atol=1e-6, msg=name
                     )
 
+    def test_init_from_a_checkpoint_takes_its_raw_weights(self):
+        self.train("--run_name", "whole_checkpoint", "--max_steps", "5")
+        path = self.checkpoint("whole_checkpoint", 5)
+        dataset = SudokuDatasetTPU(self.folder / "data", "train")
+        with contextlib.redirect_stdout(io.StringIO()):
+            weights = initial_weights(load_config(self.config), dataset, str(path), Workers(0, 1))
+        content = load_checkpoint(path)
+        self.same_content(weights, content["model"])
+        with self.assertRaises(AssertionError):
+            self.same_content(weights, content["ema"])
+
     def test_eval_only_of_weights_alone(self):
         """As the original saves them: no configuration, no step, no average."""
         self.train("--run_name", "whole_one", "--max_steps", "5")
@@ -282,7 +297,7 @@ class PerPuzzle(FolderTest):
                 if next(step) == 2
                 else torch.zeros(len(carry), dtype=torch.bool)
             )
-            return carry, solved.float().expand(5, -1)
+            return carry, solved.float().expand(len(SCORES) + 1, -1)  # and the halting logit
 
         step = itertools.cycle((1, 2))
         model = mock.Mock(config=mock.Mock(halt_max_steps=2), empty_carry=torch.zeros)

@@ -6,8 +6,8 @@ import unittest
 
 import yaml
 
-from config import config_from_dict, config_yaml, load_config, planned_workers
-from schedule import evaluation_interval_steps, total_steps
+from config import config_from_dict, config_yaml, differences, load_config, planned_workers
+from schedule import Schedule, evaluation_interval_steps, total_steps
 from tests.helpers import ROOT, FolderTest, write_config
 
 DATA = "data: {dataset_path: nowhere}\n"
@@ -79,6 +79,41 @@ class Reading(ConfigTest):
         tiny = self.load("", "evaluation.interval_epochs=0.001", "training.epochs=0.5")
         self.assertEqual((total_steps(tiny, 1000), evaluation_interval_steps(tiny, 1000)), (0, 1))
 
+    def test_what_is_due_at_which_step(self):
+        def due(last_step):
+            schedule = Schedule(50, last_step, 20, 15, 30)
+            return [
+                [step for step in range(1, last_step + 1) if is_due(step)]
+                for is_due in (schedule.evaluation_due, schedule.checkpoint_due, schedule.log_due)
+            ]
+
+        self.assertEqual(due(50), [[20, 40, 50], [20, 30, 40, 50], [15, 30, 45, 50]])
+        # --max_steps 45: the run is not at its end, and there is nothing to evaluate
+        self.assertEqual(due(45), [[20, 40], [20, 30, 40, 45], [15, 30, 45]])
+        for last_step, step, evaluated, done in (
+            (50, 49, True, False),
+            (50, 50, False, False),
+            (50, 50, True, True),
+            (45, 45, False, True),
+            (40, 40, False, False),
+        ):
+            schedule = Schedule(50, last_step, 20, 15, 30)
+            self.assertEqual(schedule.is_done(step, evaluated), done, (last_step, step, evaluated))
+
+    def test_any_number_of_puzzles_is_the_same_number_of_steps(self):
+        """E3.2 and its miniatures: only the puzzles differ, not the length of the training."""
+        for pattern, base in (("e3_2_*", "e1_1"), ("mini/mini_e3_2_*", "mini/mini_e1_1")):
+            paths = sorted((ROOT / "configs").glob(f"{pattern}.yaml"))
+            self.assertEqual(len(paths), 2)
+            plans = set()
+            for path in [*paths, ROOT / "configs" / f"{base}.yaml"]:
+                config = load_config(path)
+                puzzles = config.data.expected_puzzles
+                plans.add(
+                    (total_steps(config, puzzles), evaluation_interval_steps(config, puzzles))
+                )
+            self.assertEqual(len(plans), 1, plans)
+
     def test_planned_workers(self):
         config = self.load("", "tpu.accelerator_type=v4-64")
         self.assertEqual(planned_workers(config), 1)
@@ -112,6 +147,34 @@ class Reading(ConfigTest):
             (again.training.lr, again.training.ema, again.logging.output_dir), (3e-5, False, "1e3")
         )
 
+    def test_what_a_run_may_go_on_with(self):
+        """Each knob of these sections is part of what a run is, but for those that change no
+        number."""
+        config, free = self.load(), set()
+        for section in ("model", "data", "training"):
+            knobs = getattr(config, section)
+            for field in dataclasses.fields(knobs):
+                value = [getattr(knobs, field.name), "changed"]
+                changed = dataclasses.replace(knobs, **{field.name: value})
+                other = dataclasses.replace(config, **{section: changed})
+                found = differences(other, dataclasses.asdict(config), (section,))
+                if not found:
+                    free.add(f"{section}.{field.name}")
+                else:
+                    self.assertTrue(found.startswith(f"{section}.{field.name} "), found)
+        self.assertEqual(
+            free,
+            {
+                "data.dataset_path",
+                "data.prefetch_batches",
+                "model.activation_checkpointing",
+                "training.compile",
+                "training.ema_strategy",
+                "training.num_workers",
+                "training.pallas_kernels",
+            },
+        )
+
     def test_config_from_a_checkpoints_dict(self):
         config = self.load("", "training.lr=3e-5", "evaluation.max_examples=5", "device=cpu")
         self.assertEqual(config_from_dict(dataclasses.asdict(config), "file.pt"), config)
@@ -130,6 +193,19 @@ class Reading(ConfigTest):
 class Miniatures(ConfigTest):
     """configs/mini against the study in configs/: what a file of the one changes in its base, its
     counterpart changes in its own."""
+
+    CELLS = {  # files of each experiment
+        "e1_1": 1,
+        "e1_3": 2,
+        "e2_1": 1,
+        "e2_2": 3,
+        "e2_3": 1,
+        "e2_4": 2,
+        "e3_1": 2,
+        "e3_2": 2,
+        "e3_3": 3,
+    }
+    BASES = {"e3_3": "mini_e3_2_500.yaml"}  # others build on mini_base.yaml
 
     def changes(self, path, base):
         """{dotted key: value} of what the file itself says, which builds on `base` alone; every key
@@ -154,7 +230,8 @@ class Miniatures(ConfigTest):
             with self.subTest(path.name):
                 self.assertFalse((study / path.name).exists(), "two runs of one name")
                 experiment = re.match(r"mini_(e\d_\d)", path.stem)[1]
-                changes, config, before = self.changes(path, study / "mini_base.yaml")
+                base = self.BASES.get(experiment, "../mini_base.yaml")
+                changes, config, before = self.changes(path, (mini / base).resolve())
                 experiments.setdefault(experiment, []).append((changes, config))
                 for name in sorted(study.glob(f"{experiment}*.yaml")):
                     counterpart, _, _ = self.changes(name, study / "base_sudoku_tpu.yaml")
@@ -185,10 +262,7 @@ class Miniatures(ConfigTest):
                 )
                 self.assertEqual(config.model.puzzle_emb_ndim, config.model.hidden_size)
                 self.assertIn(f"--config configs/mini/{path.name}\n", path.read_text())
-        self.assertEqual(
-            {name: len(cells) for name, cells in experiments.items()},
-            {"e1_1": 1, "e1_3": 2, "e2_1": 1, "e2_2": 3, "e2_3": 1, "e2_4": 2, "e3_1": 2},
-        )
+        self.assertEqual({name: len(cells) for name, cells in experiments.items()}, self.CELLS)
         schedules = {
             (config.model.H_cycles, config.model.L_cycles)
             for _, config in [*experiments["e2_2"], *experiments["e1_1"]]
@@ -360,6 +434,7 @@ class Mistakes(ConfigTest):
             ("model.hidden_size", "7", ">= 8"),
             ("evaluation.max_examples", "0", ">= 1"),
             ("data.prefetch_batches", "0", ">= 1"),
+            ("data.augmentations", "-1", ">= 0"),
             ("training.grad_clip_norm", "-1", ">= 0"),
             ("model.expansion", "0", "> 0"),
         ]:
@@ -517,6 +592,15 @@ class Overrides(ConfigTest):
             with self.subTest(override):
                 message = self.user_error(lambda: self.load("", override), *says)
                 self.assertTrue(message.startswith("command line: "), message)
+
+    def test_augmentations_need_augment(self):
+        for count in (0, 3):
+            self.user_error(
+                lambda: self.load("", f"data.augmentations={count}", "data.augment=false"),
+                f"command line: data.augmentations = {count}: data.augment is false",
+                "leave this null",
+            )
+        self.load("", "data.augment=false")
 
     def test_combinations_name_the_place_of_the_value(self):
         self.user_error(

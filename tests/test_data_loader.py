@@ -453,6 +453,19 @@ class EvaluationBatches(LoaderTest):
                 seen += rows.tolist()
             self.assertEqual(seen, list(range(10)))
 
+    def test_workers_share_the_examples(self):
+        data = self.dataset(count=10)
+        for world_size in (1, 2, 3, 4, 8, 10):
+            for batch_size in (1, 2, 3, 16):
+                with self.subTest(world_size=world_size, batch_size=batch_size):
+                    shares = [
+                        [rows.tolist() for _, rows in evaluation_batches(data, batch_size, *share)]
+                        for share in ((None, rank, world_size) for rank in range(world_size))
+                    ]
+                    self.assertEqual(len(set(map(len, shares))), 1)  # as many batches for each
+                    seen = [row for batches in shares for rows in batches for row in rows]
+                    self.assertEqual(seen, list(range(10)))
+
     def test_subsets_are_the_same_each_time(self):
         data = self.dataset(count=40)
 

@@ -453,7 +453,9 @@ class Endings(unittest.TestCase):
             mock.patch.object(diagnose, "KILL_SECONDS", 1),
         ):
             _, lines = self.result(code)
-        self.assertEqual(lines[-2], "[FAIL] clock: no end within 1 s, and no word where it was")
+        self.assertEqual(
+            lines[-2], "[FAIL] clock: no end within 1 s, and it did not say where it was"
+        )
         gone = (
             time.monotonic() + 30
         )  # its end may take a moment to show, and nobody waits for it here

@@ -133,8 +133,10 @@ class Commands(SliceTest):
             )
         cls.git("add", "--all")
         cls.git("commit", "--quiet", "--message=the rest")
-        for split, count in (("train", 8000), ("test", 20)):
-            write_split(cls.kit / "data" / "quickstart" / split, *random_pairs(9, count))
+        for name, puzzles in (("", 8000), ("-500", 500), ("-2000", 2000)):
+            for split, count in (("train", puzzles), ("test", 20)):
+                folder = cls.kit / "data" / f"quickstart{name}"
+                write_split(folder / split, *random_pairs(9, count))
 
     def setUp(self):
         super().setUp()

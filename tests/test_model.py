@@ -275,7 +275,7 @@ class Halting(unittest.TestCase):
         )  # where the model says pad, the cell is not scored
         self.assertTrue((labels > 0).sum(1).min() >= 4)
         cell = int((labels[1] > 0).nonzero()[0])
-        labels[1, cell] = labels[1, cell] % 5 + 1  # slot 1: one cell wrong
+        labels[1:3, cell] = labels[1:3, cell] % 5 + 1  # slots 1, 2: one cell wrong
         labels[4:6] = labels[4:6].clamp(max=1) * 7  # slots 4, 5: a label that is no code; all wrong
         labels[6] = 0  # slot 6: a pad
         scored = int((labels[1] > 0).sum())
@@ -291,7 +291,7 @@ class Halting(unittest.TestCase):
             (found["exact_accuracy"], found["q_halt_accuracy"], found["steps"]), (2, 2, 16)
         )
         # losses are of all slots, whether they halt or not; an all-pad slot counts as exact
-        exact = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1.0])
+        exact = torch.tensor([1, 0, 0, 1, 0, 0, 1, 1.0])
         q_loss = torch.nn.functional.binary_cross_entropy_with_logits(
             torch.full((8,), -1.0), exact, reduction="sum"
         ).item()

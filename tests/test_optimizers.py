@@ -10,12 +10,13 @@ import torch
 
 import trm_model
 from adam_atan2 import AdamATan2, PuzzleEmbeddingSGD, bias_correction, lr_at
+from checkpoint_manager import load_checkpoint
 from config import ModelConfig, load_config
 from data_loader_tpu import SudokuDatasetTPU
 from device import Device
 from ema_distributed import EMADistributed
 from tests.helpers import FolderTest, random_pairs, write_config, write_split
-from train_state import TOTALS, TrainState
+from train_state import TOTALS, TrainState, settle_forward_dtype
 
 torch.set_num_threads(
     1
@@ -271,13 +272,17 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
 
     def test_a_record_in_which_nobody_halted_has_no_accuracies(self):
         run = self.run_of()
-        run.interval_steps, run.interval_seconds = 2, 1.0
+        run.step, run.interval_steps, run.interval_seconds = 2, 2, 1.0
         totals = dict.fromkeys(TOTALS, 0.0) | {"lm_loss": 32.0}
         for count, expected in ((0.0, None), (4.0, 0.0)):
             record = run.record({**totals, "count": count}, 1e12)
             for key in ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "mean_steps"):
                 self.assertEqual(record[key], expected, key)
             self.assertEqual(record["lm_loss"], 2)  # of two steps with 8 slots
+        run.device.workers.world_size = 2  # of which each has this peak
+        record = run.record({**totals, "count": 0.0}, 1e12)
+        self.assertGreater(record["mfu"], 0)
+        self.assertEqual(record["mfu"], record["model_flops_per_second"] / 1e12 / 2)
 
     def test_accumulated_gradients_are_those_of_the_whole_batch(self):
         recorded = []
@@ -369,6 +374,51 @@ training: {{global_batch_size: 8, epochs: 100, lr: 1e-2, puzzle_emb_lr: 1e-2, lr
         without = self.steps(self.run_of("training.ema=false", "model.puzzle_emb_ndim=0"), 2)
         self.assertIsNone(without.ema)
         self.assertIsNone(without.puzzle_optimizer)
+
+    def test_auto_is_the_dtype_of_the_checkpoint_and_of_the_device_without_one(self):
+        device, config = Device("cpu"), load_config(self.path, ["model.forward_dtype=auto"])
+        for dtype in ("float32", "bfloat16"):
+            settled = settle_forward_dtype(config, device, {"model": {"forward_dtype": dtype}})
+            self.assertEqual(settled.model.forward_dtype, dtype)
+        settled = settle_forward_dtype(config, device)
+        self.assertEqual(settled.model.forward_dtype, device.forward_dtype("auto"))
+
+    def test_everything_is_taken_over_from_a_checkpoint(self):
+        run = self.steps(self.run_of(), 3)
+        torch.rand(1)  # so that the generator is not as at the start
+        run.interval_steps, run.interval_seconds, run.train_seconds = 3, 0.25, 1.5
+        file = io.BytesIO()
+        torch.save(run.state_dict(), file)
+        saved = load_checkpoint(file.getvalue())
+        for name, start in (("totals", run.totals * 0), ("generator", self.generator_at_start())):
+            self.assertFalse(torch.equal(saved[name], start), name)
+        self.assertFalse(saved["carry"]["halted"].all())
+        again = TrainState(run.config, run.device, self.dataset, saved)
+        self.same_content(again.state_dict(), saved)
+        self.assertEqual((again.interval_seconds, again.train_seconds), (0.25, 1.5))
+
+    def generator_at_start(self):
+        kept = torch.get_rng_state()
+        self.run_of()
+        start = torch.get_rng_state()
+        torch.set_rng_state(kept)
+        return start
+
+    def test_workers_share_what_the_host_gives_to_a_step(self):
+        def host_batch(rank, world_size):
+            device = Device("cpu")
+            device.workers.rank, device.workers.world_size = rank, world_size
+            config = load_config(self.path, ["model.halt_exploration_prob=0.5"])
+            run = TrainState(config, device, self.dataset)
+            return run.host_batch(run.loader.batch(0))
+
+        whole, shares = host_batch(0, 1), [host_batch(rank, 4) for rank in range(4)]
+        self.assertTrue(0 < (whole["min_halt_steps"] > 0).sum() < 8)
+        for name in ("inputs", "labels", "puzzle_identifiers", "min_halt_steps"):
+            together = np.concatenate([share[name] for share in shares])
+            np.testing.assert_array_equal(together, whole[name], name)
+        for share in shares:
+            np.testing.assert_array_equal(share["scalars"], whole["scalars"])
 
     def test_clipping(self):
         norms = []

@@ -541,6 +541,15 @@ class OnXLA(PreemptionTest):
 
 
 class Interval(PreemptionTest):
+    def test_an_evaluation_is_no_time_of_training(self):
+        process = self.begin("timed", {"evaluate": 2.0})
+        self.ends(process, status=0)
+        records = [r for r in self.records("timed", timing=True) if r["split"] == "train"]
+        first, last = records[0], records[-1]
+        seconds = last["wall_time"] - first["wall_time"]
+        # two evaluations lie between these records; 0.1 s for what is read off both clocks
+        self.assertLess(last["train_seconds"] - first["train_seconds"], seconds - 2 * 2.0 + 0.1)
+
     def test_minutes_make_checkpoints_too(self):
         process = self.begin(
             "minutes",

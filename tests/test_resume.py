@@ -92,6 +92,7 @@ class ResumeTest(CommandTest):
         self.assertEqual(
             [r["step"] for r in records if r["split"] == "train"], list(range(5, 61, 5))
         )
+        self.assertAlmostEqual(records[0]["lr"], 0.005)  # half of the warmup
         self.assertEqual(
             [(r["step"], r["weights"], r["count"]) for r in records if r["split"] == "test"],
             [(20, "ema", 20), (40, "ema", 20), (60, "ema", 20), (60, "ema", 50), (60, "raw", 50)],
@@ -260,7 +261,12 @@ class ResumeTest(CommandTest):
         self.user_mistake(
             "--run_name", "fixed", "training.lr=0.5", says=["training.lr 0.01 -> 0.5", "--run_name"]
         )
-        self.user_mistake("--run_name", "fixed", "model.L_layers=1", says=["model.L_layers 2 -> 1"])
+        for change, says in (
+            ("model.L_layers=1", "model.L_layers 2 -> 1"),
+            ("data.augment=false", "data.augment True -> False"),
+            ("training.seed=1", "training.seed 0 -> 1"),
+        ):
+            self.user_mistake("--run_name", "fixed", change, says=[says])
         shutil.copytree(self.folder / "data", self.folder / "moved", dirs_exist_ok=True)
         self.train(
             "--run_name",

@@ -2,6 +2,7 @@
 that loses it learns so."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,11 +13,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import run_folder
 import run_lock
+from collectives import Workers
+from config import load_config
+from run_folder import RunFolder
 from run_lock import NAME, RunLock
 from storage import StorageError, open_folder
 from tests.gcs_server import GCSTest, Proxy
-from tests.helpers import ROOT, FolderTest
+from tests.helpers import ROOT, FolderTest, write_config
 from utils import RunFailure, UserError
 
 NEVER = 9999  # seconds between two renewals in tests that want none
@@ -607,6 +612,25 @@ class Renewals(LockTest):
         lock = self.take(beat_seconds=NEVER)
         lock.folder = None  # any use of it would raise
         lock.check()
+
+    def test_a_training_that_has_lost_it_ends_at_its_next_record(self):
+        config = load_config(
+            write_config(self.folder / "run.yaml"), [f"logging.output_dir={self.folder}"]
+        )
+        often = functools.partial(RunLock, beat_seconds=0.02)
+        finite = {"first_not_finite": 0.0}
+        with (
+            mock.patch.object(run_folder, "RunLock", often),
+            contextlib.redirect_stderr(io.StringIO()),
+            RunFolder(config, "lost", Workers(0, 1)) as first,
+        ):
+            first.check(finite)
+            with RunFolder(config, "lost", Workers(0, 1), True) as second:
+                end = time.monotonic() + 30
+                with self.assertRaisesRegex(RunFailure, "was taken over by process"):
+                    while time.monotonic() < end:
+                        first.check(finite)
+                second.check(finite)
 
     def test_release_waits_for_a_renewal_under_way(self):
         folder, begun, looked, go_on = (

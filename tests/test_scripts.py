@@ -438,8 +438,8 @@ class Setup(SliceTest):
     def test_a_queue_that_does_not_move(self):
         output = self.setup_tpu("--queued", "--max_hours", "0.0001", status=3)
         self.assertIn(
-            "it stays asked for; bash scripts/delete_tpu.sh tpu.name=my-tpu tpu.zone=us-central2-b "
-            "tpu.project=my-project-1 takes that back",
+            "the request stays open; bash scripts/delete_tpu.sh tpu.name=my-tpu "
+            "tpu.zone=us-central2-b tpu.project=my-project-1 cancels it",
             output,
         )
         self.setup_tpu("--max_hours", "0.0001", status=3)  # waits on, asks for nothing else
@@ -484,7 +484,7 @@ class Setup(SliceTest):
         self.assertIn("there is no room", self.setup_tpu(status=3))
         (self.cloud / "no_pip").touch()
         output = self.setup_tpu(status=1)
-        self.assertIn("python3 has no pip, by which uv comes", output)
+        self.assertIn("python3 has no pip to install uv with", output)
         self.assertIn("the environment of my-tpu could not be installed", output)
         self.assertIn(DELETE, output)
         (self.cloud / "no_pip").unlink()

@@ -78,9 +78,27 @@ class Folder(unittest.TestCase):
         self.out = self.folder / "out"
 
     def built(self, *arguments, out=None):
-        status, stdout, stderr = build("--output_dir", out or self.out, *arguments)
+        out = out or self.out
+        folders = [out] if isinstance(out, Path) else out
+        status, stdout, stderr = build("--output_dir", *folders, *arguments)
         self.assertEqual(status, 0, stderr)
         return stdout
+
+    def check_nested(self, *source):
+        """Subsets of 3 and 6 train puzzles are parts of the whole; other splits are the same."""
+        subsets = [self.folder / "3", self.folder / "6"]
+        self.built(*source)
+        self.built(*source, "--subsample_size", 3, 6, out=subsets)
+        folders = [*subsets, self.out]
+        few, more, whole = (
+            {row.tobytes() for row in load(folder / "train")["inputs"]} for folder in folders
+        )
+        self.assertEqual((len(few), len(more)), (3, 6))
+        self.assertTrue(few < more < whole)
+        hashes = [fingerprint(folder) for folder in folders]
+        for name in hashes[0]:
+            same = len({of_one[name] for of_one in hashes}) == 1
+            self.assertTrue(same or name.startswith("train/"), name)
 
     def refused(self, *arguments, says=()):
         status, stdout, stderr = build("--output_dir", self.out, *arguments)
@@ -205,6 +223,9 @@ class Layout(Folder):
             if key == "inputs":
                 self.assertEqual([len(s) for s in sets], [275, 50, 25])
 
+    def test_subsamples_are_nested(self):
+        self.check_nested(*SMALL, "--val_size", 5)
+
     def test_min_guesses(self):
         self.built("--generate", "--num_train", 3, "--num_test", 2, "--min_guesses", 4)
         for split in ("train", "test"):
@@ -320,6 +341,34 @@ class FromCsv(Folder):
         self.refused(
             *self.sources(), "--min_difficulty", 99, "--overwrite", says=["--min_difficulty"]
         )
+
+    def test_several_subsamples_are_nested_and_as_if_built_alone(self):
+        sources = [*self.sources(), "--val_size", 4, "--seed", 3]
+        folders = {size: self.folder / str(size) for size in (25, 5, 12)}
+        self.built(*sources, "--subsample_size", *folders, out=folders.values())
+        ratings = {  # which are the row numbers here
+            size: load(folder / "train")["ratings"].tolist() for size, folder in folders.items()
+        }
+        self.assertEqual(
+            {size: len(rows) for size, rows in ratings.items()}, {s: s for s in folders}
+        )
+        self.assertTrue(set(ratings[5]) < set(ratings[12]) < set(ratings[25]))
+        for size, folder in folders.items():
+            alone = self.folder / f"alone-{size}"
+            self.built(*sources, "--subsample_size", size, out=alone)
+            self.assertEqual(fingerprint(folder), fingerprint(alone))
+        # one that is there is left alone, whatever else is built beside it
+        more = [folders[12], self.folder / "8"]
+        output = self.built(*sources, "--subsample_size", 12, 8, out=more)
+        self.assertEqual(output.count("already built"), 1)
+        eight = load(self.folder / "8" / "train")["ratings"].tolist()
+        self.assertTrue(set(ratings[5]) < set(eight) < set(ratings[12]))
+
+    def test_a_subsample_is_the_beginning_of_the_seeds_permutation(self):
+        """So the 1,000 puzzles of Sudoku-Extreme are always the same."""
+        self.built(*self.sources(), "--subsample_size", 12, "--seed", 3)
+        chosen = np.sort(np.random.default_rng(3).permutation(40)[:12])
+        self.assertEqual(load(self.out / "train")["ratings"].tolist(), chosen.tolist())
 
     def test_no_solution_of_val_stays_in_train(self):
         # Two puzzles of each solution: one with a clue more.
@@ -496,6 +545,9 @@ class FromList(Folder):
         self.assertEqual(splits[0], splits[1])
         self.assertNotEqual(splits[0], splits[2])
 
+    def test_subsamples_are_nested(self):
+        self.check_nested(*self.source("\n".join(self.texts)), *self.numbers(15, 5, 3))
+
     def test_puzzles_of_one_solution_stay_in_one_split(self):
         twins = []
         for text in self.texts[:10]:
@@ -594,7 +646,7 @@ class Mistakes(Folder):
         for arguments, text in [
             (["--generate", "--num_train", "5"], "--num_test"),
             (["--num_train", "5"], "needs --generate"),
-            (SMALL + ["--subsample_size", "5"], "cannot go with --generate"),
+            (SMALL + ["--min_difficulty", "5"], "cannot go with --generate"),
             (SMALL + ["--skip_bad"], "cannot go with --generate"),
             (SMALL + ["--puzzles", "x.txt"], "cannot go with --generate"),
             (["--puzzles", "x.txt", "--train_csv", "x.csv"], "cannot go with --puzzles"),
@@ -614,6 +666,24 @@ class Mistakes(Folder):
         ]:
             with self.subTest(arguments):
                 self.refused(*arguments, says=[text])
+                self.assertEqual(os.listdir(self.folder), [])
+
+    def test_subsamples(self):
+        folder = self.folder / "x"
+        for arguments, text in [
+            (["--subsample_size", 5, 9], "names 1 folder(s) for 2 dataset(s)"),
+            (["--output_dir", folder, self.out], "names 2 folder(s) for 1 dataset(s)"),
+            (["--subsample_size", 5, 5, "--output_dir", folder, self.out], "5 5: give each one"),
+            (
+                ["--subsample_size", 5, 9, "--output_dir", folder, self.folder / "y" / ".." / "x"],
+                f"{folder} {folder}: give each one only once",
+            ),
+            (["--subsample_size", 0], "--subsample_size 0 must be 1 or more"),
+            (["--subsample_size", 31], "--subsample_size 31: there are only 30 train puzzles"),
+            (["--subsample_size", 30, "--val_size", 5], "there are only 25 train puzzles"),
+        ]:
+            with self.subTest(arguments):
+                self.refused(*SMALL, *arguments, says=[text])
                 self.assertEqual(os.listdir(self.folder), [])
 
     def test_more_puzzles_than_there_are(self):

@@ -1,16 +1,20 @@
 """Several workers: the same training at any number of them, one evaluation of every puzzle, and
 clear ends."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 import time
 import unittest
+from unittest import mock
 
 import torch
 
 from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT, CommandTest
+from workers import _wait
 
 # writes the summed gradient of each step, as the optimizer gets it, from rank 0
 RECORDER = """
@@ -229,6 +233,35 @@ class SameTraining(WorkersTest):
         )
         ours["config"]["training"]["num_workers"] = 2
         self.same_content(ours, theirs)
+
+
+class Statuses(unittest.TestCase):
+    def test_the_first_that_is_not_0_counts(self):
+        class Ended:
+            def __init__(self, status):
+                self.sentinel, self.status, self.exitcode = self, status, None
+
+            def join(self):
+                self.exitcode = self.status
+
+            def is_alive(self):
+                return False
+
+        for statuses, expected in (
+            ((0, 0, 0), 0),
+            ((0, 3, 1), 3),
+            ((3, 4, 0), 3),
+            ((143, 1, 1), 143),
+            ((-9, 143, 0), 1),
+        ):
+            processes = [Ended(status) for status in statuses]
+            ends = [[process] for process in processes]
+            with (
+                mock.patch("multiprocessing.connection.wait", side_effect=ends),
+                contextlib.redirect_stderr(io.StringIO()),
+                self.subTest(statuses),
+            ):
+                self.assertEqual(_wait(processes), expected)
 
 
 class Mistakes(WorkersTest):
