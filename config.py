@@ -184,6 +184,16 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return _build(flat, str(path))
 
 
+def knob_value(key: str, text: str, source: str) -> Any:
+    """One knob's value from `text`, its YAML; raises UserError that names `source`, as load_config
+    does, but checks no combination with other knobs."""
+    schema = _schema()
+    if key not in schema:
+        raise _unknown_key(key, source, schema)
+    kind, knob = schema[key]
+    return _convert(key, _parse_yaml(text, source), source, kind, knob.metadata)
+
+
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """The Config of a `dataclasses.asdict`, as checkpoints store it; raises UserError that names
     `source`."""

@@ -25,7 +25,9 @@ def stages(config: Config, total_steps: int) -> list[tuple[int, Stage]]:
     """
     model = config.model
     whole = Stage(begin=0.0, H_cycles=model.H_cycles, L_cycles=model.L_cycles)
-    given = config.training.curriculum or [whole]
+    given = config.training.curriculum
+    if not given:
+        return [(0, whole)]
     begins = [round(stage.begin * total_steps) for stage in given]
     if any(first == second for first, second in zip(begins, [*begins[1:], total_steps])):
         raise UserError(

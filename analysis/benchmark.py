@@ -4,8 +4,8 @@
     python analysis/benchmark.py --config configs/e1_1.yaml device=cuda --repeats 9 --json cuda.json
 
 One worker with its share of training.global_batch_size is measured, without the other workers; on
-a TPU this is one chip. Every figure is measured --repeats times, in turn with the others, and given
-as median, minimum and maximum:
+a TPU this is one chip. Of a training.curriculum the last stage is measured. Every figure is
+measured --repeats times, in turn with the others, and given as median, minimum and maximum:
 
     step_seconds, steps_per_second, examples_per_second
         a training step as train_tpu.py makes it, with the loader's batch
@@ -172,9 +172,14 @@ def local_folder(config: Config) -> Path:
 
 
 def share_of_one_worker(config: Config, world_size: int) -> Config:
-    """The configuration of one worker of `world_size`, for a training of its own."""
-    batch_size = config.training.global_batch_size // world_size
-    training = dataclasses.replace(config.training, global_batch_size=batch_size, num_workers=None)
+    """The configuration of one worker of `world_size`, for a training of its own. It has the
+    model's full depth from the start."""
+    training = dataclasses.replace(
+        config.training,
+        global_batch_size=config.training.global_batch_size // world_size,
+        num_workers=None,
+        curriculum=None,
+    )
     return dataclasses.replace(config, training=training)
 
 

@@ -1,12 +1,16 @@
 """Compile traced programs with the real TPU compiler for a slice that is not there.
 
-    python analysis/tpu_compile.py FOLDER v4-64
+    python analysis/tpu_compile.py FOLDER v4-64 CACHE
 
 analysis/tpu_report.py runs this after analysis/tpu_trace.py, in a process of its own, because the
 compiler and torch_xla cannot share one. It reads FOLDER/trace.json and FOLDER/NAME.hlo.pb, and
 writes FOLDER/NAME.optimised.txt (HLO) and FOLDER/compile.json.
+
+Many configurations of a study have the same programs. What is compiled is kept in the folder CACHE,
+which is for one kind of slice, and is not compiled again from there.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -22,32 +26,51 @@ import tpu_types
 
 
 def main() -> None:
-    folder, accelerator = Path(sys.argv[1]), sys.argv[2]
+    folder, accelerator, cache = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     tpu_environment(folder, accelerator)
     devices = slice_devices(accelerator)
     results = {}
     for program in json.loads((folder / "trace.json").read_text())["programs"]:
-        name, start = program["name"], time.perf_counter()
-        text = mlir_text((folder / f"{name}.hlo.pb").read_bytes())
-        try:
-            executable = compile_program(text, devices, program["donated"])
-        except RuntimeError as error:  # of the compiler; any other error is a bug of this script
-            results[name] = {"error": str(error), "compile_seconds": time.perf_counter() - start}
+        name, donated = program["name"], program["donated"]
+        hlo = (folder / f"{name}.hlo.pb").read_bytes()
+        key = hashlib.sha256(hlo + json.dumps(donated).encode()).hexdigest()
+        result, optimised = cache / f"{key}.json", cache / f"{key}.txt"
+        if not result.exists():
+            compiled, text = compiled_program(hlo, donated, devices)
+            optimised.write_text(text)
+            result.write_text(json.dumps(compiled))
+        results[name] = json.loads(result.read_text())
+        if results[name]["error"]:
             break
-        (folder / f"{name}.optimised.txt").write_text(executable.hlo_modules()[0].to_string())
-        memory = executable.get_compiled_memory_stats()
-        results[name] = {
-            "error": None,
-            "compile_seconds": time.perf_counter() - start,
-            "hbm_bytes": {
-                "arguments": memory.argument_size_in_bytes,
-                "outputs": memory.output_size_in_bytes,
-                "aliased": memory.alias_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes,
-                "generated_code": memory.generated_code_size_in_bytes,
-            },
-        }
+        (folder / f"{name}.optimised.txt").write_text(optimised.read_text())
     (folder / "compile.json").write_text(json.dumps(results))
+
+
+def compiled_program(
+    hlo: bytes, donated: Sequence[int], devices: Sequence[Any]
+) -> tuple[dict[str, Any], str]:
+    """(an entry of compile.json, the optimised program as text) of an HLO protobuf.
+
+    With an error of the compiler there is no text.
+    """
+    start = time.perf_counter()
+    try:
+        executable = compile_program(mlir_text(hlo), devices, donated)
+    except RuntimeError as error:  # of the compiler; any other error is a bug of this script
+        return {"error": str(error), "compile_seconds": time.perf_counter() - start}, ""
+    text = executable.hlo_modules()[0].to_string()
+    memory = executable.get_compiled_memory_stats()
+    return {
+        "error": None,
+        "compile_seconds": time.perf_counter() - start,
+        "hbm_bytes": {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "generated_code": memory.generated_code_size_in_bytes,
+        },
+    }, text
 
 
 def tpu_environment(folder: str | Path, accelerator: str) -> None:

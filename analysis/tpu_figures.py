@@ -14,6 +14,13 @@ from tpu_types import Generation, slice_type
 ROOT = Path(__file__).resolve().parent.parent
 MONTH_HOURS = 30 * 24  # of a grant of the TPU Research Cloud
 MS_PER_HOUR = 3.6e6
+# of a step, in each stage of a curriculum
+STAGE_FIGURES = (
+    "model_flops_per_chip_step",
+    "flops_per_chip_step",
+    "estimated_ms_per_step",
+    "estimated_cycles_per_step",
+)
 
 
 def chip_of(report: dict[str, Any]) -> Generation:
@@ -26,39 +33,42 @@ def program_figures(
 ) -> dict[str, Any]:
     """What the compiled programs say: memory, FLOPs, estimated times, collectives.
 
-    A training step may be several programs; their figures are added up. folder: with the
-    optimised programs. compiled: the content of compile.json. report: with the content of
-    trace.json. top: the number of operations in `where`, the most expensive ones.
+    folder: with the optimised programs. compiled: the content of compile.json. report: with the
+    content of trace.json. top: the number of operations in `where`, the most expensive ones.
 
     All figures are of one chip, except compile_seconds, which this machine took. A figure with a
-    unit has it in its name (ms, bytes, cycles, flops); estimated_mfu is a fraction.
+    unit has it in its name (ms, bytes, cycles, flops); estimated_mfu is a fraction. With a
+    curriculum, figures of a step are means over all steps; `stages` has those of each stage. The
+    other figures without a program's name, and `where`, are of the last stage.
     """
     chip = chip_of(report)
     texts = {name: (folder / f"{name}.optimised.txt").read_text() for name in compiled}
     kernel_cycles = json.loads((folder / "kernels.json").read_text())
     costs = {name: tpu_hlo.read_cost(text, chip, kernel_cycles) for name, text in texts.items()}
-    training = [name for name in compiled if name != "evaluation"]
-    train_costs = [costs[name] for name in training]
-    ms = sum(1e3 * cost.seconds for cost in train_costs)
-    all_reduces = [cost.collectives["all-reduce"] for cost in train_costs]
-    all_reduce_bytes = sum(figures["bytes"] for figures in all_reduces)
-    all_reduce_seconds = tpu_hlo.all_reduce_seconds(all_reduce_bytes, report["chips"], chip)
-    traced = [program for program in report["programs_traced"] if program["name"] in training]
+    stages = stage_figures(report, costs)
+    last = costs[stages[-1]["program"]]
+    all_reduce = last.collectives["all-reduce"]
+    all_reduce_seconds = tpu_hlo.all_reduce_seconds(all_reduce["bytes"], report["chips"], chip)
+    total = sum(stage["steps"] for stage in stages)
+    means = {
+        name: sum(stage["steps"] * stage[name] for stage in stages) / total
+        for name in STAGE_FIGURES
+    }
+    seconds = means["estimated_ms_per_step"] / 1e3
     return {
         **memory_figures(compiled, report["parameters"]),
-        "flops_per_chip_step": sum(program["flops"] for program in traced),
-        "estimated_ms_per_step": ms,
-        "estimated_cycles_per_step": sum(cost.cycles for cost in train_costs),
-        "estimated_mfu": report["model_flops_per_chip_step"] / (ms / 1e3 * chip.peak_flops),
+        **means,
+        "stages": stages,
+        "estimated_mfu": means["model_flops_per_chip_step"] / (seconds * chip.peak_flops),
         "matrix_products": {name: tpu_hlo.product_precisions(text) for name, text in texts.items()},
         "custom_calls": {
             name: cost.custom_calls for name, cost in costs.items() if cost.custom_calls
         },
         "unestimated": {name: cost.unestimated for name, cost in costs.items()},
         "loops_of_unknown_length": sum(cost.loops_of_unknown_length for cost in costs.values()),
-        "prefetch_bytes_per_step": sum(cost.prefetch_bytes for cost in train_costs),
-        "all_reduce_bytes": all_reduce_bytes,
-        "all_reduce_count": sum(figures["count"] for figures in all_reduces),
+        "prefetch_bytes_per_step": last.prefetch_bytes,
+        "all_reduce_bytes": all_reduce["bytes"],
+        "all_reduce_count": all_reduce["count"],
         "all_reduce_ms_at_least": 1e3 * all_reduce_seconds,
         "other_collectives": {
             kind: figures
@@ -68,19 +78,34 @@ def program_figures(
         },
         "evaluation_ms_per_step": 1e3 * costs["evaluation"].seconds,
         "compile_seconds": {name: result["compile_seconds"] for name, result in compiled.items()},
-        "where": tpu_hlo.cycles_by_source(costs["train"], ROOT)[:top],
+        "where": tpu_hlo.cycles_by_source(last, ROOT)[:top],
     }
+
+
+def stage_figures(report: dict[str, Any], costs: dict[str, tpu_hlo.Cost]) -> list[dict[str, Any]]:
+    """The stages of trace.json, each with STAGE_FIGURES. costs: of each program."""
+    flops = {program["name"]: program["flops"] for program in report["programs_traced"]}
+    return [
+        stage
+        | {
+            "flops_per_chip_step": flops[stage["program"]],
+            "estimated_ms_per_step": 1e3 * costs[stage["program"]].seconds,
+            "estimated_cycles_per_step": costs[stage["program"]].cycles,
+        }
+        for stage in report["stages"]
+    ]
 
 
 def memory_figures(compiled: dict[str, Any], parameters: int) -> dict[str, Any]:
     """Bytes of a chip's memory (HBM) that the programs take, as the compiler reports them.
 
-    hbm_bytes: those of the training step, by kind; its `needed` is what the whole run needs.
+    hbm_bytes: those of the largest training step, by kind; its `needed` is what the whole run
+    needs.
     hbm_working_bytes: {program: bytes that are in use while it runs}.
     """
     by_program = {name: result["hbm_bytes"] for name, result in compiled.items()}
     training = [sizes for name, sizes in by_program.items() if name != "evaluation"]
-    hbm = {kind: max(sizes[kind] for sizes in training) for kind in by_program["train"]}
+    hbm = {kind: max(sizes[kind] for sizes in training) for kind in training[0]}
     working = {
         name: sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]
         for name, sizes in by_program.items()
@@ -99,15 +124,20 @@ def run_figures(report: dict[str, Any], config: Config) -> dict[str, Any]:
     report: with the figures of trace.json and of `program_figures`.
     """
     total = total_steps(config, report["num_puzzles"])
-    device_ms = report["estimated_ms_per_step"] + report["all_reduce_ms_at_least"]
-    training_hours = total * max(device_ms, report["host_ms_per_step"]) / MS_PER_HOUR
+    all_reduce_ms, host_ms = report["all_reduce_ms_at_least"], report["host_ms_per_step"]
+    device_ms = report["estimated_ms_per_step"] + all_reduce_ms
+    training_ms = sum(
+        stage["steps"] * max(stage["estimated_ms_per_step"] + all_reduce_ms, host_ms)
+        for stage in report["stages"]
+    )
+    training_hours = training_ms / MS_PER_HOUR
     evaluations = math.ceil(total / evaluation_interval_steps(config, report["num_puzzles"]))
     evaluation_hours, final_hours = _evaluation_hours(report, config, evaluations)
     hours = training_hours + evaluation_hours
     return {
         "total_steps": total,
         "device_ms_per_step": device_ms,
-        "bound_by": "device" if device_ms >= report["host_ms_per_step"] else "host",
+        "bound_by": "device" if device_ms >= host_ms else "host",
         "evaluations": evaluations,
         "training_hours": training_hours,
         "evaluation_hours": evaluation_hours,

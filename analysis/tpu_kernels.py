@@ -1,13 +1,14 @@
 """Count the cycles of the compiler's schedule for each Pallas kernel of compiled programs.
 
-    python analysis/tpu_kernels.py FOLDER v4-64
+    python analysis/tpu_kernels.py FOLDER v4-64 CACHE
 
 The compiler's estimate of a program leaves out its kernels. This script reads
 FOLDER/NAME.optimised.txt, compiles each distinct kernel in them by itself, and counts the
 instruction bundles that the compiler has scheduled for it. A core executes one bundle in each
 cycle. The schedule contains the waits for results of slow instructions, but not those for memory.
 
-It writes FOLDER/kernels.json: {key of the kernel (tpu_hlo.kernel_key): cycles}.
+It writes FOLDER/kernels.json: {key of the kernel (tpu_hlo.kernel_key): cycles}. As for
+analysis/tpu_compile.py, kernels in CACHE/kernels.json are not compiled again.
 
 A kernel is taken to be one loop over its grid, in which everything is unrolled. The cores of a chip
 share the parallel axes of the grid. analysis/tpu_report.py runs this after analysis/tpu_compile.py,
@@ -37,19 +38,20 @@ DUMP_FLAGS = (
 
 
 def main() -> None:
-    folder, accelerator = Path(sys.argv[1]), sys.argv[2]
-    found = kernels(folder)
-    counted = {}
+    folder, accelerator, cache = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3], "kernels.json")
+    counted = json.loads(cache.read_text()) if cache.exists() else {}
+    found = {key: kernel for key, kernel in kernels(folder).items() if key not in counted}
     if found:
         with tempfile.TemporaryDirectory() as dump:
             tpu_environment(folder, accelerator)
             os.environ["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(dump)
             device = slice_devices(accelerator)[0]
             cores = tpu_types.slice_type(accelerator).generation.cores
-            counted = {
+            counted |= {
                 key: cycles(*kernel, device, cores, Path(dump)) for key, kernel in found.items()
             }
-    (folder / "kernels.json").write_text(json.dumps(counted))
+    for path in (cache, folder / "kernels.json"):
+        path.write_text(json.dumps(counted))
 
 
 def kernels(folder: Path) -> dict[str, tuple[tpu_hlo.Computation, tpu_hlo.Instruction]]:

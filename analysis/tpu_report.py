@@ -10,6 +10,7 @@ The last command prints the whole study as one table.
 The report traces the training step and the evaluation step as one worker of the slice, and compiles
 both with the compiler of a TPU VM (about a minute each on one core). It says whether they compile
 and fit, what the compiler expects them to cost, and what follows for the run. It needs no dataset.
+A program that several of the configurations have is compiled once.
 
 Exit status: 0; 1 where a configuration does not compile or does not fit; 2 for a mistake in the
 command.
@@ -62,10 +63,12 @@ def main() -> int:
     if several:
         print(tpu_text.HEADER, flush=True)
     reports = []
-    for path, config in configs.items():
-        report = examine(path, config, args)
-        reports.append(report)
-        print(tpu_text.table_row(report) if several else tpu_text.full_text(report), flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for path, config in configs.items():
+            report = examine(path, config, args, Path(cache))
+            reports.append(report)
+            text = tpu_text.table_row(report) if several else tpu_text.full_text(report)
+            print(text, flush=True)
     summary = reports[0]
     if several:
         summary = {"reports": reports, **totals(reports)}
@@ -163,8 +166,8 @@ def check_dependencies() -> None:
         )
 
 
-def examine(path: str, config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """The report of one configuration.
+def examine(path: str, config: Config, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """The report of one configuration. cache: a folder for what is compiled.
 
     Its `error` says in words why there are no figures, or why they do not fit; otherwise it is
     None.
@@ -184,7 +187,7 @@ def examine(path: str, config: Config, args: argparse.Namespace) -> dict[str, An
             folder = Path(args.keep) / f"{Path(path).stem}_{args.accelerator}"
             folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config_yaml(config))
-        report["error"] = compile_programs(folder, config, report, args)
+        report["error"] = compile_programs(folder, config, report, args, cache)
         if report["error"]:
             return report
         compiled = json.loads((folder / "compile.json").read_text())
@@ -197,7 +200,7 @@ def examine(path: str, config: Config, args: argparse.Namespace) -> dict[str, An
 
 
 def compile_programs(
-    folder: Path, config: Config, report: dict[str, Any], args: argparse.Namespace
+    folder: Path, config: Config, report: dict[str, Any], args: argparse.Namespace, cache: Path
 ) -> str | None:
     """Trace and compile the configuration in `folder`; returns what went wrong, or None.
 
@@ -213,14 +216,14 @@ def compile_programs(
     trace = json.loads((folder / "trace.json").read_text())
     programs = trace["programs"]
     report |= {**trace, "programs": len(programs), "programs_traced": programs}
-    if error := run("compiling", "tpu_compile.py", args.accelerator):
+    if error := run("compiling", "tpu_compile.py", args.accelerator, cache):
         return error
     for name, result in json.loads((folder / "compile.json").read_text()).items():
         if result["error"]:
             if_large = tpu_text.way_out(name, config)
             reason = tpu_text.compiler_error(result["error"], if_large, chip_of(report))
             return f"{name} step: {reason}"
-    return run("scheduling", "tpu_kernels.py", args.accelerator)
+    return run("scheduling", "tpu_kernels.py", args.accelerator, cache)
 
 
 if __name__ == "__main__":

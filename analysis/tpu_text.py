@@ -66,11 +66,11 @@ def compiler_error(text: str, if_large: str, chip: Generation) -> str:
 def too_large(report: dict[str, Any], config: Config) -> str:
     """Why a configuration that compiles does not fit."""
     working, chip = report["hbm_working_bytes"], chip_of(report)
-    larger = max(working, key=working.get)
+    largest = max(working, key=working.get)
     return (
-        f"does not fit: with the {larger} step at work {report['hbm_bytes']['needed'] / GIB:.2f} "
+        f"does not fit: with the {largest} step at work {report['hbm_bytes']['needed'] / GIB:.2f} "
         f"GiB of HBM are needed, programs may use {chip.usable_hbm_bytes / GIB:.2f} GiB of a "
-        f"chip's {chip.hbm_bytes / GIB:.0f}: {way_out(larger, config)}"
+        f"chip's {chip.hbm_bytes / GIB:.0f}: {way_out(largest, config)}"
     )
 
 
@@ -182,7 +182,7 @@ def _memory(report: dict[str, Any]) -> Iterator[Line]:
     yield (
         "HBM needed",
         f"{report['hbm_bytes']['needed'] / GIB:.2f} of {chip_of(report).hbm_bytes / GIB:.0f} GiB "
-        "a chip (training state, the larger step, both programs)",
+        "a chip (training state, the largest step, all programs)",
     )
 
 
@@ -209,15 +209,22 @@ def _device_time(report: dict[str, Any]) -> Iterator[Line]:
         "device, estimated",
         f"{report['estimated_ms_per_step']:.2f} ms a step: {report['estimated_mfu']:.1%} of "
         f"{chip.peak_flops / 1e12:.0f} TFLOP/s. This is the compiler's own estimate "
-        f"({report['estimated_cycles_per_step']:,} cycles at {chip.clock_hz / 1e9} GHz), and not a "
-        "measurement",
+        f"({report['estimated_cycles_per_step']:,.0f} cycles at {chip.clock_hz / 1e9} GHz), and "
+        "not a measurement",
     )
+    for stage in report["stages"] if len(report["stages"]) > 1 else ():
+        yield (
+            f"  {stage['program']}",
+            f"{stage['estimated_ms_per_step']:.2f} ms a step, {stage['steps']:,} steps from step "
+            f"{stage['begin']:,} on, with H_cycles {stage['H_cycles']} and L_cycles "
+            f"{stage['L_cycles']}",
+        )
     yield "  its clock", chip.clock_source
-    rest = [figures for name, figures in report["unestimated"].items() if name != "evaluation"]
+    rest = report["unestimated"][report["stages"][-1]["program"]]
     yield (
         "  in it",
-        f"{sum(figures['count'] for figures in rest)} small operations without an estimate, "
-        f"{1e3 * sum(figures['seconds'] for figures in rest):.2f} ms by their bytes",
+        f"{rest['count']} small operations without an estimate, {1e3 * rest['seconds']:.2f} ms by "
+        "their bytes",
     )
     for program, calls in report["custom_calls"].items():
         for target, call in calls.items():
@@ -289,13 +296,14 @@ def _run(report: dict[str, Any]) -> Iterator[Line]:
 
 
 def _where(report: dict[str, Any]) -> list[str]:
-    """The most expensive operations of the training step, one on each line."""
+    """The most expensive operations of the (last stage's) training step, one on each line."""
+    step_cycles = report["stages"][-1]["estimated_cycles_per_step"]
     lines = [
         f"{'where the cycles go':<22} (training step; operations without a line of code belong to "
         "the backward pass or are the compiler's)"
     ]
     for cycles, count, source, operation, shape in report["where"]:
-        share = cycles / report["estimated_cycles_per_step"]
+        share = cycles / step_cycles
         ms = cycles / chip_of(report).clock_hz * 1e3
         lines.append(
             f"  {share:6.1%} {ms:7.3f} ms {count:5} x {operation:<14} {source:<24} {shape}"

@@ -4,8 +4,9 @@
 
 This works on any machine; analysis/tpu_report.py runs it in a process of its own. It reads
 FOLDER/config.yaml. It writes the programs that torch_xla would compile, FOLDER/train.hlo.pb and
-FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. Nothing is computed: weights, optimizer, average
-and carry are placeholders without memory, so that a configuration of any size can be traced.
+FOLDER/evaluation.hlo.pb, and FOLDER/trace.json. With a training.curriculum there is a training
+program for each stage: train_1, train_2, ... Nothing is computed: weights, optimizer, average and
+carry are placeholders without memory, so that a configuration of any size can be traced.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ import trm_model
 from config import Config, load_config
 from device import Device, tree_map
 from mixing import num_kernels, use_kernels
+from schedule import Schedule
 from train_state import TrainState, load_dataset, settle_forward_dtype
 from utils import UserError, run_cli
 from xla_program import changed_places, places
@@ -52,27 +54,28 @@ def main() -> None:
     folder = Path(sys.argv[1])
     config = load_config(folder / "config.yaml")
     dataset, dataset_source = training_puzzles(config)
+    Schedule.of(config, dataset.num_puzzles)  # refuses what training would refuse
     device = TracedDevice(tpu_types.slice_type(config.tpu.accelerator_type))
     config = settle_forward_dtype(config, device)
     state = traced_state(config, device, dataset)
     batch = state.loader.batch(0)
-    programs = trace_programs(state, device, batch, dataset)
+    stages = training_stages(state)
+    programs = trace_programs(state, device, batch, dataset, stages)
     for program in programs:
         (folder / f"{program['name']}.hlo.pb").write_bytes(program.pop("hlo"))
 
     step_ms = host_milliseconds(state, batch, dataset)
     evaluation_ms = milliseconds(lambda: trace_evaluation(state, dataset, keep=False))
     per_chip = config.training.global_batch_size // device.workers.world_size
-    flops = trm_model.step_flops_per_example(state.model, train=True)
     trace = {
         "programs": programs,
+        "stages": stages,
         "host_ms_per_step": statistics.median(step_ms),
         "host_ms_range": [min(step_ms), max(step_ms)],
         "evaluation_host_ms_per_step": statistics.median(evaluation_ms),
         "parameters": trm_model.num_parameters(state.model),
         "per_chip_batch": per_chip,
         "sequence_length": state.model.length,
-        "model_flops_per_chip_step": per_chip * flops,
         "in_kernel": in_kernel(state.model),
         "num_puzzles": dataset.num_puzzles,
         "dataset": dataset_source,
@@ -87,7 +90,7 @@ def main() -> None:
 class TracedDevice(Device):
     """The first worker of a slice. It keeps each program that another device would compile and run.
 
-    programs: those of the training steps, in the order in which they were traced.
+    programs: those of the training steps, in the order in which they were traced, without names.
     """
 
     def __init__(self, slice_: tpu_types.Slice):
@@ -134,19 +137,52 @@ def become_placeholder(tensor: torch.Tensor) -> None:
     torch.utils.swap_tensors(tensor, new)
 
 
+def training_stages(state: TrainState) -> list[dict[str, Any]]:
+    """The stages of training.curriculum, of which a run without one has only one.
+
+    Each has program (the name of its training step's), begin and steps, H_cycles, L_cycles, and
+    model_flops_per_chip_step: FLOPs of one chip's part of a step by the model's formula.
+    """
+    slots = len(state.carry.steps)
+    begins = [begin for begin, _ in state.stages]
+    found: list[dict[str, Any]] = []
+    for (begin, stage), end in zip(state.stages, [*begins[1:], state.total_steps], strict=True):
+        cycles = trm_model.Cycles(stage.H_cycles, stage.L_cycles)
+        flops = trm_model.step_flops_per_example(state.model, train=True, cycles=cycles)
+        found.append(
+            {
+                "program": f"train_{len(found) + 1}" if len(begins) > 1 else "train",
+                "begin": begin,
+                "steps": end - begin,
+                "H_cycles": stage.H_cycles,
+                "L_cycles": stage.L_cycles,
+                "model_flops_per_chip_step": slots * flops,
+            }
+        )
+    return found
+
+
 def trace_programs(
-    state: TrainState, device: TracedDevice, batch: Batch, dataset: Any
+    state: TrainState,
+    device: TracedDevice,
+    batch: Batch,
+    dataset: Any,
+    stages: list[dict[str, Any]],
 ) -> list[Program]:
-    """The programs of one training step and of an evaluation step, as `pending_program` has them.
+    """The programs of a training step of each stage and of an evaluation step, as `pending_program`
+    has them.
 
     Each has also a name. The programs say from which line of code each operation comes.
     """
     XLAC._set_ir_debug(True)
-    state.train_step(device.put(state.host_batch(batch)))
-    device.end_step()
+    for stage in stages:
+        state.step = stage["begin"]
+        state.begin_stage()
+        state.train_step(device.put(state.host_batch(batch)))
+        device.end_step()
     evaluation = trace_evaluation(state, dataset)
     XLAC._set_ir_debug(False)
-    names = ["train", *(f"train_{k}" for k in range(2, len(device.programs) + 1)), "evaluation"]
+    names = [*(stage["program"] for stage in stages), "evaluation"]
     programs = [*device.programs, evaluation]
     return [{"name": name, **program} for name, program in zip(names, programs, strict=True)]
 
@@ -259,6 +295,13 @@ def milliseconds(
 # --------------------------------------------------------------------------------------------------
 # The puzzles
 # --------------------------------------------------------------------------------------------------
+class AssumedPuzzles(SimpleNamespace):
+    """What a training needs of a dataset that is not on this machine."""
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
 def training_puzzles(config: Config) -> tuple[Any, str]:
     """(what TrainState needs of a dataset, where it comes from).
 
@@ -274,7 +317,7 @@ def training_puzzles(config: Config) -> tuple[Any, str]:
             "training puzzles that it has"
         )
     cells = np.full((count, 81), 2, np.uint8)
-    dataset = SimpleNamespace(
+    dataset = AssumedPuzzles(
         inputs=cells,
         labels=cells,
         puzzle_identifiers=np.zeros(count, np.int32),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the cells of a study, configuration x seed: see scripts/sweep.py.
+# Train the cells of a study, configuration x grid x seed: see scripts/sweep.py.
 set -euo pipefail
 
 usage() {
@@ -9,10 +9,11 @@ usage: bash scripts/launch_sweep.sh CONFIG... [section.key=value ...] --local [o
            [-- FLAGS]
        bash scripts/launch_sweep.sh [CONFIG...] --status
 
-Trains every configuration (files, or a quoted glob pattern) with every seed. Such a training is a
-cell of the sweep. The same command goes on where it was stopped or killed, on this host or, where
-logging.output_dir is in a bucket, on another one: cells that are finished are skipped, and failed
-ones are tried again. All configurations are checked before anything starts, each for every slice.
+Trains every configuration (files, or a quoted glob pattern) with every combination of the values of
+a grid, if there is one, and with every seed. Such a training is a cell of the sweep. The same
+command goes on where it was stopped or killed, on this host or, where logging.output_dir is in a
+bucket, on another one: cells that are finished are skipped, and failed ones are tried again. All
+configurations are checked before anything starts, each for every slice.
 
   --local             on this host
   --jobs N            N cells at once (default 1); they share the cores of the host
@@ -25,10 +26,20 @@ ones are tried again. All configurations are checked before anything starts, eac
                       left alone; after Ctrl-C nothing is deleted
   --seeds K...        seeds (training.seed); a run is then named CONFIG_seedK (default: the
                       configuration's own seed, and the run is named CONFIG)
+  --grid section.key=value,value...
+                      a cell for each combination of the values of these knobs; a run is then named
+                      CONFIG_keyVALUE_keyVALUE, such as e3_4_lr1e-4_global_batch_size768
+  --same examples|steps
+                      what cells with different training.global_batch_size have in common. examples
+                      (default): they train for the same epochs. steps: training.epochs and
+                      evaluation.interval_epochs are scaled with the batch, so that they train and
+                      evaluate at the same steps. What is counted in steps, such as
+                      training.lr_warmup_steps, is the same in all cells either way
   --max_attempts N    give a cell up after N failures (default 3). A cell that ends by a mistake of
                       its user (status 2) is given up at once
   --retry_failed      try the cells again that were given up
-  --dry_run           print the cells, how they stand and their commands; nothing is started
+  --dry_run           print the cells, how they stand and their commands, and of a grid also steps
+                      and examples; nothing is started
   --status            print how the cells stand as a table. Without CONFIG: all cells in the default
                       logging.output_dir, or in another one by logging.output_dir=...
   -- FLAGS            more flags for scripts/keep_alive.sh, the same for all slices, such as

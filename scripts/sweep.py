@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Run the cells of a study, configuration x seed, one after another or several at once.
+"""Run the cells of a study, configuration x grid x seed, one after another or several at once.
 
     bash scripts/launch_sweep.sh configs/e2_2_*.yaml --local --seeds 0 1 2
+    bash scripts/launch_sweep.sh configs/e2_4.yaml --local --grid training.lr=1e-4,2e-4
     bash scripts/launch_sweep.sh configs/e2_2_*.yaml --slices trm-a:v4-64 trm-b:v6e-16:spot
 
 The same command goes on where it was stopped: the folders of the runs tell how far they are
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sweep_cells
+import sweep_grid
 from sweep_arguments import parse_args
 from sweep_cells import make_cells
 from sweep_launcher import Launcher, is_at_step, say
@@ -27,7 +29,9 @@ from utils import RunFailure, UserError, run_cli
 
 def main():
     args = parse_args()
-    cells = make_cells(args.configs, args.seeds, args.overrides, args.slices, args.dry_run)
+    cells = make_cells(
+        args.configs, args.seeds, args.overrides, args.slices, args.dry_run, args.grid
+    )
     if args.status:
         names = [cell.name for cell in cells]
         places = folders_to_look_at(cells, args.output_dir, args.slices, args.local)
@@ -42,6 +46,8 @@ def main():
         sweep_cells.check_slices(cells, args.slices, args.flags, environment(cells, args))
     flags = args.flags or (["--max_steps", str(args.max_steps)] if args.max_steps else [])
     if args.dry_run:
+        if len(args.grid.points) > 1:
+            print(sweep_grid.plan(cells, args.grid.same), end="\n\n")
         print_commands(cells, standings, unknown, args.slices, flags)
         return 0
     for cell in cells:

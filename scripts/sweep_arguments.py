@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 
+from sweep_grid import parse_grid
 from sweep_slices import parse_slices
 
 from utils import UserError
@@ -40,6 +41,17 @@ def whole_number(text):
         raise argparse.ArgumentTypeError(f"{text!r} {rule}") from None
 
 
+def split_overrides(words):
+    """(overrides, other words). What stands between --grid and the next flag is of the grid."""
+    overrides, others, in_grid = [], [], False
+    for word in words:
+        if word.startswith("-"):
+            in_grid = word == "--grid"
+        is_override = "=" in word and not word.startswith("-") and not os.path.exists(word)
+        (overrides if is_override and not in_grid else others).append(word)
+    return overrides, others
+
+
 def parse_args():
     parser = Parser(prog="launch_sweep.sh", add_help=False, allow_abbrev=False)
     parser.add_argument("configs", nargs="*", metavar="CONFIG")
@@ -48,17 +60,15 @@ def parse_args():
     parser.add_argument("--jobs", type=whole_number, default=1, metavar="N")
     parser.add_argument("--max_steps", type=whole_number, metavar="N")
     parser.add_argument("--seeds", nargs="+", type=whole_number, metavar="K")
+    parser.add_argument("--grid", nargs="+", action="extend", metavar="KEY=VALUE,...", default=[])
+    parser.add_argument("--same", choices=("examples", "steps"))
     parser.add_argument("--max_attempts", type=whole_number, default=3, metavar="N")
     for flag in ("--retry_failed", "--delete_when_done", "--dry_run", "--status"):
         parser.add_argument(flag, action="store_true")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, flags = sys.argv[1:end], sys.argv[end + 1 :]
-    overrides = [
-        text
-        for text in given
-        if "=" in text and not text.startswith("-") and not os.path.exists(text)
-    ]
-    args = parser.parse_intermixed_args([text for text in given if text not in overrides])
+    overrides, others = split_overrides(given)
+    args = parser.parse_intermixed_args(others)
     args.overrides, args.flags, args.output_dir = overrides, flags, None
     args.slices = parse_slices(args.slices or [])
     if args.status and not args.configs and len(overrides) == 1:
@@ -66,6 +76,7 @@ def parse_args():
         if key == "logging.output_dir":
             args.output_dir, args.overrides = value, []
     check_args(args)
+    args.grid = parse_grid(args.grid, args.same, args.overrides)
     return args
 
 
@@ -78,7 +89,8 @@ def check_args(args):
     ):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be >= 1")
-    if not args.configs and (alone := [*args.overrides, *(["--seeds"] if args.seeds else [])]):
+    flags = [flag for flag, given in (("--seeds", args.seeds), ("--grid", args.grid)) if given]
+    if not args.configs and (alone := [*args.overrides, *flags]):
         raise UserError(
             f"{alone[0]}: of which configuration? Name the files, as configs/e1_*.yaml; without "
             "any, --status shows all cells of logging.output_dir"

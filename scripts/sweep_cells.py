@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sweep_grid
 import tpu_settings
+from sweep_grid import Grid
 from sweep_slices import Place, Slice, check_one_kind, configs_on
 
 import storage
@@ -23,7 +25,8 @@ NO_BUCKET = "gs://bucket-that-is-not-given"  # stands for it in a dry run
 class Cell:
     """One training of a sweep: the run `name` of the configuration file `path` with `overrides`, in
     the folder `url`.
-    places: {name of a slice: (project, accelerator type, zone)} of those that it may run on."""
+    places: {name of a slice: (project, accelerator type, zone)} of those that it may run on.
+    values: {key of the grid: value as text}."""
 
     name: str
     path: str
@@ -31,6 +34,7 @@ class Cell:
     config: Config
     url: str
     places: dict[str, Place]
+    values: dict[str, str]
 
 
 def make_cells(
@@ -39,33 +43,30 @@ def make_cells(
     overrides: list[str],
     slices: list[Slice],
     dry_run: bool = False,
+    grid: Grid | None = None,
 ) -> list[Cell]:
-    """The cells of configuration files (or glob patterns) x seeds, None for each configuration's
-    own seed.
+    """The cells of configuration files (or glob patterns) x points of the grid x seeds, None for
+    each configuration's own seed.
 
     On slices a relative logging.output_dir lies in tpu.bucket; dry_run: which need not be given.
-    Raises UserError with one line for every configuration that is not valid, on one of the slices
-    if there are any.
+    Raises UserError with one line for every configuration or value that is not valid, on one of the
+    slices if there are any.
     """
     cells: list[Cell] = []
     wrong = []
+    grid = grid or Grid()
     for path in [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]:
-        for seed in [None] if seeds is None else seeds:
-            changes = [*overrides, *([] if seed is None else [f"training.seed={seed}"])]
-            try:
-                cell = _make_cell(path, seed, changes, slices, dry_run)
-            except UserError as error:
-                wrong.append(str(error))
-                break
-            if any(other.name == cell.name for other in cells):
-                wrong.append(
-                    f"{path}: there are two cells named {cell.name}: give each configuration, and "
-                    "each seed, once and a name of its own"
-                )
-                break
-            cells.append(cell)
+        for point in grid.points:
+            for seed in [None] if seeds is None else seeds:
+                try:
+                    changes = [*overrides, *grid.overrides(path, overrides, point)]
+                    cells.append(_make_cell(path, point, seed, changes, slices, dry_run))
+                except UserError as error:
+                    wrong.append(str(error))
+                    break
+    wrong += _names_taken(cells)
     if wrong:
-        # a wrong environment variable is one mistake, not one for each configuration
+        # a wrong environment variable or value of the grid is one mistake, not one for each cell
         lines = [line for text in wrong for line in text.split("\nerror: ")]
         once = {re.sub(r".*?: (?=TPU_)", "", line): None for line in lines}
         raise UserError("\nerror: ".join(once))
@@ -73,7 +74,22 @@ def make_cells(
     return cells
 
 
-def _make_cell(path, seed, changes, slices, dry_run):
+def _names_taken(cells):
+    """What is wrong with the names, a line for each configuration."""
+    names, wrong = set(), {}
+    for cell in cells:
+        if cell.name in names:
+            wrong.setdefault(
+                cell.path,
+                f"{cell.path}: there are two cells named {cell.name}: give each configuration, and "
+                "each seed, once and a name of its own",
+            )
+        names.add(cell.name)
+    return list(wrong.values())
+
+
+def _make_cell(path, point, seed, changes, slices, dry_run):
+    changes = [*changes, *([] if seed is None else [f"training.seed={seed}"])]
     config, places, bucket = configs_on(path, changes, slices)
     output_dir = config.logging.output_dir
     if slices:
@@ -85,8 +101,13 @@ def _make_cell(path, seed, changes, slices, dry_run):
                 f"{path}: logging.output_dir = {output_dir!r}: this host must be able to read what "
                 "a slice writes: give a gs:// path, or a relative path and tpu.bucket"
             )
-    name = Path(path).stem + ("" if seed is None else f"_seed{seed}")
-    return Cell(name, path, changes, config, join(output_dir, name), places)
+    name = Path(path).stem + point.name + ("" if seed is None else f"_seed{seed}")
+    if point.values:
+        try:
+            sweep_grid.check_length(config)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return Cell(name, path, changes, config, join(output_dir, name), places, point.values)
 
 
 def sweep_url(cells: list[Cell]) -> str:
@@ -119,13 +140,23 @@ def check_datasets(cells: list[Cell]) -> None:
     from train_state import load_datasets  # takes seconds, as it imports PyTorch
 
     wrong = []
-    for path, cell in {cell.path: cell for cell in cells}.items():
+    for cell in _one_each(cells):
         try:
             load_datasets(cell.config)
         except UserError as error:
-            wrong.append(f"{path}: {error}")
+            wrong.append(f"{cell.path}: {error}")
     if wrong:
-        raise UserError("\nerror: ".join(wrong))
+        raise UserError("\nerror: ".join(dict.fromkeys(wrong)))
+
+
+def _one_each(cells):
+    """One cell for each configuration, and each dataset and device that the grid gives it: that
+    takes seconds, and the other knobs make no difference."""
+    kinds = {
+        (cell.path, cell.config.device, repr(cell.config.data), cell.config.evaluation.split): cell
+        for cell in cells
+    }
+    return list(kinds.values())
 
 
 def check_slices(
@@ -134,7 +165,7 @@ def check_slices(
     """Raises UserError, one line for every configuration and every slice with which
     scripts/keep_alive.sh could not start. environment: that of keep_alive.sh."""
     wrong = []
-    one_each = list({cell.path: cell for cell in cells}.values())
+    one_each = _one_each(cells)
     # Not all pairs, as each takes a second: make_cells has checked what depends on both.
     pairs = [(cell, slices[0]) for cell in one_each] + [(one_each[0], one) for one in slices[1:]]
     for cell, one in pairs:

@@ -155,6 +155,6 @@ def show_status(names: list[str], places: list[str], local: bool) -> None:
     if not local and not any(map(storage.is_remote, places)):
         elsewhere = "; a sweep on slices lies in tpu.bucket: export TPU_BUCKET=gs://..."
     raise UserError(
-        f"{text}: give the configurations and overrides that it was begun with, or "
+        f"{text}: give the configurations, overrides and grid that it was begun with, or "
         f"logging.output_dir=... alone{elsewhere}"
     )

@@ -135,6 +135,32 @@ class Slices(GCSTest, SweepTest):
         ):
             self.assertIn(f"  bash scripts/delete_tpu.sh {one}", lines)
 
+    def test_a_grid_on_slices_of_two_kinds(self):
+        """Each batch must divide by the workers of each slice, whatever the configuration's own."""
+        kinds = ("--slices", "s1", "s2:v4-64", "data.expected_puzzles=80", "training.epochs=0.5")
+        grid = ("--same", "steps", "--grid", "training.lr=1,2")
+        output = self.sweep(
+            *self.configs("a"), *kinds, *grid, "training.global_batch_size=32,36,34", status=2
+        )
+        self.assertEqual(
+            re.findall(r"(?m)^error: \S+ on (\S+.*): command line: \S+ = (\d+): must", output),
+            [("s2", "36"), ("s1", "34"), ("s2", "34")],
+        )
+        self.assertEqual((self.starts(), self.folder_of_sweep()), ({}, []))
+        self.sweep(*self.configs("a"), *kinds, *grid, "training.global_batch_size=32,64")
+        cells = [f"a_lr{lr}_global_batch_size{size}" for lr in (1, 2) for size in (32, 64)]
+        self.assertEqual(self.starts(), dict.fromkeys(cells, 1))
+        self.assertEqual({self.attempts(name)[-1]["slice"] for name in cells}, {"s1", "s2"})
+        (words,) = self.commands(cells[1])
+        self.assertIn(
+            " training.lr=1 training.global_batch_size=64 training.epochs=4 "
+            "evaluation.interval_epochs=16 tpu.name=s",
+            words,
+        )
+
+    def folder_of_sweep(self):
+        return SweepFolder(join(self.out, "sweep")).names()
+
     def test_a_cell_goes_on_on_another_kind(self):
         """Where its slice is none of --slices; after Ctrl-C nothing is deleted, and what is left is
         said."""

@@ -99,6 +99,7 @@ class CommandLine(FolderTest):
             ((path, "model.hidden=3"), "hidden"),
             ((self.folder / "b.yaml",), "cannot read"),
             (unknown_size, "data.expected_puzzles"),
+            ((path, "training.epochs=0.1", "--accelerator", "v4-8"), "they make no full batch"),
         ):
             self.mistake(says, "--config", *args)
 
@@ -227,6 +228,7 @@ class Hours(FolderTest):
         "num_puzzles": 100,
         "chips": 4,
         "estimated_ms_per_step": 30.0,
+        "stages": [{"steps": 200, "estimated_ms_per_step": 30.0}],
         "all_reduce_ms_at_least": 6.0,
         "host_ms_per_step": 20.0,
         "evaluation_ms_per_step": 10.0,
@@ -260,6 +262,13 @@ class Hours(FolderTest):
         figures = self.figures(host_ms_per_step=50.0)
         self.assertEqual(figures["bound_by"], "host")
         self.assertAlmostEqual(figures["training_hours"] * 3600, 200 * 0.050)
+
+    def test_hours_of_a_curriculum(self):
+        """Of its first stage the host sets the pace (20 ms), of the second the device."""
+        stages = [(60, 4.0), (140, 30.0)]
+        stages = [{"steps": steps, "estimated_ms_per_step": ms} for steps, ms in stages]
+        figures = self.figures(stages=stages, estimated_ms_per_step=22.2)
+        self.assertAlmostEqual(figures["training_hours"] * 3600, 60 * 0.020 + 140 * 0.036)
 
 
 class Trace(XLATest):
@@ -325,19 +334,30 @@ class Compiled(FolderTest):
         return json.loads(figures.read_text()), output
 
     def test_one_that_is_too_large_does_not_end_the_table(self):
-        text = SMALL.replace("batch_size: 32, epochs", "batch_size: 262144, epochs")
+        """And a program that two configurations have is compiled once."""
+        text = SMALL.replace("batch_size: 32, epochs: 64", "batch_size: 262144, epochs: 99999")
         small = write_config(self.folder / "small.yaml", SMALL)
-        both, output = self.report("v4-8", text=text, name="large", others=[small], status=1)
-        self.assertEqual([report["compiles"] for report in both["reports"]], [False, True])
+        augmented = SMALL.replace(
+            "expected_puzzles: 100", "expected_puzzles: 100, augmentations: 5"
+        )
+        same = write_config(self.folder / "same.yaml", augmented)
+        others = [small, same]
+        all_, output = self.report("v4-8", text=text, name="large", others=others, status=1)
+        self.assertEqual([report["compiles"] for report in all_["reports"]], [False, True, True])
         self.assertRegex(
             output,
             r"large +NO: train step: does not fit: needs [\d.]+ GiB of HBM.*: "
             r"set model.activation_checkpointing=true",
         )
         self.assertRegex(output, r"small +0\.01 ")
-        self.assertRegex(output, r"evaluations are taken to be of Sudoku-Extreme's.*: small\n\Z")
-        hours = both["reports"][1]["estimated_hours"]
-        self.assertEqual((both["judged"], both["estimated_hours"]), (1, hours))
+        self.assertRegex(
+            output, r"evaluations are taken to be of Sudoku-Extreme's.*: small, same\n\Z"
+        )
+        _, one, other = all_["reports"]
+        for figure in ("estimated_ms_per_step", "hbm_bytes", "custom_calls", "compile_seconds"):
+            self.assertEqual(one[figure], other[figure])
+        hours = one["estimated_hours"] + other["estimated_hours"]
+        self.assertEqual((all_["judged"], all_["estimated_hours"]), (2, hours))
 
     def test_a_small_configuration(self):
         report, output = self.report("v4-8")
@@ -364,6 +384,22 @@ class Compiled(FolderTest):
         self.assertTrue(0 < report["estimated_mfu"] < 1)
         sources = [source for _, _, source, _, _ in report["where"]]
         self.assertTrue(any(re.fullmatch(r"trm_model\.py:\d+", s) for s in sources), sources)
+
+    def test_a_curriculum(self):
+        """A program for each stage, and hours and FLOPs by the steps of each."""
+        plain, _ = self.report("v4-8")
+        stages = "[{begin: 0, H_cycles: 1, L_cycles: 1}, {begin: 0.3, H_cycles: 2, L_cycles: 1}]"
+        report, output = self.report("v4-8", f"training.curriculum={stages}")
+        self.assertEqual(report["programs"], 3)
+        self.assertEqual([stage["steps"] for stage in report["stages"]], [60, 140])
+        shallow, deep = (stage["estimated_ms_per_step"] for stage in report["stages"])
+        self.assertLess(shallow, deep)
+        self.assertAlmostEqual(deep, plain["estimated_ms_per_step"])
+        self.assertAlmostEqual(report["estimated_ms_per_step"], 0.3 * shallow + 0.7 * deep)
+        self.assertLess(report["model_flops_per_chip_step"], plain["model_flops_per_chip_step"])
+        self.assertEqual(report["where"], plain["where"])
+        self.assertRegex(output, r"train_1 +[\d.]+ ms a step, 60 steps from step 0 on, with H_cy")
+        self.assertRegex(output, r"matrix products +train_2: ")
 
     def check_products(self, report):
         kernels = report["custom_calls"]["train"]["tpu_custom_call"]

@@ -31,9 +31,10 @@ ATTENTION = ("model.mlp_t=false", "model.pos_encodings=rope")
 
 @unittest.skipUnless(importlib.util.find_spec("torch_xla"), "torch_xla is not installed here")
 class XLATrainingTest(CommandTest):
-    def check_counts(self, run_name, *overrides):
+    def check_counts(self, run_name, *overrides, stages=()):
         """20 steps in one process, then the rest of the 30 in another one.
 
+        stages: the steps after which a further stage of a curriculum begins.
         A record at each step, evaluations after 10 and 20, checkpoints after 7, 10, 14 and 20, and
         a learning rate that changes at every step.
         """
@@ -60,10 +61,10 @@ class XLATrainingTest(CommandTest):
             evaluations, since = (
                 (0, step) if step <= 10 else (1, step) if step <= 20 else (0, step - 20)
             )
+            begun = [begin for begin in stages if begin < step and (begin >= 20) == (step > 20)]
             with self.subTest(step=step):
-                self.assertEqual(
-                    record["xla_compiles"], 1 + evaluations
-                )  # the training step; the evaluation step once it has run
+                # the training step, of each stage; the evaluation step once it has run
+                self.assertEqual(record["xla_compiles"], 1 + len(begun) + evaluations)
                 # The runtime counts an execution a moment after its results are there. So the last
                 # one may be missing, but none may be too many.
                 expected = since + evaluations * evaluation
@@ -88,6 +89,19 @@ class XLATrainingTest(CommandTest):
             "model.pos_encodings=learned",
             "model.halt_exploration_prob=0.5",
             "model.activation_checkpointing=true",
+        )
+
+    def test_one_compile_for_each_stage_of_a_curriculum(self):
+        """Stages begin after 6, 12 and 24 steps; the second process begins in the third one."""
+        self.check_counts(
+            "curriculum",
+            "training.curriculum=[{begin: 0, H_cycles: 1, L_cycles: 1}, "
+            "{begin: 0.2, H_cycles: 1, L_cycles: 2}, {begin: 0.4, H_cycles: 2, L_cycles: 2}, "
+            "{begin: 0.8, H_cycles: 2, L_cycles: 1}]",
+            "training.step_loss_decay=0.7",
+            "training.ponder_cost=0.1",
+            "data.augmentations=3",
+            stages=(6, 12, 24),
         )
 
     def test_same_training_as_on_the_cpu(self):
