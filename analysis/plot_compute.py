@@ -77,8 +77,8 @@ def _curriculum_figure(groups: Sequence[Group], table: pd.DataFrame) -> Drawing:
             marked.setdefault(str(group.settings[CURRICULUM]), (group.first, COLORS[k]))
     ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
-    for level, (run, color) in enumerate(marked.values()):
-        _mark_stages(ax, run, 10.0**power, color, 1 - 0.16 * level)
+    for run, color in marked.values():
+        _mark_stages(ax, run, 10.0**power, color)
     ax.set_xlabel(rf"training compute ($10^{{{power}}}$ FLOP)")
     ax.set_ylabel(EXACT)
     labels = [curriculum_name(group, len(marked) > 1) for group in groups]
@@ -91,31 +91,30 @@ def _curriculum_figure(groups: Sequence[Group], table: pd.DataFrame) -> Drawing:
     caption = (
         "Exact accuracy in the evaluations during training (averaged weights where there are any), "
         "always at the model's own depth, against the FLOP of the training so far. Lines: one run, "
-        "or the mean of several seeds, with the band of their range. Dotted: where a stage of the "
-        "curriculum begins, with its cycles T and updates n. Compute at the end of the line, "
-        f"against {labels[0]}: {shares}."
+        "or the mean of several seeds, with the band of their range. Dotted: where a further stage "
+        f"of the curriculum begins ({_stages_of(marked)}). Compute at the end of the line, against "
+        f"{labels[0]}: {shares}."
     )
     return Drawing(fig, caption, table)
 
 
-def _mark_stages(ax: Axes, run: Run, unit: float, color: str, top: float) -> None:
-    """Dotted lines where the stages of a run's curriculum begin, named at `top` of the axes."""
-    total = run.total_steps
-    if total is None:
-        return
-    for begin, stage in stages(run.config, total):
-        place = float(run.flops_at(begin)) / unit
-        if begin:
+def _mark_stages(ax: Axes, run: Run, unit: float, color: str) -> None:
+    """Dotted lines where the stages of a run's curriculum begin, all but the first."""
+    if run.total_steps:
+        for begin, _ in stages(run.config, run.total_steps)[1:]:
+            place = float(run.flops_at(begin)) / unit
             ax.axvline(place, color=color, linewidth=0.8, linestyle=":", zorder=1)
-        ax.annotate(
-            f"T {stage.H_cycles}\nn {stage.L_cycles}",
-            (place, top),
-            xycoords=("data", "axes fraction"),
-            xytext=(2, -1),
-            textcoords="offset points",
-            color=color,
-            va="top",
+
+
+def _stages_of(marked: dict[str, tuple[Run, str]]) -> str:
+    """The cycles T and updates n of the stages of each curriculum that is drawn."""
+    return "; ".join(
+        ", then ".join(
+            f"T {stage.H_cycles} n {stage.L_cycles}"
+            for stage in run.config.training.curriculum or ()
         )
+        for run, _ in marked.values()
+    )
 
 
 def curriculum_name(group: Group, with_stages: bool = False) -> str:
@@ -237,7 +236,7 @@ def _precision_figure(half: Group, full: Group) -> Drawing:
     styles = [line_style(k) | {"marker": ""} for k in range(2)]
     legend_below(fig, [matplotlib.lines.Line2D([], [], **style) for style in styles], names)
     differ, times = _differing(half, full), _step_times(half, full)
-    note(above, differ.partition(";")[0])
+    note(above, differ.partition(" (")[0])  # without the test of each pair
     caption = (
         "Training loss with bfloat16 and with float32 activations: one run, or the mean of several "
         "seeds and the band of their range. Below: by how much the (mean) loss in float32 is above "
@@ -286,9 +285,13 @@ def _step_times(half: Group, full: Group) -> str:
     for group in (half, full):
         rates = pd.concat([run.train.steps_per_second for run in group.averaged]).dropna()
         devices |= {run.device for run in group.averaged}
-        time = f"{readable(1000 / rates.median())} ms" if len(rates) else "an unknown time"
+        time = _duration(1 / rates.median()) if len(rates) else "an unknown time"
         texts.append(f"{time} in {group.settings[DTYPE]}")
     text = f"A training step takes {' and '.join(texts)} (medians)"
     if len(devices) > 1:
         text += f", but not on one kind of device: {'; '.join(sorted(devices))}"
     return f"{text}."
+
+
+def _duration(seconds: float) -> str:
+    return f"{readable(seconds)} s" if seconds >= 1 else f"{readable(1000 * seconds)} ms"
