@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from results import ROOT, Run
-from run_groups import model_and_training
+from run_groups import config_settings
 
 from config import Config, load_config
 
@@ -15,6 +15,15 @@ from config import Config, load_config
 def paper() -> dict[str, Any]:
     """The content of analysis/paper_results.yaml."""
     return yaml.safe_load((ROOT / "analysis" / "paper_results.yaml").read_text())
+
+
+def claims(figure: str) -> list[str]:
+    """What was published on the question of a kind of figure (a key of plot_results.FIGURES)."""
+    return [
+        f"{entry['claim']} ({entry['source']})"
+        for entry in paper()["claims"]
+        if entry["figure"] == figure
+    ]
 
 
 def paper_result(run: Run) -> tuple[dict[str, Any] | None, str | None]:
@@ -54,11 +63,9 @@ def other_settings(config: Config, wanted: Config) -> list[str]:
     Only what makes the result counts. A forward_dtype that `wanted` leaves to the machine ("auto")
     is none of it.
     """
-    expected = model_and_training(wanted)
+    expected = config_settings(wanted)
     if expected["model.forward_dtype"] == "auto":
         expected["model.forward_dtype"] = config.model.forward_dtype
     return [
-        f"{key} {value}"
-        for key, value in model_and_training(config).items()
-        if value != expected[key]
+        f"{key} {value}" for key, value in config_settings(config).items() if value != expected[key]
     ]

@@ -1,9 +1,8 @@
-"""Figures of final accuracies and speeds as bars, and of two settings as a grid."""
+"""Figures of final accuracies and speeds as bars."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from plot_style import (
     COLORS,
@@ -16,7 +15,6 @@ from plot_style import (
     error_bars,
     legend_below,
     panels,
-    readable,
     with_final,
 )
 from run_groups import Group, families
@@ -127,99 +125,6 @@ def _bars(table: pd.DataFrame, caption: str, colors: Any = AVERAGED) -> Drawing:
     for place, value, high in zip(places, table.exact_accuracy, table.high):
         ax.text(100 * max(value, high) + 3, place, f"{100 * value:.1f}", va="center")
     return Drawing(fig, f"{caption} {INTERVALS}", table)
-
-
-# ------------------------------------------------------------------------------
-# Grids of two settings
-# ------------------------------------------------------------------------------
-def schedule(groups: Sequence[Group]) -> list[Drawing]:
-    """Accuracy by T and n."""
-    return _heat_maps(
-        groups,
-        ("model.H_cycles", "model.L_cycles"),
-        (),
-        ("T (H_cycles)", "n (L_cycles)"),
-        "cycles T and latent updates n a cycle",
-    )
-
-
-def learning_rate_and_batch(groups: Sequence[Group]) -> list[Drawing]:
-    """Accuracy by learning rate and global batch."""
-
-    def is_grid(cells):
-        # not a diagonal, on which the learning rate follows the batch
-        rates, batches = ({cell[k] for cell in cells} for k in (0, 1))
-        return len(batches) > 1 and len(cells) > max(len(rates), len(batches))
-
-    return _heat_maps(
-        groups,
-        ("training.lr", "training.global_batch_size"),
-        ("training.epochs", "training.lr_warmup_steps"),
-        ("learning rate", "global batch"),
-        "learning rate and global batch",
-        is_grid,
-    )
-
-
-def _heat_maps(
-    groups: Sequence[Group],
-    keys: tuple[str, str],
-    also: Sequence[str],
-    labels: tuple[str, str],
-    by_what: str,
-    is_grid: Callable[[dict], bool] = bool,
-) -> list[Drawing]:
-    """Accuracy by the two settings `keys`, the first by row, for each set of comparable groups.
-
-    is_grid: whether {(value, value): accuracies} of a set is worth a picture.
-    """
-    caption = (
-        f"Exact accuracy (%) by {by_what}; cells without a run are empty. Mean over seeds where "
-        "there are several."
-    )
-    drawings = []
-    for family in families(with_final(groups), keys, also):
-        cells: dict[tuple[float, ...], list[float]] = {}
-        for group in family:
-            place = tuple(float(f"{group.settings[key]:.4g}") for key in keys)
-            accuracies = [final["exact_accuracy"] for final in group.finals()]
-            cells.setdefault(place, []).extend(accuracies)
-        if is_grid(cells):
-            rows = [
-                {**dict(zip(keys, cell)), "runs": len(values), "exact_accuracy": np.mean(values)}
-                for cell, values in cells.items()
-            ]
-            drawings.append(Drawing(_heat_map(cells, labels), caption, pd.DataFrame(rows)))
-    if not drawings:
-        raise NoData(
-            f"no runs with a final evaluation make a grid of {' and '.join(keys)}, alike otherwise"
-        )
-    return drawings
-
-
-def _heat_map(cells: dict[tuple[float, ...], list[float]], labels: tuple[str, str]) -> Any:
-    """The figure of {(row's value, column's value): accuracies}; labels: of the y and x axes."""
-    rows, columns = (sorted({cell[k] for cell in cells}) for k in (0, 1))
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for (row, column), values in cells.items():
-        grid[rows.index(row), columns.index(column)] = 100 * np.mean(values)
-    fig, (ax,) = panels(1, 0.8 + 0.36 * len(rows))
-    picture = ax.pcolormesh(grid, cmap="cividis", edgecolors="white", linewidth=1)
-    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-    for (row, column), value in np.ndenumerate(grid):
-        if not np.isfinite(value):
-            continue
-        seeds = len(cells[rows[row], columns[column]])
-        text = f"{value:.1f}" + (f"\n{seeds} seeds" if seeds > 1 else "")
-        color = "black" if value > middle else "white"
-        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=color)
-    ax.set_xticks(np.arange(len(columns)) + 0.5, [readable(value) for value in columns])
-    ax.set_yticks(np.arange(len(rows)) + 0.5, [readable(value) for value in rows])
-    ax.grid(visible=False)
-    ax.set_ylabel(labels[0])
-    ax.set_xlabel(labels[1])
-    fig.colorbar(picture, label=EXACT)
-    return fig
 
 
 # ------------------------------------------------------------------------------

@@ -14,70 +14,110 @@ from pathlib import Path
 import analysis_startup
 
 analysis_startup.require("matplotlib", "pandas", "scipy")
-from plot_bars import ablation, ema, final_accuracy, learning_rate_and_batch, schedule, throughput
+from plot_bars import ablation, ema, final_accuracy, throughput
+from plot_compute import curriculum, early_stop, precision
 from plot_curves import X_AXES, accuracy_by_rating, accuracy_by_step, learning_curves
+from plot_data import augmentations, data_scaling
+from plot_grid import learning_rate_and_batch, schedule
 from plot_scaling import pareto, pareto_steps, scaling
-from plot_style import Figure, NoData, save
+from plot_style import Figure, Kind, NoData, save
+from plot_weights import weight_averages
 from results import load_runs
 from run_groups import Group, group_runs
 
 from utils import UserError, run_cli
 
-# {name: function of the groups, which returns [Drawing] or raises NoData}
 FIGURES = {
-    **{f"learning_curves_{x}": learning_curves(x) for x in X_AXES},
-    "final_accuracy": final_accuracy,
-    "ablation_ema": ema,
-    "ablation_mixer": ablation(
-        ("model.mlp_t",),
-        ("model.pos_encodings",),
-        lambda settings: (
-            "token MLP"
-            if settings["model.mlp_t"]
-            else f"self-attention, {settings['model.pos_encodings']}"
+    **{
+        f"learning_curves_{x}": Kind(f"Learning curves over {X_AXES[x]}", learning_curves(x))
+        for x in X_AXES
+    },
+    "final_accuracy": Kind("Final accuracy of every configuration", final_accuracy),
+    "ablation_ema": Kind("Averaged weights against raw weights", ema),
+    "ablation_mixer": Kind(
+        "Token MLP against self-attention",
+        ablation(
+            ("model.mlp_t",),
+            ("model.pos_encodings",),
+            lambda settings: (
+                "token MLP"
+                if settings["model.mlp_t"]
+                else f"self-attention, {settings['model.pos_encodings']}"
+            ),
+            "Token MLP against self-attention.",
         ),
-        "Token MLP against self-attention.",
     ),
-    "ablation_schedule": schedule,
-    "ablation_supervision": ablation(
-        ("model.halt_max_steps",),
-        (),
-        lambda settings: f"N_sup {settings['model.halt_max_steps']}",
-        "Exact accuracy by supervision steps in training and at test time (N_sup).",
+    "ablation_schedule": Kind("Which recursion, T cycles of n updates", schedule),
+    "ablation_supervision": Kind(
+        "How many supervision steps",
+        ablation(
+            ("model.halt_max_steps",),
+            (),
+            lambda settings: f"N_sup {settings['model.halt_max_steps']}",
+            "Exact accuracy by supervision steps in training and at test time (N_sup).",
+        ),
     ),
-    "scaling_batch": scaling(
-        ("training.global_batch_size",),
-        ("training.lr", "training.lr_warmup_steps", "training.epochs", "training.puzzle_emb_lr"),
-        lambda run: run.config.training.global_batch_size,
-        "global batch",
+    "scaling_batch": Kind(
+        "Error against the batch",
+        scaling(
+            ("training.global_batch_size",),
+            (
+                "training.lr",
+                "training.lr_warmup_steps",
+                "training.epochs",
+                "training.puzzle_emb_lr",
+            ),
+            lambda run: run.config.training.global_batch_size,
+            "global batch",
+        ),
     ),
-    "scaling_parameters": scaling(
-        ("model.hidden_size", "model.L_layers"),
-        ("model.puzzle_emb_ndim", "model.puzzle_emb_len", "model.num_heads"),
-        lambda run: run.parameters,
-        "parameters",
+    "scaling_parameters": Kind(
+        "Error against the size of the model",
+        scaling(
+            ("model.hidden_size", "model.L_layers"),
+            ("model.puzzle_emb_ndim", "model.puzzle_emb_len", "model.num_heads"),
+            lambda run: run.parameters,
+            "parameters",
+        ),
     ),
-    "scaling_data": scaling(
-        ("dataset.train",), ("training.epochs",), lambda run: run.train_puzzles, "training puzzles"
+    "scaling_data": Kind("How many training puzzles", data_scaling),
+    "augmentations": Kind("How many symmetries of each training puzzle", augmentations),
+    "scaling_learning_rate_and_batch": Kind(
+        "Which learning rate for which batch", learning_rate_and_batch
     ),
-    "scaling_learning_rate_and_batch": learning_rate_and_batch,
-    "pareto_hours": pareto("hours", "hours of training", "hours of training"),
-    "pareto_chip_hours": pareto(
-        "chip_hours",
-        "chip-hours of training",
-        "chip-hours: none was trained on TPU chips or GPUs and has a starts.jsonl",
+    "pareto_hours": Kind(
+        "Accuracy against hours", pareto("hours", "hours of training", "hours of training")
     ),
-    "pareto_flops": pareto("flops", "FLOP of training", "model_flops_per_second in its records"),
-    "pareto_supervision_steps": pareto_steps,
-    "accuracy_by_rating": accuracy_by_rating,
-    "accuracy_by_supervision_step": accuracy_by_step,
-    "throughput": throughput,
+    "pareto_chip_hours": Kind(
+        "Accuracy against chip-hours",
+        pareto(
+            "chip_hours",
+            "chip-hours of training",
+            "chip-hours: none was trained on TPU chips or GPUs and has a starts.jsonl",
+        ),
+    ),
+    "pareto_flops": Kind(
+        "Accuracy against training compute",
+        pareto("flops", "FLOP of training", "model_flops_per_second in its records"),
+    ),
+    "pareto_supervision_steps": Kind(
+        "Accuracy against supervision steps at test time", pareto_steps
+    ),
+    "accuracy_by_rating": Kind("Accuracy by difficulty", accuracy_by_rating),
+    "accuracy_by_supervision_step": Kind("Accuracy after each supervision step", accuracy_by_step),
+    "curriculum": Kind("Does a depth that grows during training pay", curriculum),
+    "early_stop": Kind("What a price on supervision steps saves at test time", early_stop),
+    "precision": Kind("bfloat16 against float32", precision),
+    "weight_averages": Kind("Averages of checkpoints against the EMA", weight_averages),
+    "throughput": Kind("Training speed", throughput),
 }
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
+        epilog="figures:\n"
+        + "\n".join(f"  {name:33} {kind.title}" for name, kind in FIGURES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -119,15 +159,17 @@ def draw_all(groups: Sequence[Group]) -> Iterator[tuple[str, Figure | str]]:
     A kind may have several figures: each of at most plot_style.MAX_LINES groups, or one for each
     set of comparable runs.
     """
-    for kind, draw in FIGURES.items():
+    for kind_name, kind in FIGURES.items():
         try:
-            drawings = draw(groups)
+            drawings = kind.draw(groups)
         except NoData as reason:
-            yield kind, str(reason)
+            yield kind_name, str(reason)
             continue
         for number, drawing in enumerate(drawings, 1):
-            name = kind if number == 1 else f"{kind}_{number}"
-            yield name, Figure(drawing.fig, drawing.caption, drawing.data, name)
+            name, title = kind_name, kind.title
+            if number > 1:
+                name, title = f"{name}_{number}", f"{title} ({number})"
+            yield name, Figure(drawing.fig, drawing.caption, drawing.data, name, kind_name, title)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ from plot_style import (
     note,
     panels,
     plain_log,
+    run_table,
     ticks_at,
     whole_numbers,
     with_final,
 )
 from results import Run
 from run_groups import Group, families
-from study_statistics import wilson
 
 MIN_FIT_POINTS = 4  # different sizes; with fewer the interval of the exponent says nothing
 PowerLaw = tuple[float, float, float, Callable[[np.ndarray], np.ndarray]]
@@ -67,21 +67,9 @@ def scaling(
     def draw(groups):
         drawings = []
         for family in families(with_final(groups), keys, also):
-            rows = [
-                {
-                    "group": group.label,
-                    "run": run.name,
-                    "x": size(run),
-                    "error": 1 - final["exact_accuracy"],
-                    "count": final["count"],
-                }
-                for group in family
-                for run in group.averaged
-                if (final := run.final())
-            ]
-            table = pd.DataFrame(rows).dropna(subset="x")
+            table = run_table(family, size)
             if table.x.nunique() > 1:
-                drawings.append(_scaling_figure(table, label))
+                drawings.append(error_figure(table, label))
         if not drawings:
             raise NoData(
                 f"no two runs with a final evaluation differ in {' and '.join(keys)} alone"
@@ -91,12 +79,11 @@ def scaling(
     return draw
 
 
-def _scaling_figure(table: pd.DataFrame, label: str) -> Drawing:
-    """One point a run. table: group, run, x, error (0 to 1) and count."""
-    table = table.sort_values("x", kind="stable").reset_index(drop=True)
-    solved = [wilson(1 - error, count) for error, count in zip(table.error, table["count"])]
-    low, high = 1 - np.transpose(solved)[::-1]
-    error = table.error.to_numpy()
+def error_figure(table: pd.DataFrame, label: str) -> Drawing:
+    """The share of puzzles not solved, one point a run of plot_style.run_table, with its fit."""
+    error = 1 - table.exact_accuracy.to_numpy()
+    table = table.assign(error=error, low=1 - table.high, high=1 - table.low)
+    low, high = table.low.to_numpy(), table.high.to_numpy()
     fitted = _best_of_each_size(table)
     fig, (ax,) = panels(1, 2.2)
     ax.errorbar(
@@ -124,7 +111,7 @@ def _scaling_figure(table: pd.DataFrame, label: str) -> Drawing:
         f"95% band of its mean, where there are {MIN_FIT_POINTS} sizes or more; of several "
         f"settings of one size the best is fitted. Here: {text}."
     )
-    data = table.assign(fitted=table.index.isin(fitted.index), low=low, high=high)
+    data = table.assign(fitted=table.index.isin(fitted.index))
     return Drawing(fig, caption, data)
 
 

@@ -7,7 +7,7 @@ dashes, too, for print in black.
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+from results import Run
 from run_groups import Group
+from study_statistics import wilson
 
 WIDTH = 3.3  # inches
 COLORS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
@@ -28,7 +31,18 @@ MAX_LINES = len(COLORS)  # lines of one figure; more go to further figures
 GREY = "#999999"
 TICKS = [1, 2, 2.5, 5, 10]  # multiples of a power of ten, as matplotlib has them
 EXACT = "exact accuracy (%)"
+# (points to the right, points up, alignments) of a label beside its point
+SIDES = (
+    (0, 4, "center", "bottom"),
+    (0, -4, "center", "top"),
+    (4, 0, "left", "center"),
+    (-4, 0, "right", "center"),
+)
 INTERVALS = "Bars: one run, 95% Wilson interval over puzzles; several seeds, mean and range."
+SEEDS = (
+    "Filled markers: one run, with the 95% Wilson interval over puzzles, or the mean of several "
+    "seeds; small open circles: the seeds, and the bars their range where they are three or more."
+)
 
 matplotlib.rcParams.update(
     {
@@ -81,11 +95,29 @@ class Drawing:
     data: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of figure.
+
+    title: its heading in a report. draw: a function of the groups, which returns [Drawing] or
+    raises NoData.
+    """
+
+    title: str
+    draw: Callable[[Sequence[Group]], list[Drawing]]
+
+
 @dataclass
 class Figure(Drawing):
-    """A figure with the name of its files."""
+    """A figure with the name of its files and its heading in a report.
+
+    kind_name: its key in plot_results.FIGURES; `name` has a number besides where a kind has several
+    figures.
+    """
 
     name: str
+    kind_name: str
+    title: str
 
 
 # ------------------------------------------------------------------------------
@@ -124,9 +156,12 @@ def error_bars(rows: pd.DataFrame) -> np.ndarray:
     return 100 * np.maximum(0, [accuracy - rows.low.to_numpy(), rows.high.to_numpy() - accuracy])
 
 
-def note(ax: Axes, text: str) -> None:
-    """Write a remark above the axes, for what must not be lost where the caption is."""
-    ax.set_title(textwrap.fill(text, 58), loc="left", color="#444444")
+def note(ax: Axes, text: str, width: int = 58) -> None:
+    """Write a remark above the axes, for what must not be lost where the caption is.
+
+    width: characters of a line; 58 fill a column.
+    """
+    ax.set_title(textwrap.fill(text, width), loc="left", color="#444444")
 
 
 def readable(number: float) -> str:
@@ -191,6 +226,107 @@ def pages(groups: Sequence[Group]) -> list[list[Group]]:
     count = math.ceil(len(groups) / MAX_LINES)
     parts = np.array_split(np.arange(len(groups)), count) if groups else []
     return [[groups[k] for k in part] for part in parts]
+
+
+def run_table(groups: Sequence[Group], x: Callable[[Run], float | None]) -> pd.DataFrame:
+    """One row for each averaged run with a final evaluation and an x(run), in the order of x.
+
+    Its columns are group, run, seed, x, exact_accuracy, low and high (the 95% Wilson interval over
+    its puzzles) and count.
+    """
+    rows = []
+    for group in groups:
+        for run in group.averaged:
+            final, place = run.final(), x(run)
+            if final and place is not None:
+                accuracy, count = final["exact_accuracy"], final["count"]
+                low, high = wilson(accuracy, count)
+                row = {"group": group.label, "run": run.name, "seed": run.seed, "x": place}
+                row |= {"exact_accuracy": accuracy, "low": low, "high": high, "count": count}
+                rows.append(row)
+    columns = ["group", "run", "seed", "x", "exact_accuracy", "low", "high", "count"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.sort_values("x", kind="stable").reset_index(drop=True)
+
+
+def means(table: pd.DataFrame, by: str = "x") -> pd.DataFrame:
+    """One row for each value of `by` in a table with one row a run.
+
+    Its columns are `by`, exact_accuracy, low, high and runs. low and high: of one run those that it
+    has, of three or more seeds their range, and of two the mean, because two points show what there
+    is.
+    """
+    rows = []
+    for value, runs in table.groupby(by, sort=False):
+        mean, low, high = (runs[key].mean() for key in ("exact_accuracy", "low", "high"))
+        if len(runs) == 2:
+            low = high = mean
+        elif len(runs) > 2:
+            low, high = runs.exact_accuracy.min(), runs.exact_accuracy.max()
+        row = {by: value, "exact_accuracy": mean, "low": low, "high": high, "runs": len(runs)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw_seeds(ax: Axes, table: pd.DataFrame, places: str, style: dict[str, Any]) -> Any:
+    """Draw SEEDS of a table with one row a run at the numbers in its column `places`.
+
+    Returns the handle for a legend.
+    """
+    one = means(table, places)
+    accuracy = 100 * one.exact_accuracy.to_numpy()
+    handle = ax.errorbar(
+        one[places].to_numpy(), accuracy, error_bars(one), **style, elinewidth=0.7, zorder=3
+    )
+    several = table[table.groupby(places)[places].transform("size") > 1]
+    ax.plot(
+        several[places],
+        100 * several.exact_accuracy,
+        color=style["color"],
+        marker="o",
+        markersize=2.6,
+        markerfacecolor="white",
+        markeredgewidth=0.6,
+        linestyle="",
+        zorder=4,
+    )
+    return handle
+
+
+def draw_band(ax: Axes, x: pd.Series, y: pd.Series, k: int, **style: Any) -> Any:
+    """The k-th line: the mean of y at each x, and the band of its range where there are several.
+
+    x, y: of all runs, one after the other. style: in place of line_style's. Returns the line.
+    """
+    style = line_style(k) | style
+    at = pd.DataFrame({"x": x, "y": y}).groupby("x").y.agg(["mean", "min", "max"])
+    (line,) = ax.plot(at.index, at["mean"], **style)
+    ax.fill_between(at.index, at["min"], at["max"], color=style["color"], alpha=0.2, linewidth=0)
+    return line
+
+
+def place_labels(
+    fig: matplotlib.figure.Figure, ax: Axes, points: Sequence[tuple[float, float, str, str]]
+) -> None:
+    """Write the text of points (x, y, text, colour) beside them where there is room.
+
+    A text that would cover another one, or a point, at all four sides of its own is left out. To be
+    called when everything else is drawn, because the layout decides what has room.
+    """
+    fig.draw_without_rendering()
+    pixels = ax.transData.transform([(x, y) for x, y, _, _ in points])
+    reach = 0.03 * fig.dpi
+    taken = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in pixels]
+    for x, y, text, color in points:
+        for right, up, horizontal, vertical in SIDES:
+            label = ax.annotate(text, (x, y), (right, up), textcoords="offset points", color=color)
+            label.set(ha=horizontal, va=vertical)
+            box = label.get_window_extent()
+            inside = all(ax.bbox.contains(*corner) for corner in (box.min, box.max))
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
 def with_final(groups: Sequence[Group]) -> list[Group]:

@@ -140,7 +140,7 @@ def report(
         "## Figures",
     ]
     for figure, path in figures:
-        parts += [f"### {figure.name}", f"![{figure.name}](figures/{path.name})", figure.caption]
+        parts += _section(figure, path)
     if not_drawn:
         parts += ["Not drawn:", "\n".join(f"- {name}: {reason}" for name, reason in not_drawn)]
     published = paper.paper()
@@ -154,6 +154,13 @@ def report(
         _table(pd.DataFrame(published["results"])[["table", "setting", "exact_accuracy"]]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _section(figure: Figure, path: Path) -> list[str]:
+    """The paragraphs of a figure: heading, picture, caption, and what others published on it."""
+    picture = f"![{figure.name}](figures/{path.name})"
+    published = [f"Published: {claim}" for claim in paper.claims(figure.kind_name)]
+    return [f"### {figure.title}", picture, figure.caption, *published]
 
 
 def study_table(configs: Iterable[str], groups: Sequence[Group]) -> pd.DataFrame:

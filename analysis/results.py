@@ -49,6 +49,7 @@ TRAIN_KEYS = (
     "lr",
     "steps_per_second",
     "examples_per_second",
+    "train_flops",
     "model_flops_per_second",
     "mfu",
 )
@@ -271,10 +272,21 @@ class Run:
         rates = (self.train.model_flops_per_second / self.train.steps_per_second).dropna()
         return float(rates.median()) if len(rates) else np.nan
 
+    def flops_at(self, steps: Any) -> np.ndarray:
+        """Model FLOP of the training's first `steps` [N], as [N]; NaN if unknown.
+
+        They are those of the records (train_flops), in which a curriculum's cheaper steps count as
+        such. Records of earlier versions of the kit have none: there all steps cost the same.
+        """
+        known = self.train.dropna(subset="train_flops")
+        if not len(known):
+            return self.flops_per_step * np.asarray(steps, float)
+        return np.interp(steps, [0, *known.step], [0, *known.train_flops])
+
     @property
     def flops(self) -> float:
         """Model FLOP of the training so far; NaN if unknown."""
-        return self.flops_per_step * self.step
+        return float(self.flops_at(self.step))
 
     # ----- accuracy -----
     def final(self, weights: str | None = None) -> dict[str, Any] | None:
@@ -301,6 +313,11 @@ class Run:
         if not len(self.evaluations):
             return None
         return self.evaluations.loc[self.evaluations.exact_accuracy.idxmax()]
+
+    @property
+    def averages(self) -> list[dict[str, Any]]:
+        """The evaluations of averages of the run's checkpoints (--eval_only --average)."""
+        return [result for result in self.results if result.get("weights") == "average"]
 
     def reached(self, target: float) -> pd.Series | None:
         """The first row of `evaluations` with at least this exact accuracy (0 to 1), or None."""

@@ -24,6 +24,7 @@ from utils import UserError
 
 # of the sections model and training: what two seeds of one experiment may differ in
 FREE_KEYS = SAME_NUMBERS | {"training.seed"}
+AUGMENTATION = ("data.augment", "data.augmentations")
 
 
 @dataclass
@@ -94,7 +95,7 @@ def settings(run: Run) -> dict[str, Any]:
 
     These are model, training and augmentation, which puzzles, and the weights that it began from.
     """
-    flat = {**model_and_training(run.config), "data.augment": run.config.data.augment}
+    flat = config_settings(run.config)
     name = posixpath.basename(run.config.data.dataset_path.rstrip("/"))
     for split in ("train", "test"):
         known = run.datasets.get(split)
@@ -102,13 +103,18 @@ def settings(run: Run) -> dict[str, Any]:
     return {**flat, "init_from": run.starts[0].get("init_from") if run.starts else None}
 
 
-def model_and_training(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of a configuration's model and training sections without FREE_KEYS."""
-    return {
+def config_settings(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of what makes the result in a configuration: its sections model and
+    training without FREE_KEYS, and AUGMENTATION."""
+    flat = {
         f"{section}.{key}": value
-        for section in ("model", "training")
+        for section in ("model", "training", "data")
         for key, value in dataclasses.asdict(getattr(config, section)).items()
-        if f"{section}.{key}" not in FREE_KEYS
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if key in AUGMENTATION or not (key in FREE_KEYS or key.startswith("data."))
     }
 
 
@@ -116,9 +122,10 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     """The runs in groups, in the order of their first runs.
 
     Two runs with the same settings and seed are not independent: often one is a copy of the other.
-    One of them counts: the one that is finished or else further, and of two equal ones the folder
-    that still has the name it was started with. The other one is named on stderr and in the
-    group's `left_out`. Groups that would have the same label are called by their first run's name.
+    One of them counts: the one that is finished or else further; of two equal ones the one with
+    more averages of checkpoints, and then the folder that still has the name it was started with.
+    The other one is named on stderr and in the group's `left_out`. Groups that would have the same
+    label are called by their first run's name.
     """
     found: dict[str, dict[int, list[Run]]] = {}
     for run in runs:
@@ -145,8 +152,9 @@ def _group(seeds: dict[int, list[Run]]) -> Group:
     return Group(members[0].label, members, settings(members[0]), left_out)
 
 
-def _precedence(run: Run) -> tuple[bool, int, bool]:
-    return not run.finished, -run.step, run.started_name not in (None, run.base_name)
+def _precedence(run: Run) -> tuple[bool, int, int, bool]:
+    renamed = run.started_name not in (None, run.base_name)
+    return not run.finished, -run.step, -len(run.averages), renamed
 
 
 def _why_left_out(run: Run, kept: Run) -> str:
@@ -199,7 +207,8 @@ def families(
         found.setdefault(json.dumps(rest), []).append(group)
 
     def combinations(family):
-        return {tuple(group.settings[key] for key in keys) for group in family}
+        # a curriculum is a list
+        return {json.dumps([group.settings[key] for key in keys]) for group in family}
 
     several = [family for family in found.values() if len(combinations(family)) > 1]
     return sorted(several, key=len, reverse=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from config import config_yaml, load_config
 from evaluation import pack_solved
-from schedule import total_steps
+from schedule import stages, total_steps
 
 PUZZLES = 1000
 DATASETS = {
@@ -67,6 +67,10 @@ def write_run(
     count=None,
     digest=DATASETS["test"]["sha256"],
     ratings=None,
+    early_stop=None,
+    averages=(),
+    step_seconds=36.0,
+    loss=1.0,
 ):
     """A run of 400 steps in `folder`, a path; returns the folder.
 
@@ -75,7 +79,9 @@ def write_run(
         the raw weights, if a run with an average has them too.
     steps: how many are done; only with all of them there is a final evaluation.
     evaluations: exact accuracies during training, as shares of the final one.
-    starts: changes to START, for each start. count, digest, ratings: of the final evaluation.
+    starts: changes to START, for each start. count, digest, ratings, early_stop: of the final
+        evaluation. averages: (steps, solved) of each average of checkpoints.
+    step_seconds: of each step. loss: multiplies the training losses.
     """
     folder.mkdir(parents=True)
     if config is None:
@@ -89,25 +95,33 @@ def write_run(
     steps, weights = total if steps is None else steps, "ema" if config.training.ema else "raw"
     every = max(1, total // 10)
     records = [
-        _training_record(step, total, puzzles, config.training)
+        _training_record(step, total, puzzles, config, step_seconds, loss)
         for step in sorted({*range(every, steps, every), steps})
     ]
     for k, share in enumerate(evaluations, 1):
         if (step := k * total // len(evaluations)) <= steps:
-            records.append(_evaluation_record(step, weights, share * accuracy_of(solved)))
+            records.append(
+                _evaluation_record(step, weights, share * accuracy_of(solved), step_seconds)
+            )
     if steps == total:
-        outcomes = [(weights, solved)] + ([] if raw is None else [("raw", raw)])
-        final = {"dataset_sha256": digest, "by_rating": ratings or [], "step": total}
-        results = [
-            _result(name, outcome, count or len(solved), **final) for name, outcome in outcomes
-        ]
-        content = {"checkpoint": "x", "config": {}, "results": results}
-        (folder / "eval.json").write_text(json.dumps(content))
+        final = {"step": total, "dataset_sha256": digest, "by_rating": ratings or []}
+        final |= {"early_stop": early_stop} if early_stop else {}
+        outcomes = [({"weights": weights}, solved)]
+        outcomes += [] if raw is None else [({"weights": "raw"}, raw)]
+        outcomes += [({"weights": "average", "averaged_steps": s}, one) for s, one in averages]
+        _write_evaluation(folder, outcomes, count, final)
     _write_lines(folder / "metrics.jsonl", records)
     first = {**START, "step": 0, "train_seconds": 0.0, "world_size": 1}
     if starts:
         _write_lines(folder / "starts.jsonl", [{**first, **start} for start in starts])
     return folder
+
+
+def _write_evaluation(folder, outcomes, count, final):
+    """eval.json of outcomes, (what they are of, [N] bool of puzzles solved); final: for each."""
+    results = [_result(solved, count or len(solved), **what, **final) for what, solved in outcomes]
+    content = {"checkpoint": "x", "config": {}, "results": results}
+    (folder / "eval.json").write_text(json.dumps(content))
 
 
 def stop_at(folder, step):
@@ -120,16 +134,26 @@ def stop_at(folder, step):
     evaluation.write_text(json.dumps(content))
 
 
-def _training_record(step, total, puzzles, training):
+def train_flops(config, total, step):
+    """Of the first `step` steps, with as much for each as it has updates of z."""
+    begins = [begin for begin, _ in stages(config, total)]
+    return sum(
+        1e12 * stage.H_cycles * (stage.L_cycles + 1) * max(0, min(step, end) - begin)
+        for (begin, stage), end in zip(stages(config, total), [*begins[1:], total])
+    )
+
+
+def _training_record(step, total, puzzles, config, step_seconds, loss):
+    training = config.training
     batch = training.global_batch_size
     return {
         "step": step,
         "split": "train",
         "epoch": step * batch / puzzles,
         "lr": training.lr,
-        "loss": 2 / step,
-        "lm_loss": 1 / step,
-        "q_halt_loss": 2 / step,
+        "loss": 2 * loss / step,
+        "lm_loss": loss / step,
+        "q_halt_loss": 2 * loss / step,
         "grad_norm": 1.0,
         "count": 10,
         "cell_accuracy": step / total,
@@ -137,32 +161,32 @@ def _training_record(step, total, puzzles, training):
         "q_halt_accuracy": 0.5,
         "mean_steps": 2.0,
         "wall_time": 1.8e9 + step,
-        "train_seconds": 36.0 * step,
-        "steps_per_second": 1 / 36,
-        "examples_per_second": batch / 36,
+        "train_seconds": step_seconds * step,
+        "steps_per_second": 1 / step_seconds,
+        "examples_per_second": batch / step_seconds,
+        "train_flops": train_flops(config, total, step),
         "model_flops_per_second": 1e12,
         "mfu": 0.5,
     }
 
 
-def _evaluation_record(step, weights, accuracy):
+def _evaluation_record(step, weights, accuracy, step_seconds):
     return {
         "step": step,
         "split": "test",
         "weights": weights,
-        "train_seconds": 36.0 * step,
+        "train_seconds": step_seconds * step,
         "count": 100,
         "exact_accuracy": accuracy,
         "cell_accuracy": 0.9,
     }
 
 
-def _result(weights, solved, count, **more):
+def _result(solved, count, **more):
     """An entry of eval.json."""
     accuracy = accuracy_of(solved)
     return {
         "split": "test",
-        "weights": weights,
         "count": count,
         "exact_accuracy": accuracy,
         "cell_accuracy": 0.95,

@@ -706,11 +706,11 @@ class Paper(FolderTest):
             for name in entry.get("configs", [])
         }
         self.assertEqual(set(named), {"e1_1", "e2_2_t3n6", "e2_1", "e2_3", "e2_2_t2n2"})
-        base = run_groups.model_and_training(load_config(ROOT / "configs" / "base_sudoku_tpu.yaml"))
+        base = run_groups.config_settings(load_config(ROOT / "configs" / "base_sudoku_tpu.yaml"))
         changes = {
             name: {
                 key: value
-                for key, value in run_groups.model_and_training(
+                for key, value in run_groups.config_settings(
                     load_config(ROOT / "configs" / f"{name}.yaml")
                 ).items()
                 if value != base[key]
