@@ -180,8 +180,13 @@ def plain_numbers(axis: Any) -> None:
 
 
 def plain_log(axis: Any) -> None:
-    """Ticks at 1, 2, 5, 10, 20, ... on a logarithmic axis, in plain numbers."""
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    """Ticks at 1, 2, 5, 10, 20, ... on a logarithmic axis, in plain numbers.
+
+    Where what is drawn spans more than two decades, they are at powers of ten.
+    """
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 100 * low else (1,)
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
     plain_numbers(axis)
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
 

@@ -27,7 +27,10 @@ from config import load_config
 from tests.helpers import ROOT, random_pairs, write_split
 from tests.slice import SliceTest, installed_commands
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 CLOUD = "<!-- needs the cloud -->"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # written by runs and builds, not files of the repository
@@ -271,9 +274,12 @@ class Names(unittest.TestCase):
             self.assertEqual(text.count("```") % 2, 0, document)
             self.assertLessEqual(
                 {block[1] for block in FENCE.finditer(text)},
-                {"bash", "yaml", "text", "mermaid"},
+                {"bash", "yaml", "text", "mermaid", "python"},
                 document,
             )  # what a shell runs is never missed
+            for block in FENCE.finditer(text):
+                if block[1] == "python":
+                    ast.parse(block[2])
             self.assertEqual(
                 len(re.findall("<!--[^>]*cloud", text)),
                 len(re.findall(f"^{CLOUD}\n```bash$", text, re.MULTILINE)),
