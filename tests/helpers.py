@@ -177,11 +177,11 @@ def command_server():
     return process
 
 
-def run_command(args, environment, seconds=300):
-    """(output, exit status) of train_tpu.py with these arguments and variables."""
+def run_command(args, environment, driver=None, seconds=300):
+    """(output, exit status) of train_tpu.py, or of `driver`, with these arguments and variables."""
     server = command_server()
     with tempfile.NamedTemporaryFile() as file:
-        request = {"args": args, "environment": environment, "output": file.name}
+        request = {"args": args, "environment": environment, "output": file.name, "driver": driver}
         server.feed(json.dumps(request))
         try:
             status = int(server.line(seconds))
@@ -215,14 +215,15 @@ class CommandTest(ContentTest):
     def train(self, *args, status=0, driver=None, **options):
         """Run the command on the tiny configuration; returns its stdout and stderr as one text.
 
-        driver: what Python runs in place of train_tpu.py, then in a process of its own, as with
-        `options`, those of tests/processes.py.
+        driver: a program that runs in place of train_tpu.py, and its own arguments. `options`:
+        those of a new process, in tests/processes.py.
         """
-        args = ["--config", str(self.config), *args]
-        if driver or options:
-            command = [sys.executable, *(driver or ["train_tpu.py"]), *args]
+        program, *own = driver or [None]
+        args = list(map(str, [*own, "--config", self.config, *args]))
+        if options:
+            command = [sys.executable, program or "train_tpu.py", *args]
             return run(self, command, status, environment=WITH_KIT, **options)
-        output, returncode = run_command(args, {**os.environ, **WITH_KIT})
+        output, returncode = run_command(args, {**os.environ, **WITH_KIT}, program)
         self.assertEqual(returncode, status, output)
         return output
 

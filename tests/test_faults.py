@@ -3,7 +3,6 @@ the same end."""
 
 import json
 import os
-import random
 import resource
 import signal
 import socket
@@ -99,39 +98,32 @@ class TwoWorkers(FaultTest):
         """Wait until rank 0 of this start holds the run."""
         process.until(lambda: self.lock_owner(run_name) not in (None, self.owner))
 
-    def test_all_killed_twenty_times(self):
-        """By SIGKILL to all, or to the parent alone, whose workers must follow it; the next start
-        does not wait for that."""
-        draw, before = random.Random(1), None
-        for kill in range(20):
-            place = draw.choice(
-                [
-                    "started",
-                    "locked",
-                    "train_step",
-                    "train_step",
-                    "train_step",
-                    "save",
-                    "upload",
-                    "evaluate",
-                ]
-            )
-            count = draw.randint(
-                1, {"started": 4, "train_step": 15, "save": 2, "upload": 2}.get(place, 1)
-            )
-            rank = 0 if place in ("save", "upload") else draw.randrange(2)
+    def test_all_killed_at_every_kind_of_moment(self):
+        """By SIGKILL to all; then by one to the parent alone, whose workers must follow it, and the
+        next start does not wait for that."""
+        moments = (
+            ("started", 3, 0),
+            ("train_step", 9, 1),
+            ("save", 2, 0),
+            ("locked", 1, 0),
+            ("upload", 2, 0),
+            ("evaluate", 1, 1),
+        )
+        before = None
+        for kill, (place, count, rank) in enumerate(2 * moments):
             self.owner = self.lock_owner("killed")
             process = self.begin(
                 "killed", {"train_step": 0.01, "evaluate": 0.05, "save": 0.02, "upload": 0.02}, *TWO
             )
-            with self.subTest(kill=kill, place=place, count=count, rank=rank):
+            with self.subTest(kill=kill, place=place):
                 if place == "started":
                     self.started(process, count)
                 elif place == "locked":
                     self.locked(process, "killed")
                 else:
                     self.arrived(process, place, count, rank)
-                (process.signal_all if kill % 2 else process.send_signal)(signal.SIGKILL)
+                alone = kill >= len(moments)
+                (process.send_signal if alone else process.signal_all)(signal.SIGKILL)
                 process.ends(-signal.SIGKILL, 10)
                 if before:
                     self.ends(before, -signal.SIGKILL, 10)
@@ -357,7 +349,7 @@ class Vanished(FaultTest):
         """The others have done what they had to, and give no more signs."""
         process = self.begin(
             "late",
-            {"upload": 8},
+            {"upload": 6},
             "training.num_workers=2",
             "--max_steps",
             "20",
