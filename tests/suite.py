@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the seconds that a module takes on an idle machine, if more than 10: what takes longest begins
 # first, so that the last process to end is a short one
 SECONDS = {
-    "test_faults": 340,
+    "test_faults": 290,
     "test_preemption": 267,
     "test_scripts": 194,
     "test_tpu_report": 194,
@@ -37,7 +37,7 @@ SECONDS = {
     "test_rehearsal": 98,
     "test_parity": 95,
     "test_pallas_kernels": 78,
-    "test_resume": 75,
+    "test_resume": 45,
     "test_docs": 72,
     "test_environment": 72,
     "test_commands": 39,
@@ -52,6 +52,7 @@ SECONDS = {
     "test_run_lock": 15,
     "test_sudoku_dataset": 14,
     "test_end_to_end": 12,
+    "test_parity.ParityTest": 40,
 }
 # what is tested without the cloud, a TPU's compiler or figures, with requirements.txt alone:
 # modules, or classes in them
