@@ -17,35 +17,24 @@ import os
 import re
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import urllib.parse
 from unittest import mock
 
 from tests.helpers import FolderTest
+from tests.processes import Process
 
 BUCKET = "trm-bucket"
-EMULATOR = """
-import logging, sys
-from gcp_storage_emulator.server import create_server
-logging.disable()
-server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=sys.argv[1])
-server.start()
-print(server._api._httpd.server_port, flush=True)
-sys.stdin.read()        # until the tests' process has ended, however it ends
-server.stop()
-"""
 
 
 @functools.cache
 def emulator_port():
     """Port of the emulator, one for the whole test process."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", EMULATOR, BUCKET], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    atexit.register(process.communicate)  # closes its input, and waits for it to end
-    return int(process.stdout.readline())
+    command = [sys.executable, "tests/programs/gcs_emulator.py", BUCKET]
+    process = Process(command, feed=True, stderr=None)
+    atexit.register(process.end)
+    return int(process.line())
 
 
 class Fault:

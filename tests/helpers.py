@@ -8,8 +8,6 @@ import json
 import os
 import random
 import re
-import select
-import subprocess
 import sys
 import tempfile
 import unittest
@@ -27,9 +25,11 @@ import torch
 
 import sudoku
 from metrics_logger import TIMING_KEYS
+from tests.processes import Process, run
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_KIT = {"PYTHONPATH": str(ROOT)}  # for programs elsewhere that import the kit
 
 
 class ContentTest(unittest.TestCase):
@@ -91,20 +91,12 @@ class XLATest(unittest.TestCase):
             self.skipTest("torch_xla is not installed here")
 
     def in_own_process(self):
-        environment = {**os.environ, "PJRT_DEVICE": "CPU", "TRM_TEST_PROCESS": self.id()}
-        done = subprocess.run(
-            [sys.executable, "-m", "unittest", self.id()],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            timeout=600,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn("Ran 1 test", done.stdout)
-        if skipped := re.search(r"^OK \(skipped=1\)", done.stdout, re.MULTILINE):
-            self.skipTest(f"{skipped[0]} in its own process: {done.stdout}")
+        environment = {"PJRT_DEVICE": "CPU", "TRM_TEST_PROCESS": self.id()}
+        command = [sys.executable, "-m", "unittest", self.id()]
+        output = run(self, command, seconds=600, environment=environment)
+        self.assertIn("Ran 1 test", output)
+        if skipped := re.search(r"^OK \(skipped=1\)", output, re.MULTILINE):
+            self.skipTest(f"{skipped[0]} in its own process: {output}")
 
 
 def write_config(path, text="data: {dataset_path: nowhere}\n"):
@@ -178,30 +170,25 @@ evaluation: {{interval_epochs: 2, batch_size: 16, max_examples: 20}}
 
 @functools.cache
 def command_server():
-    """The process of tests/command_server.py, one for this test process."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.command_server"],
-        cwd=ROOT,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    atexit.register(process.communicate)  # closes its input, and waits for its end
+    """The process of tests/programs/command_server.py, one for this test process."""
+    command = [sys.executable, "-m", "tests.programs.command_server"]
+    process = Process(command, feed=True, stderr=None)
+    atexit.register(process.end)
     return process
 
 
-def run_command(args, environment, seconds=300):
-    """(output, exit status) of train_tpu.py with these arguments and variables."""
+def run_command(args, environment, driver=None, seconds=300):
+    """(output, exit status) of train_tpu.py, or of `driver`, with these arguments and variables."""
     server = command_server()
     with tempfile.NamedTemporaryFile() as file:
-        request = {"args": args, "environment": environment, "output": file.name}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        if not select.select([server.stdout], [], [], seconds)[0]:
-            server.kill()
+        request = {"args": args, "environment": environment, "output": file.name, "driver": driver}
+        server.feed(json.dumps(request))
+        try:
+            status = int(server.line(seconds))
+        except AssertionError:
+            server.end()
             command_server.cache_clear()
-            raise AssertionError(f"{args} still runs after {seconds} s: {file.read().decode()}")
-        status = int(server.stdout.readline())
+            raise AssertionError(f"{args} still runs: {file.read().decode()}") from None
         return file.read().decode(), status
 
 
@@ -220,7 +207,7 @@ class CommandTest(ContentTest):
         build = [sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", "4"]
         build += ["--num_train", "90", "--num_test", "50", "--val_size", "10", "--clues", "5", "9"]
         build += ["--output_dir", str(cls.folder / "data")]
-        subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        run(cls, build)
         cls.config = write_config(
             cls.folder / "tiny.yaml", TINY.format(data=cls.folder / "data", out=cls.folder / "runs")
         )
@@ -228,25 +215,15 @@ class CommandTest(ContentTest):
     def train(self, *args, status=0, driver=None, **options):
         """Run the command on the tiny configuration; returns its stdout and stderr as one text.
 
-        driver: what Python runs in place of train_tpu.py, then in a process of its own, as with
-        `options`, those of subprocess.run.
+        driver: a program that runs in place of train_tpu.py, and its own arguments. `options`:
+        those of a new process, in tests/processes.py.
         """
-        args = ["--config", str(self.config), *args]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if driver is None and not options:
-            output, returncode = run_command(args, environment)
-        else:
-            done = subprocess.run(
-                [sys.executable, *(driver or ["train_tpu.py"]), *args],
-                cwd=ROOT,
-                text=True,
-                timeout=300,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                **options,
-            )
-            output, returncode = done.stdout, done.returncode
+        program, *own = driver or [None]
+        args = list(map(str, [*own, "--config", self.config, *args]))
+        if options:
+            command = [sys.executable, program or "train_tpu.py", *args]
+            return run(self, command, status, environment=WITH_KIT, **options)
+        output, returncode = run_command(args, {**os.environ, **WITH_KIT}, program)
         self.assertEqual(returncode, status, output)
         return output
 

@@ -1,4 +1,5 @@
-"""Processes that tests start, and conditions that tests wait for.
+"""Processes that tests start, and conditions that tests wait for. No other file of the tests starts
+a process that it does not wait for, or sleeps; programs that tests start are in tests/programs/.
 
     process = begin(self, [sys.executable, "train_tpu.py", "--config", ...])
     process.until(marker.exists)              # fails at once if the process ends before
@@ -12,18 +13,24 @@ session of their own.
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
+import termios
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "TRM_TEST_MARK"
 numbers = itertools.count()
+# A shell's background jobs ignore it, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_until(condition, seconds=60, failure=lambda: ""):
@@ -35,6 +42,20 @@ def wait_until(condition, seconds=60, failure=lambda: ""):
             raise AssertionError(f"waited {seconds} s in vain; {failure()}")
         time.sleep(0.005)
     return value
+
+
+def stays(condition, seconds):
+    """`condition()` is true now and at every look for so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not condition():
+            raise AssertionError(f"true no more before {seconds} s were over")
+        time.sleep(0.05)
+
+
+def pause(seconds):
+    """Wait for what nothing can be asked about: a time in which somebody else may act."""
+    time.sleep(seconds)
 
 
 def free_port():
@@ -62,20 +83,25 @@ def descendants(pid):
     return [k for child in map(int, children) for k in (child, *descendants(child))]
 
 
-def begin(test, command, **options):
+def begin(test, command, environment=None, **options):
     """Start `command` in the kit's root folder; options: see Process.
 
     test: the test, or its class (in setUpClass), at whose end the process is killed.
     """
-    process = Process(command, **options)
+    process = Process(command, environment, **options)
     add_cleanup = test.addClassCleanup if isinstance(test, type) else test.addCleanup
     add_cleanup(process.end)
     return process
 
 
-def run(test, command, status=0, seconds=300, **options):
-    """Start `command`, wait for its end, which must have this status, and return its output."""
-    return begin(test, command, **options).ends(status, seconds)
+def run(test, command, status=0, seconds=300, answer="", **options):
+    """Start `command` with the input `answer`, wait for its end, which must have this status, and
+    return its output."""
+    process = begin(test, command, feed=bool(answer), **options)
+    if answer:
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(answer)
+    return process.ends(status, seconds)
 
 
 class Process(subprocess.Popen):
@@ -83,14 +109,21 @@ class Process(subprocess.Popen):
 
     environment: variables that are set besides those of this process, or taken away (None).
     feed: whether it has an input to write to; without, its input is empty.
+    terminal: whether it runs in a terminal of its own, of 24 lines of 100 characters.
     options: those of subprocess.Popen. With `stdout` given, there is no log.
     """
 
-    def __init__(self, command, environment=None, feed=False, **options):
+    def __init__(self, command, environment=None, feed=False, terminal=False, **options):
         self.mark = f"{os.environ.get(MARK, '')}{os.getpid()}.{next(numbers)}/"
         variables = {**options.pop("env", os.environ), **(environment or {}), MARK: self.mark}
-        self.log = tempfile.TemporaryFile()
-        self.lines_read = 0
+        self.log = tempfile.TemporaryFile(buffering=0)
+        self.lines_read, self.terminal = 0, None
+        if terminal:
+            self.terminal, end = pty.openpty()
+            os.set_blocking(self.terminal, False)
+            fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+            options |= dict.fromkeys(("stdin", "stdout", "stderr"), end)
+            options["preexec_fn"] = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         super().__init__(
             list(map(str, command)),
             text=True,
@@ -104,11 +137,26 @@ class Process(subprocess.Popen):
                 **options,
             },
         )
+        if terminal:
+            os.close(end)
 
     def output(self):
         """What it has printed until now."""
+        with contextlib.suppress(OSError):  # nothing is there now, or nobody is at the other end
+            while self.terminal is not None and (block := os.read(self.terminal, 4096)):
+                self.log.write(block)
         descriptor = self.log.fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
+
+    def press(self, keys):
+        """Type these bytes at its terminal."""
+        os.write(self.terminal, keys)
+
+    def hang_up(self):
+        """Close its terminal."""
+        self.output()
+        os.close(self.terminal)
+        self.terminal = None
 
     def until(self, condition, seconds=60):
         """`wait_until`, which fails at once if the process ends before the condition is true."""
@@ -145,21 +193,24 @@ class Process(subprocess.Popen):
 
     def ends(self, status=0, seconds=60):
         """Wait for its end, which must come in time and with this status; returns its output."""
-        try:
-            self.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s: {self.output()}") from None
+
+        def ended():
+            self.output()  # a terminal that nobody reads would stop it
+            return self.poll() is not None
+
+        wait_until(ended, seconds, lambda: f"it still runs: {self.output()}")
         if self.returncode != status:
             raise AssertionError(f"status {self.returncode}, not {status}: {self.output()}")
         return self.output()
 
-    def all_end(self, seconds=60):
-        """Wait until neither it nor anything that it has started runs any more."""
+    def all_end(self, status=0, seconds=60):
+        """`ends`, of it and of everything that it has started."""
         wait_until(
             lambda: self.poll() is not None and not self.relatives(),
             seconds,
             lambda: f"{self.relatives()} still run: {self.output()}",
         )
+        return self.ends(status)
 
     def relatives(self):
         """It and what it has started, as far as they still run."""
@@ -181,6 +232,8 @@ class Process(subprocess.Popen):
         if self.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self.stdin.close()
+        if self.terminal is not None:
+            self.hang_up()
         self.log.close()
 
     def kill_relatives(self):

@@ -8,16 +8,15 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, CommandTest
 from tests.host_tools import make_programs
+from tests.processes import begin, free_port, run, wait_until
 
 NAME = "my-tpu"
 DELETE = (
@@ -38,31 +37,22 @@ case "$*" in
             sed -i 1d "$TRM_TEST_CLOUD/instead"
             eval "$instead"
         fi
-        if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then shift; set -- {root}/tests/slow_train.py "$@"; fi
+        if [ -n "${{TRM_TEST_PAUSES:-}}" ]; then
+            shift
+            set -- {root}/tests/programs/slow_train.py "$@"
+        fi
         PYTHONPATH=. exec {python} "$@" ;;
     scripts/check_devices.py*)
         if [ ! -e "$TRM_TEST_CLOUD/real_check" ]; then exit; fi  # importing PyTorch takes seconds
         if [ "$(cat "$TRM_TEST_CLOUD/bad_host" 2>/dev/null)" = "$TRM_TEST_HOST" ]; then
             shift
-            set -- -c {wrong_sum} "$@"
+            set -- {root}/tests/programs/wrong_sum.py "$@"
         fi
         exec {python} "$@" ;;
     *) exec {python} "$@" ;;
 esac
 """
 ENDLESS = "exec sleep 600"  # a training, for SliceTest.stand_in
-WRONG_SUM = (
-    "'"
-    + """
-import sys
-sys.path[:0] = [".", "scripts"]
-import collectives, check_devices, utils
-right = collectives.Workers.all_reduce
-collectives.Workers.all_reduce = lambda self, sent: [total - 1 for total in right(self, sent)]
-utils.run_cli(check_devices.main)
-"""
-    + "'"
-)
 
 
 def load_gcloud():
@@ -95,12 +85,6 @@ def executable(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class SliceTest(GCSTest, CommandTest):
@@ -143,8 +127,7 @@ class SliceTest(GCSTest, CommandTest):
             f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/gcloud "$@"\n',
         )
         executable(
-            cls.shared / "host" / "python",
-            HOST_PYTHON.format(root=ROOT, python=sys.executable, wrong_sum=WRONG_SUM),
+            cls.shared / "host" / "python", HOST_PYTHON.format(root=ROOT, python=sys.executable)
         )
         make_programs(cls.shared / "host" / "bin", cls.shared / "host" / "python")
 
@@ -246,28 +229,18 @@ class SliceTest(GCSTest, CommandTest):
         """{pid: command line} of what runs on the hosts."""
         return self.gcloud.processes(f"{self.cloud}/slices/")
 
-    def wait_for(self, what):
-        give_up = time.monotonic() + 60
-        while not what():
-            if time.monotonic() > give_up:
-                logs = [path.read_text() for path in self.cloud.glob("slices/*/*/trm/runs/*/log")]
-                self.fail(f"waited 60 s in vain; {self.host_processes()} {logs}")
-            time.sleep(0.01)
+    def wait_for(self, what, seconds=60):
+        def logs():
+            texts = [path.read_text() for path in self.cloud.glob("slices/*/*/trm/runs/*/log")]
+            return f"{self.host_processes()} {texts}"
+
+        wait_until(what, seconds, logs)
 
     def script(self, name, *words, status=0, answer=""):
         """Run scripts/NAME.sh; its stdout and stderr as one text."""
-        done = subprocess.run(
-            ["bash", f"scripts/{name}.sh", *words],
-            cwd=self.kit,
-            text=True,
-            input=answer,
-            timeout=120,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        self.assertNotIn("Traceback", done.stdout)
-        return done.stdout
+        output = run(self, self.command(name, *words), status, answer=answer, cwd=self.kit)
+        self.assertNotIn("Traceback", output)
+        return output
 
     def mistake(self, name, *words, says):
         """The script ends with status 2 and one error line that holds each of `says`, before it
@@ -280,25 +253,11 @@ class SliceTest(GCSTest, CommandTest):
             self.assertIn(text, errors[0])
         self.assertEqual(self.changes(), before)
 
-    def begin(self, name, *words):
-        process = subprocess.Popen(
-            ["bash", f"scripts/{name}.sh", *words],
-            cwd=self.kit,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    def begin(self, name, *words, **options):
+        return begin(self, self.command(name, *words), cwd=self.kit, **options)
 
-        def end():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
-
-        self.addCleanup(end)
-        return process
+    def command(self, name, *words):
+        return ["bash", f"scripts/{name}.sh", *words]
 
     def calls(self):
         path = self.cloud / "calls.jsonl"
@@ -335,9 +294,7 @@ class SliceTest(GCSTest, CommandTest):
             lambda: any("flock\0--timeout\x0090" in line for line in self.host_processes().values())
         )  # then it is sent
         self.release(held)
-        output, _ = stopping.communicate(timeout=60)
-        self.assertEqual(stopping.returncode, 7, output)
-        return output
+        return stopping.ends(7)
 
     def starts(self, run):
         """The lines of its starts.jsonl in the bucket."""

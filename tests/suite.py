@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the seconds that a module takes on an idle machine, if more than 10: what takes longest begins
 # first, so that the last process to end is a short one
 SECONDS = {
-    "test_faults": 340,
+    "test_faults": 290,
     "test_preemption": 267,
     "test_scripts": 194,
     "test_tpu_report": 194,
@@ -37,7 +37,7 @@ SECONDS = {
     "test_rehearsal": 98,
     "test_parity": 95,
     "test_pallas_kernels": 78,
-    "test_resume": 75,
+    "test_resume": 45,
     "test_docs": 72,
     "test_environment": 72,
     "test_sweep_grid": 42,
@@ -53,13 +53,20 @@ SECONDS = {
     "test_run_lock": 15,
     "test_sudoku_dataset": 14,
     "test_end_to_end": 12,
+    "test_parity.ParityTest": 40,
 }
 # what is tested without the cloud, a TPU's compiler or figures, with requirements.txt alone:
 # modules, or classes in them
 FAST = [
     "test_architecture",
+    "test_checkpoint_manager.LocalBeforeTheMarker",
+    "test_checkpoint_manager.LocalDamage",
+    "test_checkpoint_manager.LocalSavingAndFinding",
+    "test_commands",
     "test_config",
     "test_data_loader",
+    "test_docs.Messages",
+    "test_docs.Names",
     "test_end_to_end",
     "test_metrics_logger",
     "test_model",
@@ -67,7 +74,17 @@ FAST = [
     "test_optimizers",
     "test_parity.ParityTest",
     "test_processes",
+    "test_resume",
+    "test_run_lock.Judgements",
+    "test_run_lock.LocalLocks",
+    "test_run_lock.Renewals",
+    "test_storage.LocalFolders",
+    "test_study.Curriculum",
+    "test_study.EarlyStop",
+    "test_study.Loss",
     "test_sudoku",
+    "test_sudoku_dataset",
+    "test_workers.Statuses",
 ]
 SLOWEST_SHOWN = 20
 MODULE_MINUTES = 15
@@ -169,12 +186,17 @@ def in_words(counts):
 def main():
     parser = argparse.ArgumentParser(prog="tests.suite", allow_abbrev=False)
     parser.add_argument("--fast", action="store_true", help="only the modules of FAST")
-    parser.add_argument("--jobs", type=int, help="modules at a time (default: one for each core)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="modules at a time (default: one more than there are cores, at most 4)",
+    )
     parser.add_argument("--module", help="run this one here (used by the suite itself)")
     args = parser.parse_args()
     if args.module:
         return run_here(args.module)
-    jobs = args.jobs or min(4, max(2, len(os.sched_getaffinity(0))))
+    # one more than there are cores: many tests wait
+    jobs = args.jobs or min(4, len(os.sched_getaffinity(0)) + 1)
     names = FAST if args.fast else [path.stem for path in (ROOT / "tests").glob("test_*.py")]
     total, failed = run_modules(names, jobs)
     print(in_words(total))

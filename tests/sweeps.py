@@ -1,18 +1,16 @@
 """For the tests of sweeps: real launchers, with a training that does what a test says in place of
 the real one."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 
 from sweep_state import SweepFolder
 
 from storage import join, open_folder
-from tests.helpers import ROOT, TINY, FolderTest, write_config
+from tests.helpers import TINY, WITH_KIT, FolderTest, write_config
+from tests.processes import begin
+
+TRAINING = "tests/programs/fake_training.py"
 
 
 class SweepTest(FolderTest):
@@ -37,39 +35,13 @@ class SweepTest(FolderTest):
             for name in names
         ]
 
-    def environment(self):
-        return {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "TRM_TEST_STARTS": str(self.starts_file),
-            "TRM_TEST_PLAN": json.dumps(self.plan),
-        }
-
-    def command(self, *arguments, host="", training="tests/fake_training.py"):
-        return [sys.executable, "tests/fake_launcher.py", host, training, *arguments]
-
-    def begin(self, *arguments, host="", training="tests/fake_training.py", **environment):
-        process = subprocess.Popen(
-            self.command(*arguments, host=host, training=training),
-            cwd=ROOT,
-            env={**self.environment(), **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.addCleanup(self.end, process)
-        return process
-
-    def end(self, process):
-        process.kill()
-        process.communicate()
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+    def begin(self, *arguments, host="", training=TRAINING, terminal=False, **environment):
+        command = [sys.executable, "tests/programs/fake_launcher.py", host, training, *arguments]
+        starts = {"TRM_TEST_STARTS": self.starts_file, "TRM_TEST_PLAN": json.dumps(self.plan)}
+        return begin(self, command, {**WITH_KIT, **starts, **environment}, terminal=terminal)
 
     def ends(self, process, status=0):
-        output, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, status, output)
+        output = process.ends(status)
         self.assertNotIn("Traceback", output)
         return output
 
@@ -108,13 +80,6 @@ class SweepTest(FolderTest):
             return json.loads(run.read("run.lock"))["pid"]
         except FileNotFoundError:
             return None
-
-    def until(self, condition, process=None):
-        end = time.monotonic() + 60
-        while not condition():
-            if time.monotonic() > end or (process and process.poll() is not None):
-                self.fail(f"this did not come about: {process and process.communicate()[0]}")
-            time.sleep(0.01)
 
     def row(self, output, name):
         return next(line.split() for line in output.splitlines() if line.split()[:1] == [name])

@@ -57,6 +57,10 @@ LONG = {
 }
 
 
+PROCESSES = "tests/processes.py"
+PAST = {"subprocess.Popen", "time.sleep", "pty.fork", "pty.openpty", "pty.spawn", "os.killpg"}
+
+
 def python_files():
     """{path in the repository: its parsed content}, of the product and its tests."""
     paths = [
@@ -152,6 +156,18 @@ def imports_of_scripts():
     }
 
 
+def starts_or_sleeps():
+    """Tests that start a process and leave it running, end a process group, or sleep, past
+    tests/processes.py. Programs that tests start are apart."""
+    return {
+        f"{name}, line {node.lineno}: {node.attr}"
+        for name, tree in FILES.items()
+        if name.startswith("tests/") and name != PROCESSES and "/programs/" not in name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and f"{ast.unparse(node.value)}.{node.attr}" in PAST
+    }
+
+
 def long_functions():
     """The functions longer than LONGEST_FUNCTION, those named in LONG among them."""
     return {
@@ -167,6 +183,7 @@ RULES = {
     "modules that stay apart": not_apart,
     "no import inside a function without a reason": inside_without_reason,
     "no root module imports scripts, analysis or tests": imports_of_scripts,
+    f"tests start processes and wait by {PROCESSES}": starts_or_sleeps,
     f"no function over {LONGEST_FUNCTION} lines": lambda: long_functions() - LONG,
 }
 

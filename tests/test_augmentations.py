@@ -1,7 +1,6 @@
 """data.augmentations: fixed symmetries of each puzzle, and the datasets that store them."""
 
 import itertools
-import subprocess
 import sys
 import unittest
 
@@ -10,7 +9,8 @@ import numpy as np
 import sudoku
 from config import load_config
 from data_loader_tpu import SudokuDatasetTPU, TrainLoader, create_dataloader_tpu
-from tests.helpers import ROOT, write_config
+from tests.helpers import write_config
+from tests.processes import run
 from tests.test_data_loader import LoaderTest
 from train_state import load_dataset
 
@@ -50,8 +50,7 @@ class Augmentations(LoaderTest):
         out = self.folder / f"{size}-{copies}"
         words = ["--generate", "--size", size, "--num_train", count, "--num_test", 2, *words]
         words += ["--num_aug", copies, "--num_workers", 1, "--output_dir", out]
-        command = [sys.executable, "scripts/build_sudoku_dataset.py", *map(str, words)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        run(self, [sys.executable, "scripts/build_sudoku_dataset.py", *words])
         return out
 
     def test_a_stored_set_and_a_drawn_one_are_the_same(self):

@@ -6,7 +6,6 @@ No test depends on how long something takes.
 import contextlib
 import io
 import json
-import subprocess
 import sys
 import unittest
 from collections import Counter
@@ -21,6 +20,7 @@ from config import load_config
 from device import Device
 from storage import open_folder
 from tests.helpers import ROOT, TINY, FolderTest, XLATest, random_pairs, write_config, write_split
+from tests.processes import run
 from train_state import TrainState, load_datasets
 from utils import run_cli
 
@@ -114,16 +114,8 @@ class OnTheCPU(BenchmarkTest):
             "--json",
             self.json,
         ]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            text=True,
-            timeout=300,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
-        content = self.check(done.stdout, batch_size=4, repeats=1)  # of one of the two workers
+        # of one of the two workers
+        content = self.check(run(self, command), batch_size=4, repeats=1)
         self.assertEqual(
             (content["device"], content["config"]["training"]["global_batch_size"]), ("cpu", 8)
         )

@@ -10,7 +10,6 @@ import pickle
 import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 import unittest
@@ -24,7 +23,8 @@ from background_writer import BackgroundWriter
 from checkpoint_manager import CheckpointManager, fetch_file, load_checkpoint
 from storage import StorageError, join, open_folder
 from tests.gcs_server import BUCKET, Fault, GCSTest, Handler
-from tests.helpers import ROOT, FolderTest
+from tests.helpers import WITH_KIT, FolderTest
+from tests.processes import begin, run
 from utils import RunFailure
 
 
@@ -212,6 +212,11 @@ class CheckpointTest:
         else:
             self.assertEqual(one, other)
 
+    def saving(self):
+        """The command that saves the checkpoint of step 2 where this test's manager would."""
+        program = "tests/programs/save_checkpoint.py"
+        return [sys.executable, program, self.manager.folder.url, self.manager.staging]
+
 
 class SavingAndFinding(CheckpointTest):
     def test_round_trip(self):
@@ -371,32 +376,11 @@ class SavingAndFinding(CheckpointTest):
         """A limit on file size fails in write() as a full disk does; the checkpoint before stays,
         nothing half is left."""
         self.saved(1)
-        code = f"""
-import resource, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-from checkpoint_manager import CheckpointManager
-from background_writer import BackgroundWriter
-from storage import open_folder
-from utils import run_cli
-def main():
-    folder = open_folder({self.manager.folder.url!r})
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-    manager = CheckpointManager(folder, 3, {str(self.manager.staging)!r}, BackgroundWriter())
-    manager.save(2, {{"model": torch.ones(100_000)}})
-    manager.writer.finish()
-run_cli(main)
-"""
         for limit in self.limits:
-            run = subprocess.run(
-                [sys.executable, "-c", code, str(limit)],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            self.assertEqual(run.returncode, 2, run.stderr)
-            error = run.stderr.strip().splitlines()[-1]
+            # its words go through a pipe: the limit is one of every file, a log's too
+            command = ["bash", "-o", "pipefail", "-c", '"$@" 2>&1 | cat', "", *self.saving(), limit]
+            output = run(self, command, 2, environment=WITH_KIT)
+            error = output.strip().splitlines()[-1]
             for text in (
                 "error: ",
                 f"{self.manager.url(2)}: the checkpoint could not be written",
@@ -406,7 +390,7 @@ run_cli(main)
                 f"the last good checkpoint is {self.manager.url(1)}",
             ):
                 self.assertIn(text, error)
-            self.assertNotIn("Traceback", run.stderr)
+            self.assertNotIn("Traceback", output)
             self.assertEqual((self.files(), self.staged()), (self.names(1), []))
         self.newest(1)
 
@@ -834,16 +818,6 @@ class Unreachable(CheckpointTest, GCS):
         self.newest(2)
 
     def test_killed_while_it_uploads(self):
-        code = f"""
-import sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-from checkpoint_manager import CheckpointManager
-from background_writer import BackgroundWriter
-from storage import open_folder
-manager = CheckpointManager(open_folder(sys.argv[1]), 3, sys.argv[2], BackgroundWriter())
-manager.save(2, {{"model": torch.ones(100_000)}})
-manager.writer.finish()
-"""
         go_on = threading.Event()
         self.addCleanup(go_on.set)
         for upload, kept, staged in (
@@ -854,13 +828,10 @@ manager.writer.finish()
             self.saved(1)
             held = From(upload, "hold", go_on, method="POST", path="/upload/")
             self.proxy.faults[:] = [held]
-            with subprocess.Popen(
-                [sys.executable, "-c", code, self.manager.folder.url, str(self.manager.staging)]
-            ) as process:
-                try:
-                    self.assertTrue(held.met.wait(60))
-                finally:
-                    process.send_signal(signal.SIGKILL)
+            process = begin(self, self.saving(), WITH_KIT)
+            process.until(held.met.is_set)
+            process.kill()
+            process.ends(-signal.SIGKILL)
             self.proxy.faults.clear()
             self.newest(1)
             self.assertEqual((self.files(), len(self.staged())), ([*self.names(1), *kept], staged))

@@ -6,19 +6,17 @@ import contextlib
 import http.server
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
 import threading
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from tests.helpers import FolderTest
+from tests.processes import pause
 from tests.slice import DELETE, ENDLESS, NAME, SliceTest, load_gcloud
 
 LOCATION = "--project=my-project-1 --zone=us-central2-b --quiet"
@@ -138,8 +136,7 @@ class Refusals(SliceTest):
             "--log_dir",
             str(self.folder / "log"),
         )
-        output, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, 1, output)
+        output = process.ends(1)
         for text in (
             "Google on the queued resource my-tpu:",
             "There is no more capacity in the zone",
@@ -159,8 +156,7 @@ class Refusals(SliceTest):
         process = self.begin("setup_tpu", "configs/tiny.yaml", "--queued", "--poll", "0.5")
         self.wait_for((self.cloud / "queued" / NAME / "state").exists)
         (self.cloud / "queued" / NAME / "why").write_text("no_quota")
-        output, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, 2, output)
+        output = process.ends(2)
         self.assertIn("error: Google Cloud: my-project-1 has no quota for v4-8", output)
 
     def test_a_queued_resource_of_other_slices_is_left_alone(self):
@@ -284,7 +280,7 @@ class Health(SliceTest):
             )
             self.wait_for(lambda: "tpu-vm create" in self.changes())
         (self.cloud / "silent").write_text("0")
-        self.assertEqual(process.wait(60), 0)
+        process.ends()
         self.assertEqual(self.changes(), ["tpu-vm delete", "tpu-vm create", "tpu-vm scp"])
 
     def test_a_suspended_request_whose_slice_is_ready_is_not_deleted(self):
@@ -343,7 +339,7 @@ class Health(SliceTest):
             begun(2)
         self.assertIn("tpu-vm delete", self.changes())
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.all_end(-signal.SIGTERM)
 
     def test_keep_alive_that_is_killed_leaves_nobody_at_work(self):
         (self.cloud / "first_contact").write_text("60")
@@ -356,10 +352,8 @@ class Health(SliceTest):
             str(self.folder / "log"),
         )
         self.wait_for(lambda: any(call["command"].endswith("ssh") for call in self.calls()))
-        os.kill(process.pid, signal.SIGTERM)  # its own process alone
-        output, _ = process.communicate(timeout=60)  # until nobody has its output any more
-        self.assertEqual(process.returncode, -signal.SIGTERM, output)
-        self.assertIn(DELETE, output)
+        process.send_signal(signal.SIGTERM)  # its own process alone
+        self.assertIn(DELETE, process.all_end(-signal.SIGTERM))
 
     def test_the_first_contact_may_take_longer_than_an_answer(self):
         (self.cloud / "first_contact").write_text("3")
@@ -439,51 +433,17 @@ class Reaching(SliceTest):
             self.script("delete_tpu", "--yes")
 
     # ----- a terminal -----
-    def in_terminal(self, script, *words):
-        """(pid, file descriptor of the other end) of a script that runs in a terminal of its
-        own."""
-        pid, master = pty.fork()
-        if pid == 0:
-            os.chdir(self.kit)
-            os.execvp("bash", ["bash", f"scripts/{script}.sh", *words])
-        self.addCleanup(self.end, pid)
-        return pid, master
-
-    def end(self, pid):
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-    def read_until(self, master, text):
-        """What it has printed, once `text` (a regular expression; None: the end) is part of it."""
-        output, give_up = "", time.monotonic() + 60
-        while time.monotonic() < give_up:
-            if not select.select([master], [], [], 1)[0]:
-                continue
-            try:
-                output += os.read(master, 4096).decode(errors="replace")
-            except OSError:  # its end
-                return output
-            if text and re.search(text, output):
-                return output
-        self.fail(f"waited 60 s in vain: {output}")
-
-    def status(self, pid):
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
     def test_a_key_stops_no_command(self):
         """gcloud hands its standard input to ssh, which reads it: from a terminal's background that
         would stop it."""
         (self.cloud / "first_contact").write_text("2")
-        pid, master = self.in_terminal("setup_tpu", "configs/tiny.yaml", "--poll", "0.5")
-        output = self.read_until(master, "may take minutes the first time")
+        words = ["configs/tiny.yaml", "--poll", "0.5"]
+        process = self.begin("setup_tpu", *words, terminal=True)
+        process.says("may take minutes the first time")
         for _ in range(8):
-            os.write(master, b"\n")
-            time.sleep(0.25)
-        output += self.read_until(master, None)
-        self.assertEqual(self.status(pid), 0, output)
-        self.assertIn("my-tpu is ready", output)
-        os.close(master)
+            process.press(b"\n")
+            pause(0.25)
+        self.assertIn("my-tpu is ready", process.ends())
 
     def test_ctrl_c_and_a_terminal_that_closes_leave_the_run_alone(self):
         self.make_slice("v4-16")
@@ -492,20 +452,18 @@ class Reaching(SliceTest):
         for end in ("key", "close"):
             with self.subTest(end=end):
                 words = two if end == "key" else ["logs", "tiny", "tpu.accelerator_type=v4-16"]
-                pid, master = self.in_terminal("launch_experiment", *words)
+                process = self.begin("launch_experiment", *words, terminal=True)
                 if end == "key":
                     begun(2)
                 self.wait_for(
                     lambda: any("tail\0" in line for line in self.host_processes().values())
                 )
                 if end == "key":
-                    os.write(master, b"\x03")
-                    self.read_until(master, None)
-                    os.close(master)
+                    process.press(b"\x03")
+                    process.all_end(-signal.SIGINT)
                 else:
-                    os.close(master)
-                self.assertIn(self.status(pid), (-signal.SIGINT, -signal.SIGHUP))
-                self.wait_for(lambda: not self.left_behind())
+                    process.hang_up()
+                    process.all_end(-signal.SIGHUP)
                 self.assertTrue(
                     any("sleep\x00600" in line for line in self.host_processes().values())
                 )

@@ -2,18 +2,14 @@
 of mistake."""
 
 import contextlib
-import fcntl
 import io
 import itertools
 import json
 import os
-import pty
 import resource
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 import unittest
 from unittest import mock
 
@@ -31,25 +27,8 @@ from evaluation import PER_PUZZLE_KEYS, SCORES, evaluate, unpack_solved
 from initial_weights import initial_weights
 from provenance import code_version
 from tests.helpers import ROOT, CommandTest, FolderTest, random_pairs, run_command, write_split
+from tests.processes import begin
 from utils import STREAM_EVAL_SUBSET, random_stream
-
-# the real command, whose weights become NaN before the given step
-NAN_DRIVER = """
-import sys
-at = int(sys.argv[1])
-sys.argv = ["train_tpu.py", *sys.argv[2:]]
-import torch, train_tpu, utils
-from train_state import TrainState
-step = TrainState.train_step
-
-def poisoned(run, *rest):
-    if run.step + 1 == at:
-        with torch.no_grad():
-            run.model.lm_head.weight.fill_(torch.nan)
-    step(run, *rest)
-TrainState.train_step = poisoned
-utils.run_cli(train_tpu.main)
-"""
 
 
 class Training(CommandTest):
@@ -255,33 +234,11 @@ class Training(CommandTest):
             self.assertIn(text, output)
 
     def test_a_bar_on_a_terminal(self):
-        parent, child = pty.openpty()
-        fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "train_tpu.py",
-                "--config",
-                str(self.config),
-                "--run_name",
-                "terminal",
-            ],
-            cwd=ROOT,
-            stdout=child,
-            stderr=child,
-        )
-        os.close(child)
-        shown = b""
-        while True:
-            try:
-                block = os.read(parent, 4096)
-            except OSError:  # the terminal is gone once the process has ended
-                break
-            shown += block
-        os.close(parent)
-        self.assertEqual(process.wait(60), 0, shown)
-        self.assertIn("| 60/60 [", shown.decode())
-        self.assertIn("step     60 of 60  loss", shown.decode())
+        command = [sys.executable, "train_tpu.py", "--config", self.config]
+        process = begin(self, [*command, "--run_name", "terminal"], terminal=True)
+        shown = process.ends()
+        self.assertIn("| 60/60 [", shown)
+        self.assertIn("step     60 of 60  loss", shown)
 
 
 class PerPuzzle(FolderTest):
@@ -486,7 +443,7 @@ class Mistakes(CommandTest):
         output = self.user_mistake(
             "--run_name",
             "nan",
-            driver=("-c", NAN_DRIVER, "12"),
+            driver=("tests/programs/nan_weights.py", "12"),
             says=["step 12:", "not finite", "checkpoint_step_7.pt", "training.lr"],
         )
         self.assertNotIn("finished", output)
@@ -511,18 +468,10 @@ class Mistakes(CommandTest):
     def test_devices_that_are_not_here(self):
         if not torch.cuda.is_available():
             self.user_mistake("device=cuda", says=["device = 'cuda'", "use device=cpu"])
-        script = (
-            "import sys, importlib.util as util\n"
-            "sys.modules['torch_xla'] = None\n"
-            "find = util.find_spec\n"
-            "util.find_spec = lambda name: None if name == 'torch_xla' else find(name)\n"
-            "sys.argv[0] = 'train_tpu.py'\n"
-            "import train_tpu, utils\n"
-            "utils.run_cli(train_tpu.main)\n"
-        )
+        driver = ("tests/programs/without_xla.py",)
         self.user_mistake(
             "device=xla_cpu",
-            driver=("-c", script),
+            driver=driver,
             says=["device = 'xla_cpu'", "torch_xla is not installed"],
         )
         self.assertIn(
@@ -533,7 +482,7 @@ class Mistakes(CommandTest):
                 "--max_steps",
                 "1",
                 "device=auto" if not torch.cuda.is_available() else "device=cpu",
-                driver=("-c", script),
+                driver=driver,
             ),
         )
 

@@ -10,7 +10,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from unittest import mock
 import torch
 
 from tests.helpers import ROOT, FolderTest, write_config
+from tests.processes import is_running, run, wait_until
 from tests.slice import SliceTest, executable
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -107,25 +107,9 @@ class Collecting(FolderTest):
     def collect(self, lines, hosts, status):
         """(the file's text, what is printed) of the collector, in a Python without any package."""
         path = self.folder / "trm_diagnose.txt"
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-S",
-                "scripts/diagnose.py",
-                "--collect",
-                str(path),
-                "--hosts",
-                str(hosts),
-            ],
-            cwd=ROOT,
-            text=True,
-            input="".join(lines),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=60,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        return path.read_text(), done.stdout
+        command = [sys.executable, "-S", "scripts/diagnose.py", "--collect", path]
+        output = run(self, [*command, "--hosts", hosts], status, answer="".join(lines))
+        return path.read_text(), output
 
     def test_interleaved_lines_are_sorted_by_host(self):
         names = [f"t1v-n-w-{number}" for number in (0, 1, 2, 10)]
@@ -182,15 +166,8 @@ class Collecting(FolderTest):
         text, _ = self.collect([first[0], first[3]], 1, 1)
         self.assertIn("w-0: 2 line(s) of its report were lost", text)
         self.assertIn("(line 2) (lost on the way)\n(line 3) (lost on the way)\n", text)
-        done = subprocess.run(
-            [sys.executable, "scripts/diagnose.py", "--collect", str(self.folder)],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            input="",
-        )
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("no file can be written there", done.stderr)
+        output = run(self, [sys.executable, "scripts/diagnose.py", "--collect", self.folder], 2)
+        self.assertIn("no file can be written there", output)
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -224,17 +201,7 @@ class Sections(FolderTest):
             "configs/quickstart.yaml",
             *words,
         ]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            text=True,
-            env={**os.environ, **environment},
-            timeout=120,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        return done.stdout
+        return run(self, command, status, environment=environment)
 
     def metadata_server(self):
         """(its class, {variable: value} by which a section finds it) of a server that has what a
@@ -369,18 +336,16 @@ class Sections(FolderTest):
                 diagnose_sections.check_host(None)
 
 
-class Endings(unittest.TestCase):
+class Endings(FolderTest):
     """Sections that do not end as they should."""
 
     def result(self, code, parts="clock"):
         """The lines of a report of one section, whose process runs `code` instead."""
-        popen = subprocess.Popen
-
-        def instead(words, **how):
-            return popen([sys.executable, "-c", code], **how)
-
+        (self.folder / "scripts").mkdir(exist_ok=True)
+        (self.folder / "scripts" / "diagnose_sections.py").write_text(code)
         with (
-            mock.patch.object(diagnose.subprocess, "Popen", instead),
+            mock.patch.object(diagnose, "ROOT", self.folder),
+            mock.patch.object(diagnose, "VENV_PYTHON", sys.executable),
             contextlib.redirect_stdout(io.StringIO()) as out,
         ):
             report = diagnose.Report()
@@ -389,7 +354,7 @@ class Endings(unittest.TestCase):
 
     def test_each_is_a_failure_with_its_reason(self):
         in_section = (
-            "import sys, time, os; sys.path.insert(0, 'scripts'); sys.argv = ['', 'clock', "
+            f"import sys, time, os; sys.path.insert(0, '{ROOT}/scripts'); sys.argv = ['', 'clock', "
             "'--config', 'x']; import diagnose_sections as d; d.SECTIONS['clock'] = "
             "d.SECTIONS['clock']._replace(seconds={}, check=lambda args: {}); d.main()"
         )
@@ -456,14 +421,7 @@ class Endings(unittest.TestCase):
         self.assertEqual(
             lines[-2], "[FAIL] clock: no end within 1 s, and it did not say where it was"
         )
-        gone = (
-            time.monotonic() + 30
-        )  # its end may take a moment to show, and nobody waits for it here
-        while (
-            status := Path("/proc", lines[1].strip(), "status")
-        ).exists() and "State:\tZ" not in status.read_text():
-            self.assertLess(time.monotonic(), gone)
-            time.sleep(0.05)
+        wait_until(lambda: not is_running(int(lines[1])))  # its end may take a moment to show
 
     def test_without_an_environment(self):
         with mock.patch.object(diagnose, "VENV_PYTHON", Path("/nowhere/bin/python")):

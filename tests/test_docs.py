@@ -17,7 +17,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import unittest
 from pathlib import Path
@@ -25,6 +24,7 @@ from unittest import mock
 
 from config import load_config
 from tests.helpers import ROOT, random_pairs, write_split
+from tests.processes import run
 from tests.slice import SliceTest, installed_commands
 
 DOCUMENTS = [
@@ -231,16 +231,7 @@ class Commands(SliceTest):
             parsed_by("train_tpu.py", ["--config", first, *run_name, *overrides, *words[end + 1 :]])
 
     def succeeds(self, words, status=0):
-        done = subprocess.run(
-            words,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=120,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        return done.stdout
+        return run(self, words, status, cwd=".")
 
 
 class GCloud(unittest.TestCase):

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from scripts import check_environment
 from tests import host_tools
 from tests.helpers import ROOT, FolderTest
 from tests.package_index import Network, find_python, installed_wheel, packed_python, wheel
+from tests.processes import begin, run
 
 FILES = sorted(path.name for path in ROOT.glob("requirements*.txt"))
 ON_HOSTS = ["requirements.txt", "requirements-tpu.txt"]
@@ -259,30 +259,12 @@ class NetworkTest(FolderTest):
         self.venv = self.home / "trm" / "venv"
 
     def begin(self, **more):
-        process = subprocess.Popen(
-            ["bash", "scripts/tpu_host.sh", "setup"],
-            cwd=ROOT,
-            text=True,
-            env={**self.environment, **more},
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        return begin(
+            self, ["bash", "scripts/tpu_host.sh", "setup"], env={**self.environment, **more}
         )
 
-        def end():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-        self.addCleanup(end)
-        return process
-
     def setup(self, status=0, **more):
-        process = self.begin(**more)
-        output, _ = process.communicate(timeout=300)
-        self.assertEqual(process.returncode, status, output)
-        return output
+        return self.begin(**more).ends(status, 300)
 
     def versions(self):
         """{name: version} of what the environment holds."""
@@ -305,12 +287,6 @@ class NetworkTest(FolderTest):
 
     def sent(self):
         return [name for name in self.network.sent if name.endswith((".whl", ".tar.gz"))]
-
-    def wait_for(self, what):
-        give_up = time.monotonic() + 150
-        while not what():
-            self.assertLess(time.monotonic(), give_up, "waited 150 s in vain")
-            time.sleep(0.01)
 
 
 class Host(NetworkTest):
@@ -407,9 +383,9 @@ class Host(NetworkTest):
             found = [len(list(cache.glob(f"wheels-*/**/*-any{end}"))) for end in ("", ".http")]
             return found == [others] * 2
 
-        self.wait_for(lambda: stuck in self.sent() and all_others_are_kept())
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.until(lambda: stuck in self.sent() and all_others_are_kept(), 150)
+        process.signal_all(signal.SIGKILL)
+        process.ends(-signal.SIGKILL)
         self.assertEqual(self.markers(), [])
         self.network.sent.clear()
         self.network.going.set()
@@ -421,14 +397,13 @@ class Host(NetworkTest):
         stuck, _ = self.wheels["libtpu"]
         self.network.stuck.add(stuck)
         first = self.begin()
-        self.wait_for(lambda: stuck in self.sent())
+        first.until(lambda: stuck in self.sent(), 150)
         second = self.begin()
-        self.assertIn("another installation into ", second.stdout.readline())
+        self.assertIn("another installation into ", second.line())
         self.network.going.set()
-        for process in (first, second):
-            output, _ = process.communicate(timeout=300)
-            self.assertEqual(process.returncode, 0, output)
-        self.assertEqual(output, "")  # the second had nothing to do
+        first.ends(seconds=300)
+        # the second had nothing to do
+        self.assertEqual(second.ends(seconds=300).count("\n"), 1)
         self.assertEqual(self.sent().count(stuck), 1)
 
     def test_packages_that_do_not_import(self):
@@ -509,25 +484,9 @@ class Laptop(NetworkTest):
             "PATH": f"{tools}:{self.environment['PATH']}" if newer else self.environment["PATH"],
             **more,
         }
-        done = subprocess.run(
-            [
-                "bash",
-                "-euo",
-                "pipefail",
-                "-c",
-                '. scripts/environment.sh; set_up_environment "$@"; echo "PYTHON=$PYTHON"',
-                "bash",
-                *files,
-            ],
-            cwd=ROOT,
-            text=True,
-            env=environment,
-            timeout=300,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        return done.stdout
+        script = '. scripts/environment.sh; set_up_environment "$@"; echo "PYTHON=$PYTHON"'
+        command = ["bash", "-euo", "pipefail", "-c", script, "bash", *files]
+        return run(self, command, status, env=environment)
 
     def test_with_pip(self):
         output = self.set_up(*ON_HOSTS)

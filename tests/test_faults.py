@@ -3,16 +3,14 @@ the same end."""
 
 import json
 import os
-import random
 import resource
 import signal
 import socket
-import subprocess
-import time
 import unittest
 from unittest import mock
 
 from checkpoint_manager import load_checkpoint
+from tests.processes import begin, descendants, pause, run
 from tests.test_preemption import PreemptionTest
 
 TWO = ("training.num_workers=2", "training.epochs=12")  # 120 steps
@@ -21,15 +19,7 @@ TWO = ("training.num_workers=2", "training.epochs=12")  # 120 steps
 class FaultTest(PreemptionTest):
     def ends(self, process, status=143, seconds=60):
         """What it and its workers print to their end, which comes in time."""
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            self.fail(
-                f"it or a worker is still there after {seconds} s: {process.communicate()[0]}"
-            )
-        self.assertEqual(process.returncode, status, output)
-        return output
+        return process.all_end(status, seconds)
 
     def errors(self, output):
         self.assertNotIn("Traceback", output)
@@ -102,54 +92,39 @@ class TwoWorkers(FaultTest):
     def started(self, process, count):
         """Wait until the command has started `count` processes: multiprocessing's two, then its
         workers."""
-        while process.poll() is None:
-            if self.descendants(process.pid) >= count:
-                return
-            time.sleep(0.005)
-        self.fail(process.stdout.read())
+        process.until(lambda: len(descendants(process.pid)) >= count)
 
     def locked(self, process, run_name):
         """Wait until rank 0 of this start holds the run."""
-        while process.poll() is None:
-            if (pid := self.lock_owner(run_name)) and pid != self.owner:
-                return
-            time.sleep(0.005)
-        self.fail(process.stdout.read())
+        process.until(lambda: self.lock_owner(run_name) not in (None, self.owner))
 
-    def test_all_killed_twenty_times(self):
-        """By SIGKILL to all, or to the parent alone, whose workers must follow it; the next start
-        does not wait for that."""
-        draw, before = random.Random(1), None
-        for kill in range(20):
-            place = draw.choice(
-                [
-                    "started",
-                    "locked",
-                    "train_step",
-                    "train_step",
-                    "train_step",
-                    "save",
-                    "upload",
-                    "evaluate",
-                ]
-            )
-            count = draw.randint(
-                1, {"started": 4, "train_step": 15, "save": 2, "upload": 2}.get(place, 1)
-            )
-            rank = 0 if place in ("save", "upload") else draw.randrange(2)
+    def test_all_killed_at_every_kind_of_moment(self):
+        """By SIGKILL to all; then by one to the parent alone, whose workers must follow it, and the
+        next start does not wait for that."""
+        moments = (
+            ("started", 3, 0),
+            ("train_step", 9, 1),
+            ("save", 2, 0),
+            ("locked", 1, 0),
+            ("upload", 2, 0),
+            ("evaluate", 1, 1),
+        )
+        before = None
+        for kill, (place, count, rank) in enumerate(2 * moments):
             self.owner = self.lock_owner("killed")
             process = self.begin(
                 "killed", {"train_step": 0.01, "evaluate": 0.05, "save": 0.02, "upload": 0.02}, *TWO
             )
-            with self.subTest(kill=kill, place=place, count=count, rank=rank):
+            with self.subTest(kill=kill, place=place):
                 if place == "started":
                     self.started(process, count)
                 elif place == "locked":
                     self.locked(process, "killed")
                 else:
                     self.arrived(process, place, count, rank)
-                (os.killpg if kill % 2 else os.kill)(process.pid, signal.SIGKILL)
-                self.assertEqual(process.wait(10), -signal.SIGKILL)
+                alone = kill >= len(moments)
+                (process.send_signal if alone else process.signal_all)(signal.SIGKILL)
+                process.ends(-signal.SIGKILL, 10)
                 if before:
                     self.ends(before, -signal.SIGKILL, 10)
                 before = process
@@ -162,8 +137,7 @@ class TwoWorkers(FaultTest):
         hold.touch(), wait.touch()
         first = self.begin(name, {"train_step": 0.02, "save": str(hold.with_suffix(""))}, *TWO)
         pid = self.arrived(first, "save", 3)
-        while self.newest(name) != 14:
-            time.sleep(0.005)
+        first.until(lambda: self.newest(name) == 14)
         files = self.files(name)
         self.user_mistake(
             "--run_name", name, *TWO, says=[f"another training, process {pid} on ", "--take_over"]
@@ -195,8 +169,7 @@ class TwoWorkers(FaultTest):
             "full", {"train_step": str(hold.with_suffix("")), "evaluate": 3600}, *TWO
         )
         pid = self.arrived(process, "train_step", 16)
-        while self.newest("full") != 14:
-            time.sleep(0.005)
+        process.until(lambda: self.newest("full") == 14)
         saved = {
             name: version
             for name, version in self.files("full").items()
@@ -238,7 +211,7 @@ class TwoWorkers(FaultTest):
         with mock.patch.dict(os.environ, TRM_TEST_DAYS="[400, -30]"):
             process = self.begin("clocks", {"train_step": 0.04}, *flags)
             self.arrived(process, "train_step", 95)
-            os.killpg(process.pid, signal.SIGKILL)
+            process.signal_all(signal.SIGKILL)
             self.ends(process, -signal.SIGKILL)
         with mock.patch.dict(os.environ, TRM_TEST_DAYS="[-900, 900]"):
             output = self.ends(self.begin("clocks", {"train_step": 0.02}, *flags), status=0)
@@ -334,19 +307,12 @@ class Vanished(FaultTest):
                 f"ip -n {name} link set {name} up",
                 f"ip -n {name} link set lo up",
             ]
-        self.addCleanup(
-            subprocess.run, ["sh", "-c", f"ip netns del {a}; ip netns del {b}"], capture_output=True
-        )
-        made = subprocess.run(
-            ["sh", "-c", " && ".join(commands)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        if made.returncode:
+        made = begin(self, ["sh", "-c", " && ".join(commands)])
+        self.addCleanup(lambda: begin(self, ["sh", "-c", f"ip netns del {a}; ip netns del {b}"]))
+        if made.wait(60):
             self.skipTest(
                 "no network namespaces here (test_a_host_is_stopped stands in): "
-                + made.stdout.strip()
+                + made.output().strip()
             )
         processes = self.begin_hosts(
             "apart",
@@ -358,7 +324,7 @@ class Vanished(FaultTest):
         )
         for rank, process in enumerate(processes):
             self.arrived(process, "train_step", 10, rank)
-        subprocess.run(["ip", "-n", names[1], "link", "set", names[1], "down"], check=True)
+        run(self, ["ip", "-n", names[1], "link", "set", names[1], "down"])
         for rank, process in enumerate(processes):
             self.names(self.ends(process, status=1), 1 - rank)
         self.assertIsNone(self.lock_owner("apart"))
@@ -370,12 +336,12 @@ class Vanished(FaultTest):
         self.train("--run_name", "unbroken", *flags)
         process = self.begin("lid", {"train_step": 0.05}, *flags)
         pid = self.arrived(process, "train_step", 12, 1)
-        os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(6)
+        process.signal_all(signal.SIGSTOP)
+        pause(6)
         for awake in (process.pid, pid):  # the parent holds the store
             os.kill(awake, signal.SIGCONT)
-        time.sleep(1.5)
-        os.killpg(process.pid, signal.SIGCONT)
+        pause(1.5)
+        process.signal_all(signal.SIGCONT)
         self.assertEqual(self.errors(self.ends(process, status=0, seconds=300)), [])
         self.same_as("lid", "unbroken", 30)
 
@@ -383,7 +349,7 @@ class Vanished(FaultTest):
         """The others have done what they had to, and give no more signs."""
         process = self.begin(
             "late",
-            {"upload": 8},
+            {"upload": 6},
             "training.num_workers=2",
             "--max_steps",
             "20",

@@ -7,17 +7,15 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-import time
 import unittest
 from unittest import mock
 
 from checkpoint_manager import load_checkpoint
 from storage import join, open_folder
 from tests.gcs_server import GCSTest, emulator_port
-from tests.helpers import ROOT
+from tests.processes import pause, run, wait_until
 from tests.test_preemption import PreemptionTest
 
 SECRET = "secret-4f1b7c"
@@ -91,8 +89,8 @@ class GCSRunTest(GCSTest, PreemptionTest):
     def begin(self, run_name, pauses, *flags):
         return super().begin(run_name, pauses, *self.flags, *flags)
 
-    def ends(self, process, status=143):
-        output = super().ends(process, status)
+    def ends(self, process, status=143, **options):
+        output = super().ends(process, status, **options)
         self.outputs = [*self.outputs, output]
         return output
 
@@ -100,14 +98,6 @@ class GCSRunTest(GCSTest, PreemptionTest):
         output = super().train(*self.flags, *args, **options)
         self.outputs = [*self.outputs, output]
         return output
-
-    def wait_for(self, what, process, seconds=30):
-        give_up = time.monotonic() + seconds
-        while not what():
-            if process.poll() is not None or time.monotonic() > give_up:
-                os.killpg(process.pid, signal.SIGKILL)
-                self.fail(process.communicate()[0])
-            time.sleep(0.01)
 
     def saved(self, run_name):
         return sorted(
@@ -159,7 +149,7 @@ class GCSRunTest(GCSTest, PreemptionTest):
     def whole(self, run_name):
         """Every checkpoint that the bucket offers is what was written."""
         reader = Reader(open_folder(join(self.bucket.url, "runs", run_name)))
-        time.sleep(0.2)
+        pause(0.2)
         reader.ended.set()
         reader.join()
         self.assertEqual(reader.wrong, [])
@@ -192,8 +182,8 @@ class Runs(GCSRunTest):
     def test_killed_and_resumed_on_another_host_then_used(self):
         process = self.begin("run", {"train_step": 0.02}, "logging.tensorboard=true")
         self.arrived(process, "train_step", 33)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.signal_all(signal.SIGKILL)
+        process.ends(-signal.SIGKILL)
         self.assertGreaterEqual(max(self.saved("run")), 21)
         os.environ["TRM_CACHE"] = str(self.folder / "another")
         output = self.train("--run_name", "run", "logging.tensorboard=true")
@@ -254,17 +244,10 @@ class Runs(GCSRunTest):
             content["checkpoint"], f"{self.runs}/run/checkpoints/checkpoint_step_{best}.pt"
         )
 
-        done = subprocess.run(
-            [sys.executable, "analysis/solve.py", "--checkpoint", f"{self.runs}/run"],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=60,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn(f"checkpoint_step_{best}.pt", done.stdout)
-        self.assertIn("supervision step 3", done.stdout)
+        command = [sys.executable, "analysis/solve.py", "--checkpoint", f"{self.runs}/run"]
+        output = run(self, command)
+        self.assertIn(f"checkpoint_step_{best}.pt", output)
+        self.assertIn("supervision step 3", output)
         source = f"{self.runs}/run/checkpoints/checkpoint_step_60.pt"
         self.assertIn(
             f"initial weights: {source}",
@@ -306,8 +289,8 @@ class Runs(GCSRunTest):
         reader = Reader(open_folder(join(self.bucket.url, "runs", "away")))
         self.addCleanup(reader.ended.set)
         process = self.held("away", "train_step", 10, seconds=2)
-        self.wait_for(lambda: self.saved("away") == [7], process)
-        self.wait_for(lambda: 7 in reader.seen, process)
+        process.until(lambda: self.saved("away") == [7])
+        process.until(lambda: 7 in reader.seen)
         self.proxy.refuse()
         self.hold.unlink()
         self.arrived(
@@ -324,7 +307,7 @@ class Runs(GCSRunTest):
         )
         self.proxy.accept()
         output = self.ends(process, 0)
-        self.wait_for(lambda: 60 in reader.seen or reader.wrong, mock.Mock(poll=lambda: None))
+        wait_until(lambda: 60 in reader.seen or reader.wrong)
         reader.ended.set()
         reader.join()
         self.assertIn("; training goes on, and the save is tried again every 30 s", output)
@@ -342,10 +325,10 @@ class Runs(GCSRunTest):
         process, go_on = self.held(run_name, "save", save, pauses), threading.Event()
         self.addCleanup(go_on.set)
         before = 7 * (save - 1)
-        self.wait_for(lambda: self.saved(run_name)[-1:] == [before], process)
+        process.until(lambda: self.saved(run_name)[-1:] == [before])
         fault = self.proxy.fail("hold", go_on, method="PUT", path="upload_id")
         self.hold.unlink()
-        self.wait_for(fault.met.is_set, process)
+        process.until(fault.met.is_set)
         if pauses:
             self.arrived(process, "evaluate", 1)
         process.terminate()
@@ -368,7 +351,7 @@ class Runs(GCSRunTest):
 
     def test_sigterm_while_it_is_away(self):
         process = self.held("away", "train_step", 10)
-        self.wait_for(lambda: self.saved("away") == [7], process)
+        process.until(lambda: self.saved("away") == [7])
         self.proxy.refuse()
         self.hold.unlink()
         self.arrived(process, "train_step", 17)

@@ -24,9 +24,7 @@ class KeepAlive(SliceTest):
 
     def ends(self, process, status):
         """The log file, once it has ended so."""
-        output, _ = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, status, output)
-        self.assertNotIn("Traceback", output)
+        self.assertNotIn("Traceback", process.ends(status, 120))
         log = (self.folder / "log" / "tiny.log").read_text()
         for line in log.splitlines():
             self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC tiny: ")

@@ -11,8 +11,6 @@ loses the runs of everybody who has one under way.
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 
 from metrics_logger import TIMING_KEYS
 from tests.helpers import ROOT, FolderTest
+from tests.processes import run
 
 # so that the instructions that one processor has and the next has not make no difference
 PLAIN_ARITHMETIC = {
@@ -75,17 +74,8 @@ def untimed(records):
 
 class OldRun(FolderTest):
     def python(self, *arguments):
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env={**os.environ, **PLAIN_ARITHMETIC},
-            text=True,
-            timeout=300,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
-        return done.stdout
+        command = [sys.executable, *arguments]
+        return run(self, command, cwd=self.folder, environment=PLAIN_ARITHMETIC)
 
     def test_it_resumes_bit_for_bit(self):
         with zipfile.ZipFile(ROOT / "tests" / "old_run" / "run.zip") as archive:

@@ -1,15 +1,13 @@
 """The TPU kernels: what they compute, and that the TPU compiler accepts them.
 
-The cases are in tests/kernel_cases.py and tests/compile_kernels.py.
+The cases are in tests/kernel_cases.py and tests/programs/compile_kernels.py.
 """
 
 import importlib.util
-import os
-import subprocess
 import sys
 import unittest
 
-from tests.helpers import ROOT
+from tests.processes import run
 
 
 def installed(*names):
@@ -18,17 +16,8 @@ def installed(*names):
 
 class Kernels(unittest.TestCase):
     def output(self, *command):
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            text=True,
-            timeout=900,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout[-5000:])
-        return done.stdout
+        command = [sys.executable, "-m", *command]
+        return run(self, command, seconds=900, environment={"JAX_PLATFORMS": "cpu"})
 
     @unittest.skipUnless(installed("jax", "torch_xla"), "jax and torch_xla are not installed here")
     def test_they_compute_what_the_model_does(self):
@@ -46,7 +35,7 @@ class Kernels(unittest.TestCase):
         for words, kernels in ((("v4-8",), 6), (("v6e-8",), 7), (("v5litepod-8", "--last"), 1)):
             with self.subTest(words):
                 self.assertEqual(
-                    self.output("tests.compile_kernels", *words).count("compiled"), kernels
+                    self.output("tests.programs.compile_kernels", *words).count("compiled"), kernels
                 )
 
 

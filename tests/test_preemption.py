@@ -2,20 +2,20 @@
 training afterwards."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import time
 import unittest
 from unittest import mock
 
 from checkpoint_manager import load_checkpoint
-from tests.helpers import ROOT, CommandTest
+from tests.helpers import WITH_KIT, CommandTest
 from tests.metadata_server import MetadataServer
+from tests.processes import begin, descendants, free_port, pause, run
 
 SECONDS = 25  # from the signal to the end, of a run whose steps take under a second
 
@@ -24,44 +24,26 @@ SECONDS = 25  # from the signal to the end, of a run whose steps take under a se
 NONE_ON_THE_WAY = "checkpoint.interval_steps=1000", "evaluation.interval_epochs=1000"
 
 
+numbers = itertools.count()
+
+
 class PreemptionTest(CommandTest):
     inside = ()  # a command that runs the one it is given, for `begin`
 
     def begin(self, run_name, pauses, *flags):
-        """Start the command with pauses (see tests/slow_train.py), in a process group of its
-        own."""
-        self.arrivals = self.folder / f"{run_name}.arrivals.{time.monotonic_ns()}"
+        """Start the command with pauses, of which tests/programs/slow_train.py tells."""
+        self.arrivals = self.folder / f"{run_name}.arrivals.{next(numbers)}"
         self.arrivals.touch()
         environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
+            **WITH_KIT,
             "TRM_TEST_PAUSES": json.dumps(pauses),
-            "TRM_TEST_ARRIVALS": str(self.arrivals),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / f"{run_name}.compiled"),
+            "TRM_TEST_ARRIVALS": self.arrivals,
+            "TORCHINDUCTOR_CACHE_DIR": self.folder / f"{run_name}.compiled",
         }  # each compile takes its time
-        process = subprocess.Popen(
-            [
-                *self.inside,
-                sys.executable,
-                "tests/slow_train.py",
-                "--config",
-                str(self.config),
-                "--run_name",
-                run_name,
-                *flags,
-            ],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # a shell's background jobs ignore it
+        command = [*self.inside, sys.executable, "tests/programs/slow_train.py"]
+        command += ["--config", self.config, "--run_name", run_name, *flags]
+        process = begin(self, command, environment)
         process.arrivals = self.arrivals
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(self.kill_group, process)
         return process
 
     def begin_hosts(
@@ -69,54 +51,32 @@ class PreemptionTest(CommandTest):
     ):
         """`begin` on each of several hosts, with one worker each; that of rank 0 holds the store,
         as on a TPU slice."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            where = {
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(probe.getsockname()[1]),
-                "WORLD_SIZE": str(len(environments)),
-            }
+        where = {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(len(environments)),
+        }
         processes = []
         for rank, (environment, self.inside) in enumerate(zip(environments, inside, strict=True)):
             with mock.patch.dict(os.environ, {**where, "RANK": str(rank), **environment}):
                 processes.append(self.begin(run_name, pauses, *flags))
         return processes
 
-    def kill_group(self, process):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
     def arrived(self, process, place, count, rank=0):
         """Wait until worker `rank` has come to `place` for the count-th time; its pid."""
-        while process.poll() is None:
+
+        def pid():
             here = [line.split() for line in process.arrivals.read_text().splitlines()]
             pids = [int(pid) for name, who, pid in here if name == place and int(who) == rank]
-            if len(pids) >= count:
-                return pids[-1]
-            time.sleep(0.005)
-        self.fail(process.stdout.read())
+            return pids[-1] if len(pids) >= count else None
 
-    def ends(self, process, status=143):
-        """What it prints to its end, which comes in time."""
-        began = time.monotonic()
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill_group(process)
-            seconds, output = time.monotonic() - began, process.communicate()[0]
-            self.fail(f"still there {seconds:.0f} s after the signal: {output}")
-        self.assertEqual(process.returncode, status, output)
+        return process.until(pid, 300)
+
+    def ends(self, process, status=143, seconds=SECONDS):
+        """What it prints to its end, which comes in time, and its workers' with it."""
+        output = process.all_end(status, seconds)
         self.assertNotIn("Traceback", output)
         return output
-
-    def descendants(self, pid):
-        """How many processes it has started, and these in turn."""
-        try:
-            with open(f"/proc/{pid}/task/{pid}/children") as file:
-                children = file.read().split()
-        except FileNotFoundError:
-            return 0
-        return len(children) + sum(map(self.descendants, children))
 
     def newest(self, run_name):
         markers = (self.folder / "runs" / run_name / "checkpoints").glob("*.json")
@@ -173,9 +133,8 @@ class OneWorker(ShortRuns):
         process = self.begin("twice", {"train_step": str(hold.with_suffix(""))})
         self.arrived(process, "train_step", 17)
         process.send_signal(signal.SIGINT)
-        while "interrupted: the run saves" not in (line := process.stdout.readline()):
-            self.assertTrue(line, "it ended too soon")
-        time.sleep(0.5)  # no finger is so fast that the main thread has not noted the first
+        process.says("interrupted: the run saves")
+        pause(0.5)  # no finger is so fast that the main thread has not noted the first
         process.send_signal(signal.SIGINT)
         self.assertIn("interrupted\n", self.ends(process, 130))
         self.assertEqual(self.newest("twice"), 14)
@@ -185,29 +144,18 @@ class OneWorker(ShortRuns):
     def test_interrupted_with_nothing_to_save(self):
         """As before the training begins, or in an evaluation of its own. A background job, which is
         told to ignore Ctrl-C, does so."""
-        code = (
-            "import os, preemption, signal, time\n"
-            "preemption.listen(); preemption.listen_to_keyboard()\n"
-            "os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
-            "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
-        )
         for handler, status, says in (
             (signal.default_int_handler, 130, "SIGINT"),
             (signal.SIG_IGN, 143, "SIGTERM"),
         ):
-            done = subprocess.run(
-                [sys.executable, "-c", code],
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+            output = run(
+                self,
+                [sys.executable, "tests/programs/interrupts_itself.py"],
+                status,
+                environment=WITH_KIT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
-                timeout=60,
             )
-            self.assertEqual(
-                (done.returncode, done.stdout),
-                (status, f"{says}: nothing is unsaved; status {status}\n"),
-            )
+            self.assertEqual(output, f"{says}: nothing is unsaved; status {status}\n")
 
     def test_login_ends(self):
         """At a shutdown its processes get SIGTERM, and SIGHUP on its heels; where a terminal is
@@ -237,37 +185,27 @@ class OneWorker(ShortRuns):
         folder = home / "trm" / "runs" / "host"
         for made in (python.parent, folder):
             made.mkdir(parents=True)
-        python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} tests/slow_train.py "$@"\n')
+        python.write_text(
+            f'#!/bin/sh\nshift\nexec {sys.executable} tests/programs/slow_train.py "$@"\n'
+        )
         python.chmod(0o755)
         arrivals.touch()
         environment = {
-            **os.environ,
-            "HOME": str(home),
-            "TRM_VENV": str(python.parent.parent),
-            "PYTHONPATH": str(ROOT),
+            **WITH_KIT,
+            "HOME": home,
+            "TRM_VENV": python.parent.parent,
             "TRM_TEST_PAUSES": '{"train_step": 0.05}',
-            "TRM_TEST_ARRIVALS": str(arrivals),
+            "TRM_TEST_ARRIVALS": arrivals,
         }
-        flags = ("--config", str(self.config), "--run_name", "host", "training.epochs=3")
-        supervisor = subprocess.Popen(
-            ["nohup", "bash", "scripts/tpu_host.sh", "supervise", "host", *flags],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.addCleanup(supervisor.stdout.close)
-        self.addCleanup(supervisor.wait)
-        self.addCleanup(self.kill_group, supervisor)
+        command = ["nohup", "bash", "scripts/tpu_host.sh", "supervise", "host"]
+        command += ["--config", self.config, "--run_name", "host", "training.epochs=3"]
+        supervisor = begin(self, command, environment)
         supervisor.arrivals = arrivals
         self.arrived(supervisor, "train_step", 3)
-        os.killpg(supervisor.pid, signal.SIGHUP)
+        supervisor.signal_all(signal.SIGHUP)
         self.arrived(supervisor, "train_step", 17)
-        os.killpg(supervisor.pid, signal.SIGTERM)
-        os.killpg(supervisor.pid, signal.SIGHUP)
+        supervisor.signal_all(signal.SIGTERM)
+        supervisor.signal_all(signal.SIGHUP)
         self.assertIn("stopped by SIGTERM; the last good checkpoint is ", self.ends(supervisor, 0))
         self.assertEqual((folder / "status").read_text(), "143\n")
         self.assertGreaterEqual(self.newest("host"), 17)
@@ -292,7 +230,7 @@ class OneWorker(ShortRuns):
         process = self.begin("save", {"save": 1.0})
         self.arrived(process, "save", 1)
         process.terminate()
-        time.sleep(0.2)
+        pause(0.2)
         process.terminate()
         self.ends(process)
         self.assertGreaterEqual(self.newest("save"), 7)
@@ -302,11 +240,8 @@ class OneWorker(ShortRuns):
         """Before the first step is done there is nothing to save, and a compile, which takes long,
         is not waited for."""
         process = self.begin("compile", {}, "training.compile=always")
-        line = ""
-        while "begins: to step 30" not in line:
-            line = process.stdout.readline()
-            self.assertTrue(line, "it ended too soon")
-        time.sleep(0.5)
+        process.says("begins: to step 30")
+        pause(0.5)
         process.terminate()
         output = self.ends(process)
         self.assertIn("SIGTERM: nothing is unsaved", output)
@@ -492,26 +427,22 @@ class ManyWorkers(PreemptionTest):
         ):
             with self.subTest(processes=processes, signals=signals):
                 process = self.begin(f"start_{k}", {})
-                while self.descendants(process.pid) < processes:
-                    self.assertIsNone(process.poll())
-                time.sleep(0.5)
-                os.killpg(process.pid, signals)
+                process.until(lambda: len(descendants(process.pid)) >= processes)
+                pause(0.5)
+                process.signal_all(signals)
                 self.ends(process, status)
                 self.assertIsNone(self.newest(f"start_{k}"))
 
     def test_interrupted_from_the_keyboard(self):
         process = self.begin("keyboard", {"train_step": 0.1})
         self.arrived(process, "train_step", 10)
-        os.killpg(process.pid, signal.SIGINT)
+        process.signal_all(signal.SIGINT)
         self.assertIn("interrupted: the workers save and end", self.ends(process, 130))
         self.assertGreaterEqual(self.newest("keyboard"), 10)
 
     def test_in_a_compile(self):
         process = self.begin("compile", {}, "training.compile=always")
-        line = ""
-        while "begins: to step" not in line:
-            line = process.stdout.readline()
-            self.assertTrue(line, "it ended too soon")
+        process.says("begins: to step")
         process.terminate()
         self.assertEqual(self.ends(process).count("SIGTERM: nothing is unsaved"), self.WORKERS)
 
@@ -534,7 +465,7 @@ class OnXLA(PreemptionTest):
             "compile", {"train_step": 0}, "device=xla_cpu", "model.H_cycles=6", "model.L_cycles=8"
         )
         pid = self.arrived(process, "train_step", 1)
-        time.sleep(0.5)
+        pause(0.5)
         os.kill(pid, signal.SIGTERM)
         self.assertIn("SIGTERM: nothing is unsaved", self.ends(process))
         self.assertIsNone(self.newest("compile"))
@@ -559,8 +490,7 @@ class Interval(PreemptionTest):
             f"checkpoint.interval_minutes={2 / 60}",
             "checkpoint.keep_last_n=99",
         )
-        output, _ = process.communicate(timeout=120)
-        self.assertEqual(process.returncode, 0, output)
+        process.ends(seconds=120)
         steps = sorted(
             int(path.stem.split("_")[-1])
             for path in (self.folder / "runs" / "minutes" / "checkpoints").glob("*.json")

@@ -1,11 +1,12 @@
 """The processes of the tests: what they print is shown, and none outlives its test."""
 
+import os
 import signal
 import sys
 import time
 import unittest
 
-from tests.processes import begin, is_running, run, wait_until
+from tests.processes import begin, is_running, run, stays, wait_until
 
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -65,7 +66,7 @@ class Processes(unittest.TestCase):
         process = begin(self, [sys.executable, "-c", "import time; time.sleep(60)"])
         for what in (
             lambda: process.ends(seconds=0.1),
-            lambda: process.all_end(0.1),
+            lambda: process.all_end(seconds=0.1),
             lambda: process.says("words", 0.1),
             lambda: wait_until(lambda: False, 0.1),
         ):
@@ -74,8 +75,45 @@ class Processes(unittest.TestCase):
                 what()
             self.assertLess(time.monotonic() - began, 5)
         process.send_signal(signal.SIGTERM)
-        process.ends(-signal.SIGTERM)
-        process.all_end()
+        process.all_end(-signal.SIGTERM)
+
+    def test_a_condition_that_must_stay(self):
+        looks = iter([True] * 3 + [False] * 99)
+        with self.assertRaisesRegex(AssertionError, "true no more before 30 s were over"):
+            stays(lambda: next(looks), 30)
+        began = time.monotonic()
+        stays(lambda: True, 0.2)
+        self.assertGreaterEqual(time.monotonic() - began, 0.2)
+
+    def test_the_end_of_all(self):
+        """That of a child in a session of its own, too."""
+        process = begin(self, [sys.executable, "-c", PARENT], feed=True)
+        child = int(process.line())
+        process.feed()
+        self.assertIn("last words", process.ends())
+        with self.assertRaisesRegex(AssertionError, f"{child}. still run"):
+            process.all_end(seconds=0.1)
+        os.kill(child, signal.SIGKILL)
+        with self.assertRaisesRegex(AssertionError, "status 0, not 1"):
+            process.all_end(1)
+
+    def test_a_terminal(self):
+        """It gets keys, has a size, and a program that prints more than a terminal holds ends."""
+        code = "import os; print(os.get_terminal_size(), input(), '.' * 100_000)"
+        process = begin(self, [sys.executable, "-c", code], terminal=True)
+        process.press(b"word\n")
+        self.assertRegex(process.ends(), r"columns=100, lines=24\) word \.{100000}")
+        process = begin(self, ["sleep", "60"], terminal=True)
+        process.press(b"\x03")
+        process.ends(-signal.SIGINT)
+        process = begin(self, ["sleep", "60"], terminal=True)
+        process.hang_up()
+        process.ends(-signal.SIGHUP)
+
+    def test_an_answer(self):
+        self.assertEqual(run(self, ["cat"], answer="yes\n"), "yes\n")
+        self.assertEqual(run(self, ["cat"]), "")
+        run(self, ["true"], answer="nobody reads this\n")
 
     def test_environment(self):
         shown = "import os; print(os.environ.get('A'), os.environ.get('HOME'), flush=True)"

@@ -57,8 +57,7 @@ class Rehearsal(SliceTest):
             lost, r"^error: no sign of life for 5 s from worker 1 on \S+: gone, or stopped"
         )
         self.slice_state("READY TIMEOUT")
-        output, _ = keeper.communicate(timeout=180)
-        self.assertEqual(keeper.returncode, 0, output)
+        output = keeper.ends(seconds=180)
         log += [
             lost,
             output,

@@ -5,9 +5,7 @@ import importlib.metadata
 import json
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import unittest
 
 import torch
@@ -15,60 +13,10 @@ import torch
 from checkpoint_manager import load_checkpoint
 from data_loader_tpu import SudokuDatasetTPU
 from provenance import code_version
-from tests.helpers import ROOT, CommandTest
+from tests.helpers import CommandTest
+from tests.processes import begin, run
 
-# the real command, which kills itself with SIGKILL at the count-th time that it comes to a point
-DRIVER = """
-import io, os, signal, sys
-point, count = sys.argv[1], int(sys.argv[2])
-sys.argv = ["train_tpu.py", *sys.argv[3:]]
-import torch, checkpoint_manager, evaluation, metrics_logger, train_state, train_tpu, utils
-
-def arrive():
-    global count
-    count -= 1
-    return count == 0
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def before(owner, name):
-    original = getattr(owner, name)
-    def wrapped(*args, **kwargs):
-        if arrive():
-            die()
-        return original(*args, **kwargs)
-    setattr(owner, name, wrapped)
-
-def half_a_file(state, file, save=torch.save):
-    content = io.BytesIO()
-    save(state, content)
-    file.write(content.getvalue()[:len(content.getvalue()) // (2 if arrive() else 1)])
-    file.flush()
-    if count == 0:
-        die()
-
-def half_a_line(self, record, log=metrics_logger.MetricsLogger.log):
-    if arrive():
-        self.file.write('{"step": %d, "split": "tr' % record["step"])
-        self.file.flush()
-        die()
-    log(self, record)
-
-if point == "step":
-    before(train_state.TrainState, "train_step")
-elif point == "half a payload":
-    checkpoint_manager.torch.save = half_a_file
-elif point == "between payload and marker":
-    before(checkpoint_manager.CheckpointManager, "mark")
-elif point == "in evaluation":
-    before(evaluation, "evaluate")
-elif point == "half a record":
-    metrics_logger.MetricsLogger.log = half_a_line
-elif point == "before the final evaluation counts":
-    before(checkpoint_manager.CheckpointManager, "add_metrics")
-utils.run_cli(train_tpu.main)
-"""
+KILLS_ITSELF = "tests/programs/kills_itself.py"
 
 
 class ResumeTest(CommandTest):
@@ -116,7 +64,7 @@ class ResumeTest(CommandTest):
                 "--run_name",
                 "killed",
                 status=-signal.SIGKILL,
-                driver=("-c", DRIVER, point, str(count)),
+                driver=(KILLS_ITSELF, point, str(count)),
             )
             self.assertNotIn("Traceback", output, point)
         self.train("--run_name", "killed")
@@ -124,9 +72,9 @@ class ResumeTest(CommandTest):
 
     def test_every_start_is_noted(self):
         self.train("--run_name", "noted", "--max_steps", "20")
-        self.train(
-            "--run_name", "noted", status=-signal.SIGKILL, driver=("-c", DRIVER, "step", "5")
-        )
+        # of step 28's checkpoint: that of step 21 is whole
+        driver = (KILLS_ITSELF, "between payload and marker", "2")
+        self.train("--run_name", "noted", status=-signal.SIGKILL, driver=driver)
         self.train("--run_name", "noted", "training.num_workers=2", "--max_steps", "30")
         self.train("--run_name", "noted", "--max_steps", "30")  # has nothing to do
         self.train(
@@ -186,26 +134,12 @@ class ResumeTest(CommandTest):
     def test_killed_from_outside(self):
         """By SIGKILL from another process, each time soon after so many records are there."""
         metrics = self.folder / "runs" / "outside" / "metrics.jsonl"
-        for lines in (1, 4, 8, 11):
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "train_tpu.py",
-                    "--config",
-                    str(self.config),
-                    "--run_name",
-                    "outside",
-                ],
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            while process.poll() is None and (
-                not metrics.exists() or metrics.read_text().count("\n") < lines
-            ):
-                time.sleep(0.002)
+        for lines in (1, 6, 11):
+            command = [sys.executable, "train_tpu.py", "--config", self.config]
+            process = begin(self, [*command, "--run_name", "outside"])
+            process.until(lambda: metrics.exists() and metrics.read_text().count("\n") >= lines)
             process.kill()
-            self.assertEqual(process.wait(60), -signal.SIGKILL, lines)
+            process.ends(-signal.SIGKILL)
         self.train("--run_name", "outside")
         self.same_as_unbroken("outside")
 
@@ -278,27 +212,9 @@ class ResumeTest(CommandTest):
             "checkpoint.keep_last_n=1",
             f"data.dataset_path={self.folder / 'moved'}",
         )
-        subprocess.run(
-            [
-                sys.executable,
-                "scripts/build_sudoku_dataset.py",
-                "--generate",
-                "--size",
-                "4",
-                "--num_train",
-                "90",
-                "--num_test",
-                "50",
-                "--seed",
-                "1",
-                "--output_dir",
-                str(self.folder / "other"),
-            ],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        command = [sys.executable, "scripts/build_sudoku_dataset.py", "--generate", "--size", 4]
+        command += ["--num_train", 90, "--num_test", 50, "--seed", 1]
+        run(self, [*command, "--output_dir", self.folder / "other"])
         self.user_mistake(
             "--run_name",
             "fixed",

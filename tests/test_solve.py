@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import re
-import subprocess
 import sys
 import unittest
 from unittest import mock
@@ -25,7 +24,8 @@ from device import Device
 from evaluation import evaluate
 from storage import open_folder
 from tests.gcs_server import GCSTest
-from tests.helpers import ROOT, TINY, CommandTest, FolderTest, random_pairs, write_config
+from tests.helpers import TINY, CommandTest, FolderTest, random_pairs, write_config
+from tests.processes import run
 from utils import UserError
 
 NOT_INSTALLED = [name for name in ("matplotlib", "PIL") if importlib.util.find_spec(name) is None]
@@ -73,16 +73,8 @@ class Solving(CommandTest):
         cls.run_folder = str(cls.folder / "runs" / "solver")
 
     def process(self, *args, status=0, driver=("analysis/solve.py",)):
-        done = subprocess.run(
-            [sys.executable, *driver, "--checkpoint", self.run_folder, *args],
-            cwd=ROOT,
-            text=True,
-            timeout=120,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.assertEqual(done.returncode, status, done.stdout)
-        return done.stdout
+        command = [sys.executable, *driver, "--checkpoint", self.run_folder, *args]
+        return run(self, command, status)
 
     def solve(self, *args, checkpoint=None):
         """What the command prints, in this process."""

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,8 @@ from background_writer import BackgroundWriter
 from dataset_cache import local_dataset
 from storage import GCSFolder, StorageError, join, open_folder
 from tests.gcs_server import GCSTest
-from tests.helpers import ROOT, FolderTest
+from tests.helpers import WITH_KIT, FolderTest
+from tests.processes import begin, run
 
 BIG = random.Random(0).randbytes(
     9 << 20
@@ -185,15 +185,9 @@ class LocalFolders(FolderContract, FolderTest):
 
     def test_processes_compete(self):
         self.open().write("counter", b"0")
-        code = (
-            "import sys, storage\nfolder, wins = storage.open_folder(sys.argv[1]), 0\n"
-            "while wins < 20:\n    data, token = folder.read_version('counter')\n"
-            "    wins += folder.replace_if('counter', b'%d' % (int(data) + 1), token) is not None\n"
-        )
-        processes = [
-            subprocess.Popen([sys.executable, "-c", code, self.url], cwd=ROOT) for _ in range(3)
-        ]
-        self.assertEqual([process.wait(60) for process in processes], [0, 0, 0])
+        command = [sys.executable, "tests/programs/counts_up.py", self.url]
+        for process in [begin(self, command, WITH_KIT) for _ in range(3)]:
+            process.ends()
         self.assertEqual(self.open().read("counter"), b"60")
 
     def test_google_is_not_imported(self):
@@ -201,7 +195,7 @@ class LocalFolders(FolderContract, FolderTest):
             "import sys, storage\nstorage.open_folder('here').list()\n"
             "assert not any(name.startswith('google') for name in sys.modules)"
         )
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+        run(self, [sys.executable, "-c", code])
 
 
 class Paths(FolderTest):
@@ -283,11 +277,11 @@ class Faults(GCSTest):
 
     def test_a_refused_period_is_outlived(self):
         self.proxy.refuse()
-        refused, real = threading.Event(), time.sleep
+        refused = threading.Event()
 
         def sleep(seconds):
             refused.set()  # between two attempts
-            real(seconds)
+            threading.Event().wait(seconds)
 
         with (
             mock.patch("google.api_core.retry.retry_unary.time.sleep", sleep),
@@ -596,9 +590,7 @@ class Background(unittest.TestCase):
             "saver.submit(print)\nsaver.finish()\n"
             "saver.submit(threading.Event().wait)\n"
         )
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True
-        )
+        run(self, [sys.executable, "-c", code])
 
 
 class Datasets(GCSTest):
@@ -651,14 +643,7 @@ class Datasets(GCSTest):
 
     def process(self):
         code = f"import dataset_cache\nprint(dataset_cache.local_dataset({self.url!r}))"
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, "TRM_CACHE": str(self.cache)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        return begin(self, [sys.executable, "-c", code], {"TRM_CACHE": self.cache})
 
     def test_a_local_path_is_left_alone(self):
         self.assertEqual(local_dataset("no/such/folder", self.cache), Path("no/such/folder"))
@@ -691,8 +676,7 @@ class Datasets(GCSTest):
 
     def test_processes_of_a_host_download_once(self):
         processes = [self.process() for _ in range(4)]
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        self.assertEqual([process.returncode for process in processes], [0] * 4, outputs)
+        outputs = [process.ends() for process in processes]
         folders = {output.splitlines()[-1] for output in outputs}
         self.assertEqual(len(folders), 1, outputs)
         self.same(Path(folders.pop()))
@@ -707,10 +691,8 @@ class Datasets(GCSTest):
         self.assertTrue(held.met.wait(60))
         second = self.process()  # finds the lock taken, and waits
         first.send_signal(signal.SIGKILL)
-        first.communicate(timeout=60)
-        output, _ = second.communicate(timeout=60)
-        self.assertEqual(second.returncode, 0, output)
-        self.same(Path(output.splitlines()[-1]))
+        first.ends(-signal.SIGKILL)
+        self.same(Path(second.ends().splitlines()[-1]))
         self.assertEqual(list(self.cache.rglob("*.tmp")), [])
 
     def test_a_failing_download_is_never_used(self):

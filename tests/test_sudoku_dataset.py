@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -34,6 +33,8 @@ from tests.helpers import random_pairs
 from utils import run_cli
 
 spec = importlib.util.spec_from_file_location("build_sudoku_dataset", SCRIPT)
+from tests.processes import begin, descendants, pause
+
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
@@ -828,44 +829,15 @@ class Interruptions(Folder):
         os._exit(build("--output_dir", self.out, *arguments)[0])
 
     def test_kill_while_generating_leaves_no_process_and_no_file(self):
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                SCRIPT,
-                "--output_dir",
-                self.out,
-                "--generate",
-                "--num_train",
-                "50000",
-                "--num_test",
-                "10",
-                "--num_workers",
-                "2",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        end = time.monotonic() + 20
-        children = []
-        while len(children) < 3 and time.monotonic() < end:  # two workers and a resource tracker
-            time.sleep(0.05)
-            children = listing.read_text().split()
-        self.assertGreaterEqual(len(children), 3)
-        time.sleep(0.5)
+        command = [sys.executable, SCRIPT, "--output_dir", self.out, "--generate"]
+        command += ["--num_train", 50_000, "--num_test", 10, "--num_workers", 2]
+        process = begin(self, command)
+        # two workers and a resource tracker
+        process.until(lambda: len(descendants(process.pid)) >= 3)
+        pause(0.5)
         process.kill()
-        process.wait()
-        while any(self.alive(child) for child in children) and time.monotonic() < end:
-            time.sleep(0.05)
-        self.assertEqual([child for child in children if self.alive(child)], [])
+        process.all_end(-signal.SIGKILL, 20)
         self.assertEqual(os.listdir(self.folder), [])
-
-    @staticmethod
-    def alive(pid):
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
 
 
 if __name__ == "__main__":

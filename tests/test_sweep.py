@@ -4,12 +4,10 @@ an unbroken one."""
 import dataclasses
 import json
 import os
-import pty
+import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -23,6 +21,7 @@ from run_lock import RunLock
 from storage import join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, TINY, CommandTest, write_config
+from tests.processes import run, stays
 from tests.sweeps import SweepTest
 from utils import RunFailure
 
@@ -66,15 +65,15 @@ class Cells:
         """By its lock alone, whatever the clocks say; and not before it is dead."""
         self.plan = {"a": ["wait"]}
         first = self.begin(*self.configs(), "--local", host="elsewhere")
-        self.until(lambda: self.pids("a"), first)
+        first.until(lambda: self.pids("a"))
         second = self.begin(*self.configs(), "--local")
-        self.until(lambda: self.states("b") == ["finished"], second)
-        time.sleep(2.5)  # longer than a dead one is watched
-        self.assertEqual((self.starts(), self.states("a")), ({"a": 1, "b": 1}, ["running"]))
+        second.until(lambda: self.states("b") == ["finished"])
+        # longer than a dead one is watched
+        stays(lambda: (self.starts(), self.states("a")) == ({"a": 1, "b": 1}, ["running"]), 2.5)
         status = self.sweep("--status", f"logging.output_dir={self.out}")
         self.assertRegex(status, rf"(?m)^a +running +1 .*process {first.pid} on \S+$")
         first.kill()
-        os.killpg(self.pids("a")[0], signal.SIGKILL)
+        os.kill(self.pids("a")[0], signal.SIGKILL)
         # once when it was found, once when it had died: not at every look
         self.assertEqual(self.ends(second).count("watching for"), 2)
         self.assertEqual(self.starts(), {"a": 2, "b": 1})
@@ -97,13 +96,13 @@ class GCSSweep(Cells, GCSTest, SweepTest):
         """When a cell has ended: its run folder tells so later, and it is not started again."""
         self.plan = {"a": ["wait"]}
         launcher = self.begin(*self.configs("a"), "--local", TRM_TEST_DEADLINE="2")
-        self.until(lambda: self.pids("a"), launcher)
+        launcher.until(lambda: self.pids("a"))
         # of the launcher alone
         fault = self.proxy.fail("status", 503, times=99, method="POST", path="ifGenerationMatch")
         self.wait_file.unlink()
-        says = ""
-        while "warning: " not in says or "attempts.json: no success within" not in says:
-            self.assertTrue(says := launcher.stdout.readline())
+        launcher.until(
+            lambda: re.search("warning: .*attempts.json: no success within", launcher.output())
+        )
         fault.times = 0
         self.ends(launcher)
         self.assertEqual((self.states("a"), self.starts()), (["finished"], {"a": 1}))
@@ -114,13 +113,13 @@ class Launcher(SweepTest):
         """It learns that its cell is another's, ends its training and writes nothing about it."""
         self.plan = {"a": ["wait", "wait"]}
         first = self.begin(*self.configs("a"), "--local", host="elsewhere")
-        self.until(lambda: self.pids("a"), first)
+        first.until(lambda: self.pids("a"))
         first.send_signal(signal.SIGSTOP)
         second = self.begin(*self.configs("a"), "--local")
-        self.until(lambda: len(self.pids("a")) == 2, second)
+        second.until(lambda: len(self.pids("a")) == 2)
         before = self.attempts("a")
         first.send_signal(signal.SIGCONT)
-        self.until(lambda: "SIGTERM" in self.log("a"), first)
+        first.until(lambda: "SIGTERM" in self.log("a"))
         self.assertEqual((self.attempts("a"), before[-1]["pid"]), (before, second.pid))
         self.wait_file.unlink()
         self.ends(second)
@@ -159,7 +158,7 @@ class Launcher(SweepTest):
     def test_a_cell_that_somebody_stops(self):
         self.plan = {"a": ["wait"]}
         launcher = self.begin(*self.configs(), "--local")
-        self.until(lambda: self.pids("a"), launcher)
+        launcher.until(lambda: self.pids("a"))
         os.kill(self.pids("a")[0], signal.SIGTERM)
         self.ends(launcher, 1)
         self.assertEqual(
@@ -183,7 +182,7 @@ class Launcher(SweepTest):
                     "2",
                 )
                 launcher = self.begin(*arguments)
-                self.until(lambda: len(self.pids(name)) == 2, launcher)
+                launcher.until(lambda: len(self.pids(name)) == 2)
                 launcher.send_signal(number)
                 self.ends(launcher, 128 + number)
                 self.assertEqual(
@@ -199,15 +198,11 @@ class Launcher(SweepTest):
     def test_a_terminal_that_closes(self):
         """The trainings are told to end, as by SIGTERM; under nohup nothing happens."""
         self.plan = {"a": ["wait"]}
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.chdir(ROOT)
-            os.environ.update(self.environment())
-            os.execv(sys.executable, self.command(*self.configs("a"), "--local"))
-        self.until(lambda: self.pids("a"))
-        os.close(terminal)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        self.assertEqual((status, self.log("a").split()[-1]), (128 + signal.SIGHUP, "SIGTERM"))
+        launcher = self.begin(*self.configs("a"), "--local", terminal=True)
+        launcher.until(lambda: self.pids("a"))
+        launcher.hang_up()
+        launcher.ends(128 + signal.SIGHUP)
+        self.assertEqual(self.log("a").split()[-1], "SIGTERM")
         self.assertEqual(
             (self.states("a"), self.attempts("a")[-1]["exit_status"]), (["waiting"], 143)
         )
@@ -215,7 +210,7 @@ class Launcher(SweepTest):
         self.addCleanup(signal.signal, signal.SIGHUP, signal.SIG_DFL)
         self.plan = {"a": ["", "wait"]}
         launcher = self.begin(*self.configs("a"), "--local")
-        self.until(lambda: len(self.pids("a")) == 2, launcher)
+        launcher.until(lambda: len(self.pids("a")) == 2)
         launcher.send_signal(signal.SIGHUP)
         self.wait_file.unlink()
         self.ends(launcher)
@@ -225,15 +220,15 @@ class Launcher(SweepTest):
         self.plan = {"a": ["locked"]}
         launcher = self.begin(*self.configs("a"), "--local")
         run = open_folder(join(self.out, "a"))
-        self.until(lambda: self.pids("a") and self.lock_owner(run) in self.pids("a"), launcher)
+        launcher.until(lambda: self.pids("a") and self.lock_owner(run) in self.pids("a"))
         launcher.kill()
-        launcher.wait()
+        launcher.ends(-signal.SIGKILL)
         self.assertRegex(
             self.sweep("--status", f"logging.output_dir={self.out}"),
             r"(?m)^a +running .*, no heartbeat$",
         )
         launcher = self.begin(*self.configs("a"), "--local")
-        self.assertIn("another training holds", launcher.stdout.readline())
+        self.assertIn("another training holds", launcher.line())
         self.assertEqual(self.starts(), {"a": 1})
         self.wait_file.unlink()
         self.ends(launcher)
@@ -243,11 +238,11 @@ class Launcher(SweepTest):
     def test_a_run_that_somebody_else_trains_is_no_mistake(self):
         self.plan = {"a": ["refused"]}
         launcher = self.begin(*self.configs("a"), "--local")
-        self.until(lambda: self.pids("a"), launcher)
+        launcher.until(lambda: self.pids("a"))
         lock = RunLock(open_folder(join(self.out, "a")))
         self.addCleanup(lock.release)
         for says in ("a: attempt 1", "a: waiting", "a: another training holds"):
-            self.assertIn(says, launcher.stdout.readline())
+            self.assertIn(says, launcher.line())
         lock.release()
         self.ends(launcher)
         self.assertEqual((self.starts(), failures(self.attempts("a"))), ({"a": 2}, 0))
@@ -419,18 +414,11 @@ class RealTraining(CommandTest, SweepTest):
         }
         arguments = (str(self.config), "--local", "--seeds", "1", "2", "training.epochs=3")
         launcher = self.begin(*arguments, training="slow", **slow)
-        self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
+        launcher.until(lambda: self.arrivals.read_text().count("train_step") == 17)
         launcher.kill()
-        launcher.wait()
+        launcher.ends(-signal.SIGKILL)
         os.kill(int(self.arrivals.read_text().split()[-1]), signal.SIGKILL)
-        done = subprocess.run(
-            ["bash", "scripts/launch_sweep.sh", *arguments],
-            cwd=ROOT,
-            text=True,
-            timeout=120,
-            capture_output=True,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        output = run(self, ["bash", "scripts/launch_sweep.sh", *arguments])
         self.assertIn("goes on after step 14:", self.log("tiny_seed1"))
         self.same_content(
             load_checkpoint(self.checkpoint("tiny_seed1", 30)),
@@ -446,7 +434,7 @@ class RealTraining(CommandTest, SweepTest):
                 ]
             }
             self.assertEqual(
-                self.row(done.stdout, name)[:6],
+                self.row(output, name)[:6],
                 [name, "finished", attempts, "30", f"{exact['ema']:.2%}", f"{exact['raw']:.2%}"],
             )
 
@@ -473,7 +461,7 @@ class RealTraining(CommandTest, SweepTest):
             "TRM_TEST_ARRIVALS": str(self.arrivals),
         }
         launcher = self.begin(str(self.config), "--local", training="slow", **slow)
-        self.until(lambda: self.arrivals.read_text().count("train_step") == 17, launcher)
+        launcher.until(lambda: self.arrivals.read_text().count("train_step") == 17)
         launcher.terminate()
         self.ends(launcher, 143)
         steps = [
@@ -497,9 +485,9 @@ class RealTraining(CommandTest, SweepTest):
             f"logging.output_dir={self.folder}/none",
             "--local",
         ]
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
-        self.assertEqual(done.returncode, 2, done.stderr)
-        self.assertRegex(done.stderr, r"\Aerror: \S+broken.yaml: .*there is no train split.*\n\Z")
+        self.assertRegex(
+            run(self, command, 2), r"\Aerror: \S+broken.yaml: .*there is no train split.*\n\Z"
+        )
         self.assertFalse((self.folder / "none").exists())
 
 

@@ -5,12 +5,9 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
 import signal
-import subprocess
 import sys
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -23,6 +20,7 @@ from sweep_state import SweepFolder
 from storage import join, open_folder
 from tests.gcs_server import GCSTest
 from tests.helpers import ROOT, TINY, write_config
+from tests.processes import begin, stays
 from tests.slice import NAME, SliceTest, executable, load_gcloud
 from tests.sweeps import SweepTest
 
@@ -74,20 +72,19 @@ class Slices(GCSTest, SweepTest):
         configs = self.configs("abc")
         launcher = self.begin(*configs, "--slices", "s1", "s2")
         runs = [open_folder(join(self.out, name)) for name in "ab"]
-        self.until(
+        launcher.until(
             lambda: all(
                 self.pids(name) and self.lock_owner(run) in self.pids(name)
                 for name, run in zip("ab", runs)
-            ),
-            launcher,
+            )
         )
         launcher.kill()
-        launcher.wait()
+        launcher.ends(-signal.SIGKILL)
         on = {name: self.attempts(name)[-1]["slice"] for name in "ab"}
         launcher = self.begin(
             *configs, "--slices", on["b"], on["a"]
         )  # the first cell that is there is not the first slice's
-        self.until(lambda: len(self.pids("a")) == len(self.pids("b")) == 2, launcher)
+        launcher.until(lambda: len(self.pids("a")) == len(self.pids("b")) == 2)
         self.wait_file.unlink()
         self.assertNotIn("another training", self.ends(launcher))
         self.assertEqual(self.starts(), {"a": 2, "b": 2, "c": 1})
@@ -167,7 +164,7 @@ class Slices(GCSTest, SweepTest):
         self.plan = {"a": ["wait"]}
         self.make_slices("s1")
         launcher = self.begin(*self.configs("a"), "--slices", "s1", "--delete_when_done")
-        self.until(lambda: self.pids("a"), launcher)
+        launcher.until(lambda: self.pids("a"))
         launcher.send_signal(signal.SIGINT)
         output = self.ends(launcher, 130)
         self.assertIn("runs on them go on:\n  bash scripts/delete_tpu.sh tpu.name=s1 ", output)
@@ -188,12 +185,11 @@ class Slices(GCSTest, SweepTest):
         self.plan = {"a": ["locked"]}
         launcher = self.begin(*self.configs("a"), "--slices", "s1")
         run = open_folder(join(self.out, "a"))
-        self.until(lambda: self.pids("a") and self.lock_owner(run) in self.pids("a"), launcher)
+        launcher.until(lambda: self.pids("a") and self.lock_owner(run) in self.pids("a"))
         launcher.kill()
-        launcher.wait()
+        launcher.ends(-signal.SIGKILL)
         launcher = self.begin(*self.configs("a"), "--slices", "s1:us-east1-d")
-        while "another training holds" not in (line := launcher.stdout.readline()):
-            self.assertTrue(line)
+        launcher.says("another training holds")
         self.assertEqual(self.starts(), {"a": 1})
         self.wait_file.unlink()
         self.ends(launcher)
@@ -215,11 +211,9 @@ class Slices(GCSTest, SweepTest):
         self.plan = {"a": ["wait", "kill"], "b": ["mistake"]}
         self.make_slices("s1", "s2", "s3")
         launcher = self.begin(*self.configs("ab"), "--slices", "s1", "s2", "--delete_when_done")
-        self.until(lambda: len(self.slices()) == 2, launcher)
+        launcher.until(lambda: len(self.slices()) == 2)
         (held,) = self.history("a")
-        self.assertEqual(self.slices(), [held[0], "s3"])
-        time.sleep(1)  # many looks
-        self.assertEqual(self.slices(), [held[0], "s3"])
+        stays(lambda: self.slices() == [held[0], "s3"], 1)  # many looks
         self.wait_file.unlink()
         output = self.ends(launcher, 1)
         self.assertEqual((self.slices(), output.count(": it is deleted")), (["s3"], 2))
@@ -232,7 +226,7 @@ class Slices(GCSTest, SweepTest):
         self.plan = {"b": ["wait"]}
         self.make_slices("s1", "s2", "s3", "s4")
         other = self.begin(*self.configs("b"), "--slices", "s1")
-        self.until(lambda: self.pids("b"), other)
+        other.until(lambda: self.pids("b"))
         run, chips = (self.cloud / "slices" / name for name in ("s3/0/trm/lock", "s4/0/dev/accel0"))
         with self.open_file(run, "flock 9"):
             output = self.sweep(
@@ -292,12 +286,10 @@ class Slices(GCSTest, SweepTest):
         path.parent.mkdir()
         path.write_text("theirs\n")
         shell = f'exec 9<"$0"; {then}; echo; exec sleep 100'
-        with subprocess.Popen(["bash", "-c", shell, str(path)], stdout=subprocess.PIPE) as program:
-            try:
-                program.stdout.readline()
-                yield
-            finally:
-                program.kill()
+        program = begin(self, ["bash", "-c", shell, path])
+        program.line()
+        yield
+        program.end()
 
     def test_where_status_looks(self):
         """On this host and in the bucket; a table of nothing is none."""
@@ -455,8 +447,7 @@ class OnASlice(SliceTest):
         )
         self.preempt()
         self.release(17)
-        output, _ = sweep.communicate(timeout=120)
-        self.assertEqual(sweep.returncode, 0, output)
+        output = sweep.ends(seconds=120)
         (attempt,) = json.loads(self.in_bucket("runs/sweep/tiny_seed1/attempts.json"))
         self.assertEqual((attempt["exit_status"], attempt["slice"]), (0, NAME))
         self.assertEqual([start["step"] for start in self.starts("tiny_seed1")], [0, 14])
@@ -472,46 +463,13 @@ class OnASlice(SliceTest):
         """What the sweep has started on this machine ends with it; the run on the slice goes on."""
         self.hold(17)
         words = ["configs/tiny.yaml", "--slices", NAME, "--", "--poll", "0.5"]
-        pid, terminal = pty.fork()
-        if pid == 0:
-            os.chdir(self.kit)
-            words += ["--log_dir", str(self.folder / "log")]
-            os.execvp("bash", ["bash", "scripts/launch_sweep.sh", *words])
+        words += ["--log_dir", self.folder / "log"]
+        sweep = self.begin("launch_sweep", *words, terminal=True)
         self.arrived(17)
 
-        def helpers():
-            # all that the sweep has started here: they have its environment, and are not on a host
-            here = f"TRM_TEST_CLOUD={self.cloud}".encode()
-            found = {}
-            for folder in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    if here in (folder / "environ").read_bytes() and "scripts/" in command:
-                        found[int(folder.name)] = command
-            return {
-                number: command
-                for number, command in found.items()
-                if number not in self.host_processes() and number != os.getpid()
-            }
-
-        self.assertTrue(any("keep_alive.sh" in command for command in helpers().values()))
-        os.close(terminal)
-        ended = []
-
-        def has_ended():
-            number, status = os.waitpid(pid, os.WNOHANG)
-            if number:
-                ended.append(os.waitstatus_to_exitcode(status))
-            return ended
-
-        try:
-            self.wait_for(has_ended)
-            self.assertEqual(ended, [128 + signal.SIGHUP])
-            self.wait_for(lambda: not helpers())
-        finally:
-            for number in [*helpers(), *([] if ended else [pid])]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
+        self.assertGreater(len(sweep.relatives()), 1)
+        sweep.hang_up()
+        sweep.all_end(128 + signal.SIGHUP)
         self.assertTrue(self.host_processes())
         self.release(17)
 

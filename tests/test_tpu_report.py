@@ -6,10 +6,10 @@ Where the TPU compiler is installed, it really compiles.
 import importlib.metadata
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -22,6 +22,7 @@ import tpu_text
 import tpu_types
 from config import load_config
 from tests.helpers import ROOT, FolderTest, XLATest, write_config
+from tests.processes import begin
 from utils import UserError
 
 V4 = tpu_types.GENERATIONS["v4"]
@@ -126,16 +127,6 @@ class CommandLine(FolderTest):
         self.assertIn("requirements-tpu.txt", output)
 
 
-START_A_CHILD = """
-import sys
-from pathlib import Path
-sys.path[:0] = [".", "analysis"]
-import tpu_children
-folder = Path(sys.argv[1])
-tpu_children.run_child("compiling", [folder / "child.py"], folder, memory_gib=1, minutes=1)
-"""
-
-
 class Children(FolderTest):
     """A child that takes too much, or dies, becomes one sentence."""
 
@@ -166,20 +157,12 @@ class Children(FolderTest):
     def test_no_child_outlives_the_report(self):
         code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
         (self.folder / "child.py").write_text(code)
-        command = [sys.executable, "-c", START_A_CHILD, str(self.folder)]
-        parent = subprocess.Popen(command, cwd=ROOT)
-        self.addCleanup(parent.kill)
+        parent = begin(self, [sys.executable, "tests/programs/start_a_child.py", self.folder])
         log = self.folder / "compiling.log"
-        self.wait(lambda: log.exists() and log.read_text().endswith("\n"))
+        parent.until(lambda: log.exists() and log.read_text().endswith("\n"))
         parent.kill()
-        parent.wait()
-        self.wait(lambda: not tpu_children.resident_bytes(int(log.read_text())))
-
-    def wait(self, condition):
-        end = time.monotonic() + 30
-        while not condition():
-            self.assertLess(time.monotonic(), end)
-            time.sleep(0.05)
+        parent.all_end(-signal.SIGKILL)
+        self.assertFalse(tpu_children.resident_bytes(int(log.read_text())))
 
     def test_a_mistake_of_the_user_stays_one(self):
         code = "import sys; print('error: mend this', file=sys.stderr); sys.exit(2)"

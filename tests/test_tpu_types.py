@@ -15,6 +15,7 @@ import tpu_types
 import workers
 from config import load_config
 from tests.helpers import ROOT, FolderTest, write_config
+from tests.processes import run
 from tpu_types import GENERATIONS, GIB, slice_type
 
 V4, V6E = GENERATIONS["v4"], GENERATIONS["v6e"]
@@ -161,31 +162,6 @@ class Host(FolderTest):
             )
 
 
-ASK_THE_COMPILER = """
-import json, re, sys
-sys.path.insert(0, "analysis")
-import tpu_compile, tpu_types
-types, of = sys.argv[1:-1], sys.argv[-1]
-tpu_compile.tpu_environment(of, types[0])
-import jax, jax.numpy as jnp
-shapes = {}
-for name in types:
-    devices = tpu_compile.slice_devices(name)
-    hosts = len({device.process_index for device in devices})
-    shapes[name] = [len(devices), hosts, devices[0].num_cores, devices[0].device_kind]
-here = jax.sharding.SingleDeviceSharding(tpu_compile.slice_devices(types[0])[0])
-square = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=here)
-text = jax.jit(jax.lax.dot).lower(square, square).compile().as_text()
-cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\\d+)"', text.split("ENTRY")[1])))
-gib = jax.ShapeDtypeStruct((2**28,), jnp.float32, sharding=here)
-try:
-    jax.jit(lambda *arrays: [array + 1 for array in arrays]).lower(*[gib] * 97).compile()
-except RuntimeError as error:
-    said = str(error)
-print(json.dumps([shapes, cycles, float(re.search(r"of ([\\d.]+)G hbm", said)[1])]))
-"""
-
-
 @unittest.skipUnless(installed("jax", "libtpu"), "jax and libtpu are not installed here")
 class CompilerTest(FolderTest):
     def test_shapes_memory_and_clock_are_the_compiler_s(self):
@@ -203,15 +179,9 @@ class CompilerTest(FolderTest):
         ):
             generation = slice_type(types[0]).generation
             with self.subTest(generation.name):
-                done = subprocess.run(
-                    [sys.executable, "-c", ASK_THE_COMPILER, *types, str(self.folder)],
-                    cwd=ROOT,
-                    text=True,
-                    capture_output=True,
-                    timeout=600,
-                )
-                self.assertEqual(done.returncode, 0, done.stderr[-3000:])
-                shapes, cycles, usable = json.loads(done.stdout.splitlines()[-1])
+                command = [sys.executable, "tests/programs/ask_the_compiler.py"]
+                output = run(self, [*command, *types, self.folder], seconds=600)
+                shapes, cycles, usable = json.loads(output.splitlines()[-1])
                 for name in types:
                     found = slice_type(name)
                     self.assertEqual(

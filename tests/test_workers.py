@@ -4,51 +4,19 @@ clear ends."""
 import contextlib
 import io
 import json
-import subprocess
 import sys
-import time
+import tempfile
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import torch
 
 from checkpoint_manager import load_checkpoint
-from tests.helpers import ROOT, CommandTest
+from tests.helpers import CommandTest
+from tests.processes import run
 from workers import _wait
 
-# writes the summed gradient of each step, as the optimizer gets it, from rank 0
-RECORDER = """
-import os, sys
-sys.argv[0] = "train_tpu.py"
-import torch, train_state, train_tpu, utils
-
-class Recorder:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, rank, config, args):
-        create = train_state.create_optimizer
-        def recording(config, model):
-            optimizer, puzzle_optimizer = create(config, model)
-            step, count = optimizer.step, [0]
-            def recorded(lr):
-                count[0] += 1
-                if rank == 0:
-                    grads = [p.grad for p in model.parameters()]
-                    torch.save(grads, os.path.join(self.folder, f"grad{count[0]}.pt"))
-                step(lr)
-            optimizer.step = recorded
-            return optimizer, puzzle_optimizer
-        train_state.create_optimizer = recording
-        return worker(rank, config, args)
-
-worker = train_tpu.train_worker
-if __name__ == "__main__":
-    folder = sys.argv.pop(1)
-    os.makedirs(folder, exist_ok=True)
-    train_tpu.train_worker = Recorder(folder)
-    utils.run_cli(train_tpu.main)
-"""
 FLOAT32 = (
     "model.forward_dtype=float32",
     "logging.interval_steps=1",
@@ -60,14 +28,19 @@ FLOAT32 = (
 class WorkersTest(CommandTest):
     def grads(self, run_name, *flags):
         """Summed gradients of the steps of a run in which every worker records."""
-        script = self.folder / "record.py"
-        script.write_text(RECORDER)
-        folder = self.folder / "grads" / run_name / str(time.monotonic_ns())
-        self.train("--run_name", run_name, *FLOAT32, *flags, driver=(str(script), str(folder)))
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        driver = ("tests/programs/records_gradients.py", folder)
+        self.train("--run_name", run_name, *FLOAT32, *flags, driver=driver)
         return [
             torch.cat([g.flatten() for g in torch.load(folder / f"grad{k + 1}.pt")])
             for k in range(len(list(folder.iterdir())))
         ]
+
+    def torchrun(self, run_name, workers, *flags, status=0):
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={workers}"]
+        command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+        command += ["train_tpu.py", "--config", self.config, "--run_name", run_name, *flags]
+        return run(self, command, status)
 
     def resumed_from(self, run_name, source, step):
         """A run whose only checkpoint is that of another."""
@@ -203,30 +176,7 @@ class SameTraining(WorkersTest):
                     self.assertAlmostEqual(one[key], other[key], delta=1e-6, msg=key)
 
     def test_under_torchrun(self):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node=2",
-                "--master_port=0",
-                "--rdzv_backend=c10d",
-                "--rdzv_endpoint=127.0.0.1:0",
-                "train_tpu.py",
-                "--config",
-                str(self.config),
-                "--run_name",
-                "torchrun",
-                "--max_steps",
-                "10",
-            ],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=300,
-        )
-        self.assertEqual(done.returncode, 0, done.stdout)
+        self.torchrun("torchrun", 2, "--max_steps", 10)
         self.train("--run_name", "spawned", "--max_steps", "10", "training.num_workers=2")
         ours, theirs = (
             load_checkpoint(self.checkpoint(name, 10)) for name in ("torchrun", "spawned")
@@ -286,31 +236,10 @@ class Mistakes(WorkersTest):
         )
 
     def test_torchrun_with_a_number_that_does_not_fit(self):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node=3",
-                "--rdzv_backend=c10d",
-                "--rdzv_endpoint=127.0.0.1:0",
-                "train_tpu.py",
-                "--config",
-                str(self.config),
-                "--run_name",
-                "three",
-            ],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=300,
-        )
-        self.assertNotEqual(done.returncode, 0)
         self.assertIn(
             "training.global_batch_size = 8: must be divisible by workers x "
             "training.grad_accumulation_steps = 3 x 1",
-            done.stdout,
+            self.torchrun("three", 3, status=1),
         )
 
 

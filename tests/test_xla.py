@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import unittest
@@ -19,7 +18,16 @@ from checkpoint_manager import load_checkpoint
 from config import load_config
 from device import Device
 from tests import exact
-from tests.helpers import ROOT, CommandTest, XLATest, random_pairs, write_config, write_split
+from tests.helpers import (
+    ROOT,
+    WITH_KIT,
+    CommandTest,
+    XLATest,
+    random_pairs,
+    write_config,
+    write_split,
+)
+from tests.processes import run
 from tests.test_model import admitted, no_minimum, on_device, small_model
 from train_state import TrainState, load_dataset
 
@@ -142,17 +150,9 @@ class XLATrainingTest(CommandTest):
         files = {}
         for name, script in (("four", "xla_replicas"), ("one", "one_worker")):
             files[name] = self.folder / f"{name}.pt"
-            program = [f"tests/{script}.py", str(self.config), str(files[name])]
-            done = subprocess.run(
-                [sys.executable, *program, "model.forward_dtype=float32"],
-                cwd=ROOT,
-                text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=300,
-            )
-            self.assertEqual(done.returncode, 0, done.stdout)
+            program = [f"tests/programs/{script}.py", str(self.config), str(files[name])]
+            command = [sys.executable, *program, "model.forward_dtype=float32"]
+            run(self, command, environment=WITH_KIT)
         four, one = (torch.load(files[name]) for name in ("four", "one"))
         self.assertEqual((four["devices"], four["sharding"]), (4, "{devices=[4,1,1]0,1,2,3}"))
         for step, (ours, theirs) in enumerate(zip(four["steps"], one["steps"], strict=True)):

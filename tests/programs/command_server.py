@@ -3,12 +3,14 @@
 Importing torch takes longer than most runs of the tests. For each line of JSON on its input this
 process forks, the child runs the command, and this process prints the child's exit status.
 
-    {"args": command line, "environment": variables, "output": file for stdout and stderr}
+    {"args": command line, "environment": variables, "output": file for stdout and stderr,
+     "driver": program that runs in place of train_tpu.py, or null}
 """
 
 import atexit
 import json
 import os
+import runpy
 import sys
 import threading
 
@@ -28,8 +30,10 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def run_forked(args: list[str], environment: dict[str, str], output: str) -> int:
-    """Run `train_tpu.py args` in a child; returns its exit status (-N: signal N)."""
+def run_forked(
+    args: list[str], environment: dict[str, str], output: str, driver: str | None
+) -> int:
+    """Run the command with `args` in a child; returns its exit status (-N: signal N)."""
     if os.fork() == 0:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -37,9 +41,12 @@ def run_forked(args: list[str], environment: dict[str, str], output: str) -> int
         os.dup2(log, 2)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = ["train_tpu.py", *args]
+        sys.argv = [driver or "train_tpu.py", *args]
         try:
-            utils.run_cli(train_tpu.main)
+            if driver:
+                runpy.run_path(driver, run_name="__main__")
+            else:
+                utils.run_cli(train_tpu.main)
         except SystemExit as end:
             leave(end.code or 0)
         except BaseException:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import sweep
 import sweep_cells
@@ -39,7 +39,7 @@ def fake(cell, slot, flags):
 
 def slow(cell, slot, flags):
     words = [cell.path, "--run_name", cell.name, *cell.overrides, *flags]
-    return [sys.executable, "tests/slow_train.py", "--config", *words]
+    return [sys.executable, "tests/programs/slow_train.py", "--config", *words]
 
 
 if training == "slow":

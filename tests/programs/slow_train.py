@@ -1,7 +1,7 @@
 """The real command, that tells where it is and can pause there: for tests whose signals must meet
 it in a given place.
 
-    python tests/slow_train.py --config ...
+    python tests/programs/slow_train.py --config ...
 
 environment: TRM_TEST_PAUSES, JSON {place: seconds, or a path: the n-th time while there is a file
 path.n}: places are train_step, evaluate, save, upload; TRM_TEST_ARRIVALS, a file to which each

@@ -1,6 +1,6 @@
-"""The steps of tests/xla_replicas.py on the plain CPU, as one worker.
+"""The steps of tests/programs/xla_replicas.py on the plain CPU, as one worker.
 
-    python tests/one_worker.py CONFIG FILE [section.key=value ...]
+    python tests/programs/one_worker.py CONFIG FILE [section.key=value ...]
 
 What the run holds after every step is written to FILE, with the distance that two computations of
 the first z_H in float32 may have from each other (tests/exact.py).

@@ -1,6 +1,6 @@
 """Compile the kernels, in the form that torch_xla gets, with the libtpu that is installed.
 
-python -m tests.compile_kernels v6e-8
+python -m tests.programs.compile_kernels v6e-8
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Training steps as one program over four XLA CPU devices.
 
-    python tests/xla_replicas.py CONFIG FILE [section.key=value ...]
+    python tests/programs/xla_replicas.py CONFIG FILE [section.key=value ...]
 
 The slots are spread over the devices, and each device has the weights; the partitioner adds the
 all-reduces. Replicas in threads of one process, each with a program of its own, as on a TPU, would
