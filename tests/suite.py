@@ -75,7 +75,6 @@ FAST = [
     "test_storage.LocalFolders",
     "test_study.Curriculum,EarlyStop,Loss",
     "test_sudoku",
-    "test_sudoku_dataset",
     "test_workers.Statuses",
 ]
 SLOWEST_SHOWN = 20
