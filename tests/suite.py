@@ -56,17 +56,14 @@ SECONDS = {
     "test_parity.ParityTest": 40,
 }
 # what is tested without the cloud, a TPU's compiler or figures, with requirements.txt alone:
-# modules, or classes in them
+# modules, or classes of a module, which share a process
 FAST = [
     "test_architecture",
-    "test_checkpoint_manager.LocalBeforeTheMarker",
-    "test_checkpoint_manager.LocalDamage",
-    "test_checkpoint_manager.LocalSavingAndFinding",
+    "test_checkpoint_manager.LocalBeforeTheMarker,LocalDamage,LocalSavingAndFinding",
     "test_commands",
     "test_config",
     "test_data_loader",
-    "test_docs.Messages",
-    "test_docs.Names",
+    "test_docs.Messages,Names",
     "test_end_to_end",
     "test_metrics_logger",
     "test_model",
@@ -75,15 +72,10 @@ FAST = [
     "test_parity.ParityTest",
     "test_processes",
     "test_resume",
-    "test_run_lock.Judgements",
-    "test_run_lock.LocalLocks",
-    "test_run_lock.Renewals",
+    "test_run_lock.Judgements,LocalLocks,Renewals",
     "test_storage.LocalFolders",
-    "test_study.Curriculum",
-    "test_study.EarlyStop",
-    "test_study.Loss",
+    "test_study.Curriculum,EarlyStop,Loss",
     "test_sudoku",
-    "test_sudoku_dataset",
     "test_workers.Statuses",
 ]
 SLOWEST_SHOWN = 20
@@ -104,9 +96,11 @@ class TimedResult(unittest.TextTestResult):
 
 
 def run_here(name):
-    """Run one module in this process."""
+    """Run one module, or some of its classes, in this process."""
     runner = unittest.TextTestRunner(resultclass=TimedResult)
-    unittest.main(None, argv=["unittest", f"tests.{name}"], testRunner=runner)
+    module, _, classes = name.partition(".")
+    names = [f"tests.{module}.{one}".rstrip(".") for one in classes.split(",")]
+    unittest.main(None, argv=["unittest", *names], testRunner=runner)
 
 
 def run_module(name, times):
