@@ -119,11 +119,14 @@ class Logs(AnalysisCommandTest):
             row.pop("train/q_halt_loss", None)
             if "train/grad_norm" in row:
                 row["train/grad_norm"] *= 2
+                row["train/accuracy"] *= 0.5
         table = self.table(rows)
         ratios = (table.ours / table.original).groupby(table.quantity).median()
         self.assertNotIn("halting loss", ratios)
         self.assertAlmostEqual(ratios["gradient norm"], 0.5)
         self.assertAlmostEqual(ratios["cell loss"], 1)
+        accuracy = table[table.quantity == "cell accuracy"]
+        np.testing.assert_allclose(accuracy.difference, accuracy.ours / 2)
         lines = compare_with_original.lines(compare_with_original.summarised(table))
         (line,) = [line for line in lines if line.startswith("gradient norm")]
         self.assertRegex(line, r"25-500 .* ratio +0\.500 \(0\.500 to 0\.500, 20\)")

@@ -287,6 +287,8 @@ class Grid(FolderOfRuns):
             }
         )
         exponent, half = plot_grid._exponent(best)
+        note = self.figure.fig.axes[0].get_title(loc="left").replace("\n", " ")
+        self.assertEqual(note, plot_grid.exponent_text(best))
         self.assertIn(
             "is 1e-4 at batch 50; 2e-4 at batch 100; 2e-4 at batch 200. ", self.figure.finding
         )
