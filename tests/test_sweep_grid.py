@@ -237,9 +237,9 @@ class Sweeps(SweepTest):
         self.plan = {self.CELLS[1]: ["wait"]}
         arguments = (*self.configs("a"), "--local", *self.GRID)
         first = self.begin(*arguments, host="elsewhere")
-        self.until(lambda: self.pids(self.CELLS[1]), first)
+        first.until(lambda: self.pids(self.CELLS[1]))
         first.send_signal(signal.SIGTERM)
-        self.ends(first, 143)
+        first.ends(143)
         self.assertEqual(self.states(*self.CELLS), ["finished"] + ["waiting"] * 3)
         self.sweep(*arguments)
         self.assertEqual(self.starts(), dict(zip(self.CELLS, (1, 2, 1, 1))))
@@ -362,9 +362,9 @@ class RealTraining(CommandTest, SweepTest):
             f"tiny_lr{lr}_global_batch_size{size}" for lr in ("0.01", "2e-3") for size in (8, 16)
         ]
         first = self.begin(*arguments, training="slow", **slow)
-        self.until(lambda: self.arrivals.read_text().count("train_step") >= 17, first)
+        first.until(lambda: self.arrivals.read_text().count("train_step") >= 17)
         first.send_signal(signal.SIGINT)
-        self.ends(first, 130)
+        first.ends(130)
         self.assertEqual(self.states(*cells), ["waiting"] * 4)
         output = self.sweep(*arguments, training="slow", TRM_TEST_PAUSES="{}")
         self.assertEqual([self.row(output, name)[1] for name in cells], ["finished"] * 4)
