@@ -110,7 +110,8 @@ def _found(rows: pd.DataFrame) -> str:
         return text
     change = points_of(averages.max() - by_key[other])
     name = {"ema": "the EMA", "raw": "the raw weights"}[other]
-    return f"{text} The best mean, of {averages.idxmax()} checkpoints, is {change} from {name}."
+    best = f"The best mean on these puzzles, of {averages.idxmax()} checkpoints"
+    return f"{text} {best}, is {change} from {name}."
 
 
 def _steps_of(table: pd.DataFrame) -> str:

@@ -468,7 +468,8 @@ class Compute(FolderOfRuns):
         self.assertIn("8: steps 50 to 400", figure.caption)
         change = expected[-1] - expected[1]
         self.assertIn(
-            f"The best mean, of 8 checkpoints, is {change:+.1f} points from the EMA.",
+            "The best mean on these puzzles, of 8 checkpoints, is "
+            f"{change:+.1f} points from the EMA.",
             figure.finding,
         )
 
