@@ -623,7 +623,7 @@ class Notebook(AnalysisCommandTest):
             output.get("text", "") + "".join(output.get("data", {}).get("text/plain", ""))
             for output in outputs
         )
-        self.assertIn("24 runs of 12 configurations; baseline mini_e1_1", text)
+        self.assertIn("87 runs of 29 configurations; baseline mini_e4_4", text)
         self.assertIn("ema True -> False", text)
         self.assertGreater(sum("image/png" in output.get("data", {}) for output in outputs), 8)
         self.assertEqual([output for output in outputs if output.output_type == "error"], [])
