@@ -115,7 +115,7 @@ def _bars(table: pd.DataFrame, caption: str, colors: Any = AVERAGED) -> Drawing:
         100 * table.exact_accuracy,
         0.7,
         color=colors,
-        xerr=error_bars(table),
+        xerr=error_bars(table).tolist(),
         error_kw={"elinewidth": 0.8},
     )
     ax.set_xlim(0, 128)  # room for the values
@@ -156,7 +156,7 @@ def throughput(groups: Sequence[Group]) -> list[Drawing]:
         rate,
         0.7,
         color=[COLORS[(devices.index(device) + 6) % MAX_LINES] for device in table.device],
-        xerr=[rate - table.low.to_numpy(), table.high.to_numpy() - rate],
+        xerr=[(rate - table.low).tolist(), (table.high - rate).tolist()],
         error_kw={"elinewidth": 0.8},
     )
     # at the right end, because long names of runs make the axis short

@@ -23,6 +23,7 @@ from plot_style import (
     plain_log,
     plain_numbers,
     readable,
+    ticks_at,
 )
 from results import Run
 from run_groups import Group, families, paired_test
@@ -31,6 +32,7 @@ from schedule import stages
 
 CURRICULUM, DECAY = "training.curriculum", "training.step_loss_decay"
 PONDER, DTYPE = "training.ponder_cost", "model.forward_dtype"
+NEARLY = 0.01  # of exact accuracy (0 to 1), which an early stop may lose
 
 
 # ------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ def curriculum(groups: Sequence[Group]) -> list[Drawing]:
         parts = {group.label: _accuracy_by_flops(group) for group in family}
         drawn = [group for group in family if len(parts[group.label])]
         if len(drawn) > 1 and any(group.settings[CURRICULUM] for group in drawn):
-            drawn.sort(key=lambda group: group.settings[CURRICULUM] is not None)
+            drawn.sort(key=lambda g: (g.settings[CURRICULUM] is not None, g.settings[DECAY] != 1))
             table = pd.concat([parts[group.label] for group in drawn], ignore_index=True)
             drawings.append(_curriculum_figure(drawn, table))
     if not drawings:
@@ -83,25 +85,51 @@ def _curriculum_figure(groups: Sequence[Group], table: pd.DataFrame) -> Drawing:
     ax.set_ylabel(EXACT)
     labels = [curriculum_name(group, len(marked) > 1) for group in groups]
     legend_below(fig, handles, labels)
-    ends = table.groupby("group").flops.max()
-    shares = "; ".join(
-        f"{label} {100 * ends[group.label] / ends[groups[0].label]:.0f}%"
-        for group, label in zip(groups[1:], labels[1:])
-    )
     caption = (
-        "Exact accuracy in the evaluations during training (averaged weights where there are any), "
+        f"Exact accuracy in the evaluations during training (of {_range(table['count'])} puzzles, "
+        "with averaged weights where there are any), "
         "always at the model's own depth, against the FLOP of the training so far. Lines: one run, "
         "or the mean of several seeds, with the band of their range. Dotted: where a further stage "
-        f"of the curriculum begins ({_stages_of(marked)}). Compute at the end of the line, against "
-        f"{labels[0]}: {shares}."
+        f"of the curriculum begins ({_stages_of(marked)})."
     )
-    return Drawing(fig, caption, table)
+    curves = [
+        table[table.group == group.label].groupby("flops").exact_accuracy.mean() for group in groups
+    ]
+    return Drawing(fig, caption, table, finding=_compute_in_words(labels, curves))
+
+
+def _compute_in_words(labels: Sequence[str], curves: Sequence[pd.Series]) -> str:
+    """Where each curve (accuracy by FLOP) ends, and its compute to the accuracy that all reach."""
+    ends: list[str] = []
+    reached: list[str] = []
+    common = min(curve.max() for curve in curves)
+    for label, curve in zip(labels, curves):
+        accuracy, flops = 100 * curve.iloc[-1], curve.index[-1]
+        first = curve.index[(curve >= common).argmax()]
+        text = f"{label}: {accuracy:.1f}% after {flops:.3g} FLOP"
+        if not ends:
+            base_flops, base_first = flops, first
+        else:
+            text += f" ({100 * flops / base_flops:.0f}%)"
+            reached.append(f"{label} {100 * first / base_first:.0f}%")
+        ends.append(text)
+    return (
+        f"Exact accuracy in the last evaluation is, with the compute up to it, {'; '.join(ends)}. "
+        f"To reach {100 * common:.1f}%, the best that every line comes to, takes of the compute of "
+        f"{labels[0]}: {', '.join(reached)}, to within the interval of the evaluations."
+    )
+
+
+def _range(counts: pd.Series) -> str:
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _mark_stages(ax: Axes, run: Run, unit: float, color: str) -> None:
     """Dotted lines where the stages of a run's curriculum begin, all but the first."""
     if run.total_steps:
-        for begin, _ in stages(run.config, run.total_steps)[1:]:
+        begins = [begin for begin, _ in stages(run.config, run.total_steps)[1:]]
+        for begin in [begin for begin in begins if begin <= run.step]:
             place = float(run.flops_at(begin)) / unit
             ax.axvline(place, color=color, linewidth=0.8, linestyle=":", zorder=1)
 
@@ -166,35 +194,59 @@ def _stops(group: Group) -> pd.DataFrame:
 
 def _early_stop_figure(table: pd.DataFrame) -> Drawing:
     fig, (ax,) = panels(1, 2.6)
-    handles, labels, points = [], [], []
+    handles: list[Any] = []
+    labels, points = [], []
     for k, (cost, runs) in enumerate(table.groupby("ponder_cost")):
         means = runs.groupby("threshold")[["mean_steps", "exact_accuracy"]].mean()
         x, y = means.mean_steps.to_numpy(), 100 * means.exact_accuracy.to_numpy()
         style = line_style(k)
         handles += ax.plot(x, y, **style)
-        if runs.run.nunique() > 1:
-            each = {"marker": "o", "markersize": 2.2, "linestyle": "", "color": style["color"]}
-            accuracy = 100 * runs.exact_accuracy
-            ax.plot(runs.mean_steps, accuracy, **each, markerfacecolor="white", alpha=0.7)
-        labels.append(f"price {cost:g} of a step" if cost else "no price of a step")
+        for _, one in runs.groupby("run") if runs.run.nunique() > 1 else ():
+            faint = {"color": style["color"], "linewidth": 0.5, "alpha": 0.5}
+            ax.plot(one.mean_steps, 100 * one.exact_accuracy, **faint)
+        labels.append(f"ponder_cost {cost:g}")
         points += [
             (at, height, "all" if np.isinf(threshold) else f"{threshold:g}", style["color"])
             for at, height, threshold in zip(x, y, means.index)
         ]
     ax.set_xscale("log")
-    plain_log(ax.xaxis)
+    ax.margins(0.1)
+    doublings = np.log2([table.mean_steps.min(), table.mean_steps.max()]).round(9)
+    ticks_at(ax, list(2.0 ** np.arange(np.floor(doublings[0]), np.floor(doublings[1]) + 1)))
     ax.set_xlabel("supervision steps a puzzle, mean")
     ax.set_ylabel(EXACT)
-    ax.margins(0.1)
     legend_below(fig, handles, labels)
-    place_labels(fig, ax, points)
+    place_labels(fig, ax, points, handles)
     caption = (
         "Exact accuracy against the mean number of supervision steps, where each test puzzle stops "
         "at the first step at which the halting head's probability reaches a threshold (the "
         "number at a point, left out where there is no room); all: every step is done. One line "
-        f"for each price of a further step in the loss ({PONDER}); small open circles: seeds."
+        f"for each price of a further step in the loss ({PONDER}): one run, or the mean of several "
+        "seeds, which are the thin lines."
     )
-    return Drawing(fig, caption, table)
+    return Drawing(fig, caption, table, finding=_stops_in_words(table))
+
+
+def _stops_in_words(table: pd.DataFrame) -> str:
+    """For each price the fewest steps with which at most NEARLY of the accuracy is lost."""
+    texts = []
+    for cost, runs in table.groupby("ponder_cost"):
+        by_threshold = runs.groupby("threshold")[["mean_steps", "exact_accuracy"]].mean()
+        last = by_threshold.loc[np.inf]
+        near = by_threshold[by_threshold.exact_accuracy >= last.exact_accuracy - NEARLY]
+        threshold = near.mean_steps.idxmin()
+        text = f"ponder_cost {cost:g}: {100 * last.exact_accuracy:.1f}% with all "
+        text += f"{last.mean_steps:.4g} steps, "
+        if np.isinf(threshold):
+            texts.append(f"{text}and no threshold comes near it")
+            continue
+        chosen = near.loc[threshold]
+        text += f"{100 * chosen.exact_accuracy:.1f}% with {chosen.mean_steps:.2f} on average"
+        texts.append(f"{text} (threshold {threshold:g})")
+    return (
+        "Exact accuracy with all supervision steps, and at the threshold with the fewest steps of "
+        f"those that lose at most {100 * NEARLY:g} point, is {'; '.join(texts)}."
+    )
 
 
 # ------------------------------------------------------------------------------
@@ -235,23 +287,44 @@ def _precision_figure(half: Group, full: Group) -> Drawing:
     names = ["bfloat16", "float32"]
     styles = [line_style(k) | {"marker": ""} for k in range(2)]
     legend_below(fig, [matplotlib.lines.Line2D([], [], **style) for style in styles], names)
-    differ, times = _differing(half, full), _step_times(half, full)
-    note(above, differ.partition(" (")[0])  # without the test of each pair
+    differing, times = _differing(half, full), _step_times(half, full)
+    note(above, f"{differing} {times}", 50)
     caption = (
         "Training loss with bfloat16 and with float32 activations: one run, or the mean of several "
         "seeds and the band of their range. Below: by how much the (mean) loss in float32 is above "
-        f"that in bfloat16. {differ}. {times}"
+        "that in bfloat16. Above: the share of test puzzles that one run of a pair solves and the "
+        "other does not, and the median time of a training step."
     )
+    table = pd.concat(tables, ignore_index=True)
     keys = ["dtype", "group", "run", "step", "loss", "steps_per_second"]
-    return Drawing(fig, caption, pd.concat(tables, ignore_index=True)[keys])
+    found = f"{differing} {times} {_accuracies(half, full)}{_devices(half, full)}"
+    return Drawing(fig, caption, table[keys], finding=found)
 
 
 def _differing(half: Group, full: Group) -> str:
-    """On what share of the test puzzles two runs differ, one of each, and two seeds of one."""
-    text = "They differ on " + (_share(_pairs_of(half, full)) or "an unknown share of the puzzles")
+    """On what share of the test puzzles two runs differ: one of each, and two seeds of one."""
+    pairs = _pairs_of(half, full)
+    between, count = _share(pairs)
+    if not count:
+        return "On how many puzzles bfloat16 and float32 differ is not known."
+    which = "of the same seed " if pairs[0][0].seed == pairs[0][1].seed else ""
+    text = f"bfloat16 and float32 {which}differ on {between} of the {count:,} test puzzles"
     seeds = [pair for group in (half, full) for pair in itertools.combinations(group.averaged, 2)]
-    between = _share(seeds)
-    return f"{text}; two seeds of one precision differ on {between}" if between else text
+    among, count = _share(seeds)
+    return f"{text}, two seeds of one of them on {among}." if count else f"{text}."
+
+
+def _accuracies(half: Group, full: Group) -> str:
+    """A sentence on the final accuracy in each, and McNemar's test of each pair, or ""."""
+    ours, theirs = full.accuracy(), half.accuracy()
+    if not ours or not theirs:
+        return ""
+    means = f"{100 * theirs.mean:.1f}% in bfloat16 and {100 * ours.mean:.1f}% in float32"
+    tests = "; ".join(
+        f"+{gained} -{lost}, p = {p:.2g}" for gained, lost, p, _ in _paired(_pairs_of(half, full))
+    )
+    tests = f" (puzzles that only float32 solves, +, and only bfloat16, -, McNemar: {tests})"
+    return f"Exact accuracy is {means}{tests if _paired(_pairs_of(half, full)) else ''}."
 
 
 def _pairs_of(half: Group, full: Group) -> list[tuple[Run, Run]]:
@@ -261,9 +334,9 @@ def _pairs_of(half: Group, full: Group) -> list[tuple[Run, Run]]:
     return pairs or [(full.first, half.first)]
 
 
-def _share(pairs: Sequence[tuple[Run, Run]]) -> str:
-    """Such as "1.2% of the 400 test puzzles (+3 -2, p=1)", over pairs that can be paired, or ""."""
-    found: list[Any] = []
+def _paired(pairs: Sequence[tuple[Run, Run]]) -> list[tuple[int, int, float, int]]:
+    """paired_test's (gained, lost, p), and the test puzzles, of the pairs that can be paired."""
+    found = []
     for run, other in pairs:
         try:
             gained, lost, p = paired_test(run, other)
@@ -272,26 +345,35 @@ def _share(pairs: Sequence[tuple[Run, Run]]) -> str:
         final = run.final()
         assert final is not None  # it was paired
         found.append((gained, lost, p, final["count"]))
+    return found
+
+
+def _share(pairs: Sequence[tuple[Run, Run]]) -> tuple[str, int]:
+    """(the mean share of puzzles on which the runs of a pair differ, the test puzzles); ("", 0)
+    where no pair can be paired."""
+    found = _paired(pairs)
     if not found:
-        return ""
+        return "", 0
     share = np.mean([(gained + lost) / count for gained, lost, _, count in found])
-    each = "; ".join(f"+{gained} -{lost} p={p:.2g}" for gained, lost, p, _ in found)
-    return f"{100 * share:.1f}% of the {found[0][3]:,} test puzzles (McNemar: {each})"
+    return f"{100 * share:.1f}%", found[0][3]
 
 
 def _step_times(half: Group, full: Group) -> str:
-    """A sentence on how long a step takes in each, and on which device where they differ."""
-    texts, devices = [], set()
+    """A sentence on how long a step takes in each, and how many times as long in float32."""
+    medians = []
     for group in (half, full):
         rates = pd.concat([run.train.steps_per_second for run in group.averaged]).dropna()
-        devices |= {run.device for run in group.averaged}
-        time = _duration(1 / rates.median()) if len(rates) else "an unknown time"
-        texts.append(f"{time} in {group.settings[DTYPE]}")
-    text = f"A training step takes {' and '.join(texts)} (medians)"
-    if len(devices) > 1:
-        text += f", but not on one kind of device: {'; '.join(sorted(devices))}"
-    return f"{text}."
+        if not len(rates):
+            return "How long a step takes is not known."
+        medians.append(1 / rates.median())
+    texts = [f"{readable(s)} s" if s >= 1 else f"{readable(1000 * s)} ms" for s in medians]
+    return (
+        f"A step takes {texts[0]} in bfloat16 and {texts[1]} in float32 "
+        f"({medians[1] / medians[0]:.2f} times)."
+    )
 
 
-def _duration(seconds: float) -> str:
-    return f"{readable(seconds)} s" if seconds >= 1 else f"{readable(1000 * seconds)} ms"
+def _devices(half: Group, full: Group) -> str:
+    """A sentence for step times that cannot be compared, or ""."""
+    devices = sorted({run.device for group in (half, full) for run in group.averaged})
+    return f" The steps were not on one kind of device: {'; '.join(devices)}." * (len(devices) > 1)

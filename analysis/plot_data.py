@@ -12,8 +12,11 @@ from plot_style import (
     Drawing,
     NoData,
     draw_seeds,
+    in_words,
     line_style,
+    means,
     panels,
+    points_of,
     readable,
     run_table,
     ticks_at,
@@ -31,15 +34,35 @@ def data_scaling(groups: Sequence[Group]) -> list[Drawing]:
     for family in families(with_final(groups), ("dataset.train",), ("training.epochs",)):
         table = run_table(family, lambda run: run.train_puzzles)
         sizes = table.x.nunique()
-        if sizes >= MIN_FIT_POINTS:
-            drawings.append(error_figure(table, "training puzzles"))
-        elif sizes > 1:
-            drawings.append(_accuracy_by_size(table))
+        if sizes < 2:
+            continue
+        fitted = sizes >= MIN_FIT_POINTS
+        drawing = error_figure(table, "training puzzles") if fitted else _accuracy_by_size(table)
+        drawing.finding = _what_puzzles_give(family, table)
+        drawings.append(drawing)
     if not drawings:
         raise NoData(
             "no two runs with a final evaluation differ in their number of training puzzles alone"
         )
     return drawings
+
+
+def _what_puzzles_give(family: Sequence[Group], table: pd.DataFrame) -> str:
+    """The accuracy with each number of puzzles, and whether all trained for as many steps."""
+    rows = means(table)
+    change = rows.exact_accuracy.iloc[-1] - rows.exact_accuracy.iloc[0]
+    steps: dict[int, int] = {}
+    for group in family:
+        if group.first.train_puzzles and group.first.final():
+            steps[group.first.train_puzzles] = group.first.step
+    text = (
+        f"Exact accuracy by training puzzles is {in_words(table, 'x', lambda n: f'{n:,}')}. From "
+        f"the fewest to the most puzzles it changes by {points_of(change)}. "
+    )
+    if len(set(steps.values())) == 1:
+        return f"{text}All were trained for {next(iter(steps.values())):,} steps."
+    each = "; ".join(f"{puzzles:,}: {number:,}" for puzzles, number in sorted(steps.items()))
+    return f"{text}They were not trained for as many steps, which counts, too: {each}."
 
 
 def _accuracy_by_size(table: pd.DataFrame) -> Drawing:
@@ -91,8 +114,7 @@ def _augmentations_figure(table: pd.DataFrame) -> Drawing:
     if (table.x == FRESH).any():
         draw_seeds(ax, table[table.x == FRESH], "place", style | {"linestyle": "", "marker": "D"})
         ax.axvline(places[FRESH] - 0.25, color=GREY, linewidth=0.6, linestyle=(0, (2, 2)))
-    names = ["none" if n == 0 else "fresh" if n == FRESH else readable(n) for n in numbers]
-    ax.set_xticks([places[number] for number in numbers], names)
+    ax.set_xticks([places[number] for number in numbers], [_name_of(n) for n in numbers])
     ax.margins(x=0.08)
     ax.set_xlabel("fixed symmetries of each training puzzle")
     ax.set_ylabel(EXACT)
@@ -101,7 +123,21 @@ def _augmentations_figure(table: pd.DataFrame) -> Drawing:
         "symmetric copies of each training puzzle that the training shows beside the puzzle "
         f"itself. none: the puzzles alone. fresh: a new copy each time. {SEEDS}"
     )
-    return Drawing(fig, caption, table.drop(columns="place"))
+    found = f"Exact accuracy by symmetric copies is {in_words(table, 'x', _in_text)}."
+    rows = means(table).set_index("x").exact_accuracy
+    if FRESH in rows.index:
+        most = max(number for number in rows.index if number < FRESH)
+        change = points_of(rows[FRESH] - rows[most])
+        found += f" Fresh copies change it by {change} against {_in_text(most)}."
+    return Drawing(fig, caption, table.drop(columns="place"), finding=found)
+
+
+def _in_text(number: float) -> str:
+    return f"{number:,.0f}" if 0 < number < FRESH else _name_of(number)
+
+
+def _name_of(number: float) -> str:
+    return "none" if number == 0 else "fresh" if number == FRESH else readable(number)
 
 
 def _places(numbers: Sequence[float]) -> dict[float, float]:

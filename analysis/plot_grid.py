@@ -1,7 +1,6 @@
 """Figures of accuracy by two settings, as a grid of cells."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -104,18 +103,22 @@ def _rates_figure(cells: Cells, same: str) -> Drawing:
             height = np.interp(np.log(one.finer), np.log(rows), np.arange(len(rows)) + 0.5)
             ax.plot(column + 0.88, height, "<", color=MARK, markersize=5, markeredgecolor="white")
     text = exponent_text(best)
-    note(ax, re.sub(", 95%[^(]*", " ", text), 50)
+    note(ax, text, 50)
     caption = (
         f"Exact accuracy (%) by learning rate and global batch, after the same number of {same}. "
         "Mean over seeds where there are several. Framed: the best rate of each batch of which two "
         "rates or more were tried. Triangle: the top of the parabola through it and its two "
         "neighbours, over the logarithm of the rate; it is taken for the fit where there is one. "
-        f"Here: {text}.{_edges(best)} {_missing(cells, ('learning rate', 'batch'))}"
+        f"{_missing(cells, ('learning rate', 'batch'))}"
     )
+    rates = "; ".join(f"{readable(one.rate)} at batch {readable(one.batch)}" for one in best)
+    found = f"The best learning rate that was tried is {rates}. " if best else ""
+    found += f"{text[0].upper()}{text[1:]}.{_edges(best)}{_against_rules(best)}"
     table = _table(cells, (RATE, BATCH))
     framed = {(one.rate, one.batch): one.finer for one in best}
     finer = [framed.get((row[RATE], row[BATCH]), np.nan) for _, row in table.iterrows()]
-    return Drawing(fig, caption, table.assign(best=~np.isnan(finer), best_rate=finer))
+    table = table.assign(best=~np.isnan(finer), best_rate=finer)
+    return Drawing(fig, caption, table, finding=found)
 
 
 # ------------------------------------------------------------------------------
@@ -171,14 +174,38 @@ def parabola_top(rates: Sequence[float], accuracies: Sequence[float]) -> float:
 def exponent_text(best: Sequence[BestRate]) -> str:
     """The exponent of the best rate over the batch, by least squares of the logarithms."""
     if len(best) < 2:
-        return f"no fit: {len(best)} batches of which two rates or more were tried, 2 are needed"
-    fit = scipy.stats.linregress(np.log([b.batch for b in best]), np.log([b.finer for b in best]))
-    text = f"best learning rate ∝ batch^{fit.slope:.2f}"
-    if len(best) > 2:
-        half = scipy.stats.t.ppf(0.975, len(best) - 2) * fit.stderr
-        text += f", 95% interval {fit.slope - half:.2f} to {fit.slope + half:.2f}"
+        return (
+            "no fit: it needs 2 batches or more, with two learning rates or more each, and there "
+            f"{'is 1' if best else 'is none'}"
+        )
+    exponent, half = _exponent(best)
+    text = f"best learning rate ∝ batch^{exponent:.2f}"
+    if np.isnan(half):
+        return f"{text}, without an interval, because two batches give none"
     at_edge = sum(one.at_edge for one in best)
-    return f"{text} ({len(best)} batches{f', {at_edge} at an edge of the grid' * bool(at_edge)})"
+    edges = f", {at_edge} at an edge of the grid" if at_edge else ""
+    interval = f"95% interval {exponent - half:.2f} to {exponent + half:.2f}"
+    return f"{text} ({interval}, {len(best)} batches{edges})"
+
+
+def _exponent(best: Sequence[BestRate]) -> tuple[float, float]:
+    """(the exponent, half of its 95% t interval) of two batches or more; NaN for two's interval."""
+    fit = scipy.stats.linregress(np.log([b.batch for b in best]), np.log([b.finer for b in best]))
+    if len(best) == 2:
+        return float(fit.slope), np.nan
+    return float(fit.slope), float(scipy.stats.t.ppf(0.975, len(best) - 2) * fit.stderr)
+
+
+def _against_rules(best: Sequence[BestRate]) -> str:
+    """A sentence on whether the fitted exponent agrees with the usual rules, or ""."""
+    if len(best) < 3:
+        return ""
+    exponent, half = _exponent(best)
+    each = [
+        f"{'agrees' if abs(exponent - rule) <= half else 'does not agree'} with {name}"
+        for name, rule in (("linear scaling (1)", 1.0), ("the square root (0.5)", 0.5))
+    ]
+    return f" The interval {' and '.join(each)}."
 
 
 def _edges(best: Sequence[BestRate]) -> str:

@@ -98,7 +98,7 @@ FIGURES = {
     ),
     "pareto_flops": Kind(
         "Accuracy against training compute",
-        pareto("flops", "FLOP of training", "model_flops_per_second in its records"),
+        pareto("flops", "FLOP of training", "train_flops in its records"),
     ),
     "pareto_supervision_steps": Kind(
         "Accuracy against supervision steps at test time", pareto_steps
@@ -139,7 +139,7 @@ def main() -> None:
         if isinstance(drawn, str):
             print(f"not drawn: {name}: {drawn}")
         else:
-            print(f"{save(drawn, out)}: {drawn.caption}")
+            print(f"{save(drawn, out)}: {drawn.caption} {drawn.finding}".rstrip())
 
 
 def make_folder(path: str | Path) -> Path:
@@ -169,7 +169,8 @@ def draw_all(groups: Sequence[Group]) -> Iterator[tuple[str, Figure | str]]:
             name, title = kind_name, kind.title
             if number > 1:
                 name, title = f"{name}_{number}", f"{title} ({number})"
-            yield name, Figure(drawing.fig, drawing.caption, drawing.data, name, kind_name, title)
+            parts = drawing.fig, drawing.caption, drawing.data, name, kind_name, title
+            yield name, Figure(*parts, finding=drawing.finding)
 
 
 if __name__ == "__main__":

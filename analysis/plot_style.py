@@ -8,12 +8,13 @@ dashes, too, for print in black.
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
@@ -37,6 +38,8 @@ SIDES = (
     (0, -4, "center", "top"),
     (4, 0, "left", "center"),
     (-4, 0, "right", "center"),
+    (-3, 3, "right", "bottom"),
+    (3, -3, "left", "top"),
 )
 INTERVALS = "Bars: one run, 95% Wilson interval over puzzles; several seeds, mean and range."
 SEEDS = (
@@ -87,12 +90,13 @@ class Drawing:
     """A figure without its name.
 
     fig: matplotlib's. caption: what it shows, of which runs, and what its intervals are.
-    data: the numbers drawn.
+    data: the numbers drawn. finding: what came out, in sentences; "" where the caption says it all.
     """
 
     fig: matplotlib.figure.Figure
     caption: str
     data: pd.DataFrame
+    finding: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,23 @@ def means(table: pd.DataFrame, by: str = "x") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def in_words(table: pd.DataFrame, by: str, name: Callable[[Any], str]) -> str:
+    """The accuracy at each value of `by` in a table with one row a run, as text.
+
+    Such as "1,000: 32.5% (mean of 2 seeds); 5,000: 52.5%". name: of a value of `by`.
+    """
+    texts = []
+    for row in means(table, by).to_dict("records"):
+        seeds = f" (mean of {row['runs']} seeds)" if row["runs"] > 1 else ""
+        texts.append(f"{name(row[by])}: {100 * row['exact_accuracy']:.1f}%{seeds}")
+    return "; ".join(texts)
+
+
+def points_of(difference: float) -> str:
+    """A difference of two accuracies (0 to 1) as text, such as "+1.8 points"."""
+    return f"{round(100 * difference, 6):+.1f} points"
+
+
 def draw_seeds(ax: Axes, table: pd.DataFrame, places: str, style: dict[str, Any]) -> Any:
     """Draw SEEDS of a table with one row a run at the numbers in its column `places`.
 
@@ -311,17 +332,21 @@ def draw_band(ax: Axes, x: pd.Series, y: pd.Series, k: int, **style: Any) -> Any
 
 
 def place_labels(
-    fig: matplotlib.figure.Figure, ax: Axes, points: Sequence[tuple[float, float, str, str]]
+    fig: matplotlib.figure.Figure,
+    ax: Axes,
+    points: Sequence[tuple[float, float, str, str]],
+    lines: Sequence[matplotlib.lines.Line2D],
 ) -> None:
     """Write the text of points (x, y, text, colour) beside them where there is room.
 
-    A text that would cover another one, or a point, at all four sides of its own is left out. To be
-    called when everything else is drawn, because the layout decides what has room.
+    A text that would cover another one, a point or one of `lines` on every side of its own point is
+    left out. To be called when everything else is drawn, because the layout decides what has room.
     """
     fig.draw_without_rendering()
     pixels = ax.transData.transform([(x, y) for x, y, _, _ in points])
     reach = 0.03 * fig.dpi
     taken = [Bbox.from_bounds(x - reach, y - reach, 2 * reach, 2 * reach) for x, y in pixels]
+    taken += [box for line in lines for box in _boxes_along(ax, line)]
     for x, y, text, color in points:
         for right, up, horizontal, vertical in SIDES:
             label = ax.annotate(text, (x, y), (right, up), textcoords="offset points", color=color)
@@ -332,6 +357,17 @@ def place_labels(
                 taken.append(box)
                 break
             label.remove()
+
+
+def _boxes_along(ax: Axes, line: matplotlib.lines.Line2D) -> list[Bbox]:
+    """Boxes of two pixels along a line, four pixels apart."""
+    corners = ax.transData.transform(line.get_xydata())
+    boxes = []
+    for start, end in zip(corners, corners[1:]):
+        number = int(np.hypot(*(end - start)) / 4) + 1
+        places = np.linspace(start, end, number, endpoint=False)
+        boxes += [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in places]
+    return boxes
 
 
 def with_final(groups: Sequence[Group]) -> list[Group]:

@@ -9,10 +9,13 @@ from plot_style import (
     Drawing,
     NoData,
     draw_seeds,
+    in_words,
     legend_below,
     line_style,
+    means,
     pages,
     panels,
+    points_of,
 )
 from results import Run
 from run_groups import Group
@@ -82,7 +85,7 @@ def _figure(table: pd.DataFrame) -> Drawing:
     ax.set_xticks(range(len(names)), [name.replace(" of ", "\nof ") for name in names])
     ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_ylabel(EXACT)
-    ax.set_xlabel("weights")
+    ax.set_xlabel("weights (mean: of so many checkpoints)")
     if len(labels) > 1:
         legend_below(fig, handles, labels)
     caption = (
@@ -90,7 +93,25 @@ def _figure(table: pd.DataFrame) -> Drawing:
         "exponential average (EMA), and means of the raw weights of several checkpoints "
         f"({_steps_of(table)}). {SEEDS}"
     )
-    return Drawing(fig, caption, table)
+    table_of_key = table.assign(key=key)
+    found = " ".join(_found(table_of_key[table_of_key.group == label]) for label in labels)
+    return Drawing(fig, caption, table, finding=found)
+
+
+def _found(rows: pd.DataFrame) -> str:
+    """The accuracies of one group, and how far its best mean of checkpoints is from its EMA."""
+    label = rows.group.iloc[0]
+    text = in_words(rows, "key", lambda key: NAMES.get(key, f"mean of {key}"))
+    by_key = means(rows, "key").set_index("key").exact_accuracy
+    averages = by_key.drop([kind for kind in NAMES if kind in by_key.index])
+    other = next((kind for kind in ("ema", "raw") if kind in by_key.index), None)
+    text = f"Exact accuracy of {label} is {text}."
+    if other is None or not len(averages):
+        return text
+    change = points_of(averages.max() - by_key[other])
+    name = {"ema": "the EMA", "raw": "the raw weights"}[other]
+    best = f"The best mean on these puzzles, of {averages.idxmax()} checkpoints"
+    return f"{text} {best}, is {change} from {name}."
 
 
 def _steps_of(table: pd.DataFrame) -> str:

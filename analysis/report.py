@@ -157,10 +157,11 @@ def report(
 
 
 def _section(figure: Figure, path: Path) -> list[str]:
-    """The paragraphs of a figure: heading, picture, caption, and what others published on it."""
+    """The paragraphs of a figure: heading, picture, caption, result, and what others published."""
     picture = f"![{figure.name}](figures/{path.name})"
     published = [f"Published: {claim}" for claim in paper.claims(figure.kind_name)]
-    return [f"### {figure.title}", picture, figure.caption, *published]
+    found = [f"Result: {figure.finding}"] if figure.finding else []
+    return [f"### {figure.title}", picture, figure.caption, *found, *published]
 
 
 def study_table(configs: Iterable[str], groups: Sequence[Group]) -> pd.DataFrame:
