@@ -434,5 +434,43 @@ class Messages(unittest.TestCase):
             self.assertFalse(is_printed(wrong), wrong)
 
 
+class Hours(unittest.TestCase):
+    """The hours of a run stand in its header, in docs/tpu_step.md and in configs/README.md."""
+
+    def tables(self):
+        """{slice: {configuration: "0.17 h"}} of docs/tpu_step.md."""
+        text = (ROOT / "docs" / "tpu_step.md").read_text()
+        study = text.split("## The study, with kernels")[1]
+        return {
+            section.split(" ", 1)[0]: dict(
+                re.findall(r"^\| `(\w+)` \|(?:[^|]*\|){2} ([\d.]+ h) \|", section, re.MULTILINE)
+            )
+            for section in study.split("\n### ")[1:]
+        }
+
+    def test_of_headers_are_those_of_the_report(self):
+        tables = self.tables()
+        self.assertEqual(set(tables), {"v4-64", "v4-32", "v4-8", "v6e-16", "v5litepod-16"})
+        for path in sorted((ROOT / "configs").glob("e?_*.yaml")):
+            with self.subTest(path.name):
+                header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines())
+                said = {
+                    name: hours for hours, name in re.findall(r"([\d.]+ h) on a (v\S+\d)", header)
+                }
+                known = {
+                    name: rows[path.stem] for name, rows in tables.items() if path.stem in rows
+                }
+                self.assertEqual(said, known)
+                self.assertLessEqual({"v4-64", "v6e-16"}, set(known))
+
+    def test_of_the_study_as_a_table(self):
+        text = (ROOT / "configs" / "README.md").read_text()
+        rows = re.findall(r"^\|[^|]*\| `(\w+)` \|.*\| ([^|]+) \|$", text, re.MULTILINE)
+        configs = {path.stem for path in (ROOT / "configs").glob("e?_*.yaml")}
+        self.assertEqual({name for name, _ in rows}, configs)
+        hours = {name: said for name, said in rows if said != "none"}
+        self.assertEqual(hours, self.tables()["v4-32"])
+
+
 if __name__ == "__main__":
     unittest.main()
