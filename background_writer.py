@@ -69,7 +69,7 @@ class BackgroundWriter:
             return dropped
 
     def hurry(self, seconds: float) -> None:
-        """Set a deadline `seconds` from now for every call of `submit_newest`, including one that is
+        """Set a deadline `seconds` from now for every call of `submit_newest`, and for one that is
         already waiting."""
         with self.changed:
             self.submit_deadline = time.monotonic() + seconds

@@ -203,7 +203,7 @@ class RunFolder:
 
     # ----- while the training goes on -----
     def save_due(self) -> bool:
-        """Whether checkpoint.interval_minutes have passed since the last save; only rank 0 knows."""
+        """Whether checkpoint.interval_minutes have passed since the last save. False off rank 0."""
         minutes = self.config.checkpoint.interval_minutes
         waited = time.monotonic() - self.saved_at
         return self.workers.rank == 0 and minutes is not None and waited > 60 * minutes
