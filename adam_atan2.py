@@ -1,6 +1,6 @@
-"""The optimizers: AdamATan2 or AdamW for the network, sign descent for the puzzle embedding.
+"""The optimizers: AdamATan2 or AdamW for the network, signSGD for the puzzle embedding.
 
-Also the schedule of their learning rates.
+The schedule of their learning rates is here, too.
 """
 
 import math
@@ -10,16 +10,18 @@ import torch
 
 
 class AdamATan2(torch.optim.Optimizer):
-    """Adam with the step atan2(m_hat, sqrt(v_hat)), which needs no epsilon (arXiv 2407.05872,
-    section 3).
+    """Adam with atan2 in place of a division, which needs no epsilon (arXiv 2407.05872).
 
         p *= 1 - lr * weight_decay
         m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
         p -= lr / (1 - beta1^t) * atan2(m, sqrt(v) / sqrt(1 - beta2^t))
 
-    The learning rate is an argument of `step`. The state is made in the constructor, in its final
-    shape, and the step count is a tensor: on XLA a first step that differs from the second, or a
-    Python number that changes, would be another program to compile.
+    As in the package that the original uses, 1 - beta1^t divides the result of atan2. In the paper
+    it divides m, inside of atan2.
+
+    The learning rate is an argument of `step`. The constructor makes the state in its final shape,
+    and the step count is a tensor. Otherwise XLA would compile another program: for a first step
+    that differs from the second, or for each new value of a Python number.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class AdamATan2(torch.optim.Optimizer):
         super().__init__(params, settings)
         make_state(self)
 
-    # The base class has an optional closure as the argument; no caller here needs one.
+    # The signature differs from the base class, whose only argument is an optional closure.
     @torch.no_grad()
     def step(self, lr: float | torch.Tensor) -> None:  # type: ignore[override]
         """Update every parameter from its gradient (float32).
@@ -61,7 +63,7 @@ class AdamATan2(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW with the same interface: the learning rate is an argument of `step`."""
+    """PyTorch's AdamW (arXiv 1711.05101) with the interface of AdamATan2."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, 0.0, betas, weight_decay=weight_decay, capturable=not on_cpu)
         make_state(self)
 
-    # The base class has an optional closure as the argument; no caller here needs one.
+    # The signature differs from the base class, whose only argument is an optional closure.
     def step(self, lr: float | torch.Tensor) -> None:  # type: ignore[override]
         """Update every parameter from its gradient; lr as in `AdamATan2.step`."""
         (group,) = self.param_groups
@@ -87,7 +89,7 @@ class AdamW(torch.optim.AdamW):
 def bias_correction(beta: float, t: torch.Tensor) -> torch.Tensor:
     """1 - beta^t of a float32 tensor t >= 1, to float32's accuracy.
 
-    Computed from a power of beta it would be wrong by 2e-5 at beta = 0.999.
+    A float32 power of beta would give a relative error of up to 2e-5 at beta = 0.999.
     """
     return -torch.expm1(t * (math.log(beta) if beta else -math.inf))
 
@@ -96,9 +98,9 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Give each parameter Adam's state before the first step, under the names of torch.optim."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            # Made on the CPU and then moved, and the step count with one axis: zeros made on XLA,
-            # or a scalar 0 moved there, would be constants of the first step's program and of no
-            # other.
+            # The zeros are made on the CPU and then moved, and the step count has one axis. Zeros
+            # that are made on XLA, or a scalar 0 that is moved there, would be constants of the
+            # first step's program, and the second step would compile again.
             zeros = torch.zeros_like(p, device="cpu")
             optimizer.state[p] = {
                 "step": torch.zeros(1).to(p.device),
@@ -108,13 +110,13 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 class PuzzleEmbeddingSGD:
-    """Sign descent on the rows of the puzzle embedding that occur in the global batch.
+    """signSGD (arXiv 1802.04434) on those rows of the puzzle embedding that are in the batch.
 
-        p = p * (1 - lr * weight_decay) - lr * sign(gradient, summed over all occurrences of the
-        row)
+        p = p * (1 - lr * weight_decay) - lr * sign(g)
 
-    weights: [N, E] float32, changed in place; other rows stay as they are. A step costs O(N * E),
-    which is meant for tables of up to a few thousand rows.
+    g is the gradient, summed over all occurrences of the row in the global batch. Rows that do not
+    occur stay as they are. weights: [N, E] float32, changed in place. A step costs O(N * E), so it
+    is meant for tables of up to a few thousand rows.
     """
 
     def __init__(self, weights: torch.Tensor, weight_decay: float = 0.0):

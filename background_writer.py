@@ -17,8 +17,8 @@ class BackgroundWriter:
     `retry_seconds`, and the jobs after it wait. Any other exception drops all jobs and is raised by
     the next `submit` or `finish`.
 
-    The thread is a daemon: a process that ends without `finish` drops the jobs that are left, and a
-    folder's methods leave nothing partial behind.
+    The thread is a daemon, so a process that ends without `finish` drops the jobs that are left.
+    That is safe, because the methods of a storage folder write a file completely or not at all.
     """
 
     def __init__(self, retry_seconds: float = 30.0):
@@ -31,7 +31,7 @@ class BackgroundWriter:
         self.submit_deadline: float | None = None  # time.monotonic()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Append a job that needs the jobs before it."""
+        """Append a job that needs the jobs before it. Raises what an earlier job raised."""
         with self.changed:
             self._raise_error()
             self.jobs.append(job)
@@ -40,10 +40,10 @@ class BackgroundWriter:
     def submit_newest(self, job: Callable[[], None]) -> list[Callable[[], None]]:
         """Wait until the earlier jobs have ended, then append this one.
 
-        If the first of them has failed and waits for its retry, nothing is waited for: this job
-        takes the place of all of them, and they are returned. Raises what an earlier job raised,
-        and StorageError if an earlier job is still running at the deadline that `hurry` has set;
-        then `job` is not appended.
+        If the first of the earlier jobs has failed and waits for its retry, this method does not
+        wait. The new job replaces all of them, and they are returned. Raises what an earlier job
+        raised, and StorageError if an earlier job is still running at the deadline of `hurry`. Then
+        `job` is not appended.
         """
         with self.changed:
             while self.jobs and self.storage_error is None and self.error is None:
@@ -69,17 +69,17 @@ class BackgroundWriter:
             return dropped
 
     def hurry(self, seconds: float) -> None:
-        """From now on no call of `submit_newest` waits longer than until `seconds` from now, also
-        one that is already waiting."""
+        """Set a deadline `seconds` from now for every call of `submit_newest`, and for one that is
+        already waiting."""
         with self.changed:
             self.submit_deadline = time.monotonic() + seconds
             self.changed.notify_all()
 
     def finish(self, timeout: float | None = None) -> None:
-        """Wait until no job is left. A job that waits for a retry is called once more, at once.
+        """Wait until no job is left. A job that waits for its retry is called once more, at once.
 
-        Raises StorageError if that fails too, or if a job is still running after `timeout` seconds
-        (it goes on), and whatever else a job raised.
+        Raises StorageError if the retry fails, or if a job is still running after `timeout` seconds
+        (it is not stopped). Raises any other exception that a job raised.
         """
         with self.changed:
             if self.storage_error is not None:

@@ -29,7 +29,7 @@ class CheckpointManager:
     """Saves, finds, loads and deletes the checkpoints of one run.
 
     folder: a folder of storage.py, local or gs://. keep_last_n: how many of the newest checkpoints
-    are kept; the best by exact accuracy is kept besides. staging: a local folder for files that are
+    are kept; the best by exact accuracy is kept as well. staging: a local folder for files that are
     not in `folder` yet, on the same file system if `folder` is local. writer: runs the saves in its
     thread; None if checkpoints are only read.
     before_payload: called before the payload is written. before_marker: called before a marker is
@@ -61,9 +61,9 @@ class CheckpointManager:
         the save before this one has ended. Checkpoints that are not to be kept are deleted in the
         background, once this one is complete.
 
-        A kill at any moment leaves the earlier checkpoints as they were, and this one only if it is
-        complete. Raises UserError if this checkpoint, or the one before, cannot be written, and
-        what BackgroundWriter.submit_newest raises.
+        If the process is killed at any moment, the earlier checkpoints stay as they were, and this
+        one counts only if it is complete. Raises UserError if this checkpoint, or the one before,
+        cannot be written, and what BackgroundWriter.submit_newest raises.
         """
         assert self.writer
         # A unique name: the save before may be of the same step, and still running.
@@ -87,7 +87,7 @@ class CheckpointManager:
 
     def not_written(self, step: int, error: BaseException) -> UserError:
         """The error to raise if the checkpoint of `step` cannot be written."""
-        # torch reports a failed write as RuntimeError, whose context is the OSError, if any.
+        # torch reports a failed write as RuntimeError. Its __context__ may be the OSError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         return UserError(
             f"{self.url(step)}: the checkpoint could not be written ({cause}): free some space or "
@@ -125,6 +125,7 @@ class CheckpointManager:
         for name in files:
             found = re.fullmatch(r"checkpoint_step_(\d+)\.pt", name)
             if found and markers and marker_name(int(found[1])) not in files:
+                # a later payload may belong to a save that is about to write its marker
                 steps += [int(found[1])] if int(found[1]) < markers[-1]["step"] else []
         for step in steps:
             # The marker first: at no moment does a marker lack its payload.
@@ -139,10 +140,10 @@ class CheckpointManager:
     def markers(self) -> list[dict[str, Any]]:
         """The markers of the complete checkpoints, oldest first.
 
-        A marker is {"step": int, "bytes": int, "sha256": str, both of the payload, "metrics": the
-        evaluation, with at least exact_accuracy, or None}.
+        A marker is {"step": int, "bytes": int, "sha256": str, "metrics": dict or None}. bytes and
+        sha256 are of the payload. metrics is the evaluation, with at least exact_accuracy.
 
-        Those that are damaged, or do not fit their payload, are left out with a warning.
+        Markers that are damaged or do not fit their payload are left out with a warning.
         """
         found, sizes = [], self.folder.list()
         for name in sizes:
@@ -177,7 +178,7 @@ class CheckpointManager:
         return f"the last good checkpoint is {self.url(markers[-1]['step'])}"
 
     def best_marker(self) -> dict[str, Any] | None:
-        """The marker with the highest exact accuracy, the later one of equals, or None."""
+        """The marker with the highest exact accuracy, or None. Among equals it is the latest."""
         return next(iter(self._best_first()), None)
 
     def _best_first(self):
@@ -188,7 +189,7 @@ class CheckpointManager:
     def load_latest(self) -> bytes | None:
         """The payload of the newest complete checkpoint, for load_checkpoint, or None.
 
-        Prints a warning for each damaged one. Raises what the folder's methods raise.
+        Prints a warning for each damaged one. Raises StorageError if the storage does not answer.
         """
         path = self._first_complete(reversed(self.markers()))
         return path.read_bytes() if path else None
@@ -217,7 +218,10 @@ class CheckpointManager:
         return path
 
     def _first_complete(self, markers: Iterable[dict[str, Any]]) -> Path | None:
-        """The local path of the first checkpoint whose checksum is right; the others warn."""
+        """The local path of the first checkpoint whose checksum is right, or None.
+
+        Prints a warning for each one before it.
+        """
         for marker in markers:
             reason = "its content is not what was written (checksum)"
             try:
@@ -343,7 +347,7 @@ def load_checkpoint(source: str | Path | bytes, name: str | None = None) -> dict
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{source!s}: there is no such checkpoint") from None
-    except Exception as error:  # the unpickler raises anything on damaged bytes
+    except Exception as error:  # on damaged bytes the unpickler may raise any exception
         reason = (str(error).strip().splitlines() or [""])[0]
         what = name or ("the newest checkpoint" if isinstance(source, bytes) else source)
         raise UserError(

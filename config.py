@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).resolve().parent / "configs"
 
 
 # --------------------------------------------------------------------------------------------------
-# The knobs, with their defaults: configs/base_sudoku_tpu.yaml repeats all of them
+# The settings ("knobs") and their defaults: configs/base_sudoku_tpu.yaml repeats all of them
 # --------------------------------------------------------------------------------------------------
 def _knob(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
     """A field with its rule: choices=(...), or any of gt=, ge=, lt=, le= for numbers."""
@@ -39,7 +39,7 @@ class TPUConfig:
     # TPU_ZONE, TPU_NAME and TPU_BUCKET take precedence over a file's values.
     project: str | None = None  # Google Cloud project
     zone: str | None = None  # null: the first zone that tpu_types.py has for this kind of TPU
-    name: str | None = None  # of the slice
+    name: str | None = None  # name of the slice (TPU VM)
     # gs://bucket or a folder in it, for datasets and runs, in the region of the slice
     bucket: str | None = None
     # image of the hosts; null: the one that Google names for this kind of TPU
@@ -72,6 +72,7 @@ class ModelConfig:
     puzzle_emb_ndim: int = _knob(512, ge=0)  # 0: no puzzle embedding, no prefix
     puzzle_emb_len: int = _knob(16, ge=0)  # prefix positions; 0: as few as puzzle_emb_ndim needs
     halt_max_steps: int = _knob(16, ge=1)  # N_sup: supervision steps
+    # probability that a slot must do a random number of supervision steps before it may halt
     halt_exploration_prob: float = _knob(0.1, ge=0, le=1)
     # dtype of the activations; the weights stay float32. auto: what the checkpoint to resume has;
     # for a new run bfloat16, but float32 on a CPU without instructions for bfloat16
@@ -100,17 +101,17 @@ class TrainingConfig:
     lr_warmup_steps: int = _knob(2000, ge=0)
     beta1: float = _knob(0.9, ge=0, lt=1)
     beta2: float = _knob(0.95, ge=0, lt=1)
-    weight_decay: float = _knob(1.0, ge=0)  # decoupled, times lr
+    weight_decay: float = _knob(1.0, ge=0)  # decoupled: a step multiplies by 1 - lr * weight_decay
     puzzle_emb_lr: float = _knob(1e-4, ge=0)
     puzzle_emb_weight_decay: float = _knob(1.0, ge=0)
-    grad_clip_norm: float = _knob(0.0, ge=0)  # 0: no clipping
+    grad_clip_norm: float = _knob(0.0, ge=0)  # of all gradients together, L2; 0: no clipping
     # H_cycles and L_cycles by stage of the training; null: the model's own throughout
     curriculum: list[Stage] | None = None
     # the cell loss of supervision step t counts step_loss_decay^(t - 1)
     step_loss_decay: float = _knob(1.0, gt=0, le=1)
-    # price of a further supervision step in the loss: times 1 - sigmoid(halting logit); 0: none
+    # adds ponder_cost * (1 - sigmoid(halting logit)) to the loss; 0: nothing
     ponder_cost: float = _knob(0.0, ge=0)
-    grad_accumulation_steps: int = _knob(1, ge=1)  # parts of a worker's batch, one after the other
+    grad_accumulation_steps: int = _knob(1, ge=1)  # micro-batches of a worker's batch
     # processes of this host on CUDA (one a GPU) and CPU; null: 1. On a TPU there is one for each
     # chip
     num_workers: int | None = _knob(None, ge=1)
@@ -128,8 +129,8 @@ class TrainingConfig:
 class CheckpointConfig:
     # a checkpoint is also saved at evaluations, at the last step and on SIGTERM
     interval_steps: int = _knob(5000, ge=1)
-    interval_minutes: float | None = _knob(10, gt=0)  # since the last one; whichever comes first
-    keep_last_n: int = _knob(3, ge=1)  # the best by exact accuracy is kept besides
+    interval_minutes: float | None = _knob(10, gt=0)  # null: by steps only
+    keep_last_n: int = _knob(3, ge=1)  # and also the best by exact accuracy
 
 
 @dataclass(kw_only=True)
@@ -144,7 +145,7 @@ class EvaluationConfig:
     # the split that is evaluated during training, and by which the best checkpoint is chosen
     split: str = _knob("test", choices=("test", "val"))
     interval_epochs: float = _knob(5000, gt=0)
-    batch_size: int = _knob(1024, ge=1)  # puzzles of one worker
+    batch_size: int = _knob(1024, ge=1)  # puzzles in one batch of a worker
     # puzzles of an evaluation during training; null: all. The final evaluation always takes all of
     # test
     max_examples: int | None = _knob(16384, ge=1)
@@ -185,8 +186,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def knob_value(key: str, text: str, source: str) -> Any:
-    """One knob's value from `text`, its YAML; raises UserError that names `source`, as load_config
-    does, but checks no combination with other knobs."""
+    """The value of the setting `key` ("section.name") from `text`, which is YAML.
+
+    Its type and rule are checked, and no combination with other settings. Raises UserError that
+    names `source`.
+    """
     schema = _schema()
     if key not in schema:
         raise _unknown_key(key, source, schema)
@@ -195,8 +199,10 @@ def knob_value(key: str, text: str, source: str) -> Any:
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
-    """The Config of a `dataclasses.asdict`, as checkpoints store it; raises UserError that names
-    `source`."""
+    """The Config of a `dataclasses.asdict`, as checkpoints store it.
+
+    Raises UserError that names `source`, as load_config does.
+    """
     flat = {}
     for key, value in values.items():
         for name, leaf in value.items() if isinstance(value, dict) else [(None, value)]:
@@ -345,7 +351,7 @@ def _unknown_key(key: str, source: str, schema: dict) -> UserError:
     return UserError(f"{source}: {key}: there is no such key{hint}")
 
 
-SYNONYMS = {"gpu": "cuda"}  # of values
+SYNONYMS = {"gpu": "cuda"}  # for "did you mean" where a value is not valid
 
 
 def _convert(key: str, value: Any, source: str, kind: Any, rule: typing.Mapping) -> Any:
@@ -438,7 +444,7 @@ def _refused(config: Config, source: Callable[[str], str], key: str, text: str) 
 
 
 def batch_fault(config: Config, workers: int) -> str | None:
-    """Why so many workers cannot share the global batch, or None if they can."""
+    """The rule that the global batch breaks with so many workers, or None."""
     parts = config.training.grad_accumulation_steps
     if config.training.global_batch_size % (workers * parts) == 0:
         return None
@@ -513,7 +519,8 @@ def _check_curriculum(config: Config, source: Callable[[str], str]) -> None:
 # --------------------------------------------------------------------------------------------------
 # What follows from a configuration
 # --------------------------------------------------------------------------------------------------
-# in the sections model and training: keys that change how numbers are computed, and not the numbers
+# Settings of the sections model and training that a run may change when it is resumed: they change
+# how numbers are computed, and not the numbers.
 SAME_NUMBERS = {
     "model.activation_checkpointing",
     "training.compile",
@@ -525,7 +532,10 @@ SAME_NUMBERS = {
 
 def planned_workers(config: Config, device: str | None = None) -> int:
     """Workers of the configuration: one for each chip on a TPU slice, otherwise
-    training.num_workers."""
+    training.num_workers.
+
+    device: in place of the configuration's own device, which may be "auto".
+    """
     if (device or config.device) != "tpu":
         return config.training.num_workers or 1
     return tpu_types.slice_type(config.tpu.accelerator_type).chips
@@ -541,7 +551,8 @@ def differences(config: Config, saved: dict[str, Any], sections: Iterable[str]) 
     """What in these sections differs from `saved` (a dict, as checkpoints hold it): "section.key
     old -> new; ...".
 
-    Left out is what changes no number, and a forward_dtype that is "auto": it takes what was saved.
+    Settings that change no number are left out. So is a forward_dtype "auto", because it takes the
+    saved one.
     """
     free = {"data.dataset_path", "data.prefetch_batches", *SAME_NUMBERS}
     if config.model.forward_dtype == "auto":

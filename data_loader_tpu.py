@@ -26,7 +26,7 @@ from utils import (
     random_stream,
 )
 
-# the arrays of a split, all__{name}.npy, and their dimensions; ratings may be missing
+# The arrays of a split, all__{name}.npy: {name: number of dimensions}. ratings may be missing.
 FIELDS = {
     "inputs": 2,
     "labels": 2,
@@ -42,10 +42,10 @@ Batch = dict[str, np.ndarray]  # inputs, labels [b, S] uint8; puzzle_identifiers
 class SudokuDatasetTPU:
     """One split of a dataset folder, checked and held in memory.
 
-    inputs, labels: [N, S] uint8 (0 pad, 1 empty cell, 2 and above digits); puzzle_identifiers:
-    [N]; group_indices: [G+1], where group g is the rows group_indices[g] to group_indices[g+1], one
-    puzzle and its stored augmentations; ratings: [N], or None if the dataset has none, as the
-    original's; fingerprint: SHA-256 of inputs and labels.
+    inputs, labels: [N, S] uint8 (0 pad, 1 empty cell, 2 and above digits). puzzle_identifiers: [N]
+    integers. group_indices: [G+1] integers; group g is one puzzle and its stored augmentations, in
+    the rows from group_indices[g] up to, but not including, group_indices[g+1]. ratings: [N]
+    integers, or None: the original's datasets have none. fingerprint: SHA-256 of inputs and labels.
 
     Raises UserError if a file is missing, damaged or of another format.
     """
@@ -99,8 +99,8 @@ class SudokuDatasetTPU:
 
     def _load(self, file: Path) -> np.ndarray:
         try:
-            # No pickles: numpy would execute them. Its advice to allow them is left out of the
-            # message.
+            # No pickles, because loading one executes code. The message keeps only the first
+            # sentence of numpy's error, since the second advises to allow pickles.
             return np.lib.format.read_array(io.BytesIO(file.read_bytes()), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or str(error).split(". ")[0]
@@ -118,7 +118,7 @@ class SudokuDatasetTPU:
                 raise self._damaged(f"all__{name}.npy is {array.dtype}{list(array.shape)}")
         count = len(self.inputs)
         rows = {name: len(array) for name, array in arrays.items() if name != "group_indices"}
-        rows["puzzle_indices"] -= 1
+        rows["puzzle_indices"] -= 1  # it holds boundaries, one more than puzzles
         shape = (count, self.seq_len)
         same_length = count > 0 and set(rows.values()) == {count}
         if not same_length or not self.inputs.shape == self.labels.shape == shape:
@@ -164,15 +164,15 @@ class SudokuDatasetTPU:
 class TrainLoader:
     """Endless training batches of one worker, prepared ahead by a thread.
 
-    Concatenate one permutation of the puzzles for each epoch; step s, from 0, reads the positions
-    s*B to (s+1)*B, where B is the global batch size. For each puzzle it draws one of the stored
-    augmentations and, if `augment`, applies a random symmetry.
+    The order of the puzzles is one permutation for each epoch, one after the other. Step s, from 0,
+    reads its positions s*B to (s+1)*B, where B is the global batch size. For each puzzle the loader
+    draws one of the stored augmentations. If `augment`, it then applies a random symmetry.
 
-    augmentations: N for one of N fixed symmetries of each puzzle, or the puzzle itself, each with
-    the same probability, in place of any symmetry. Symmetry k, from 1 to N, depends on (seed,
-    puzzle, k) alone. So the batches are those of a dataset that was built with --num_aug N and this
-    seed, and nothing is stored. The dataset must have no stored augmentations, and `augment` must
-    be true.
+    augmentations: None for any symmetry. A number N restricts each puzzle to N fixed symmetries and
+    the puzzle itself, each drawn with the same probability. Symmetry k, from 1 to N, depends on
+    (seed, puzzle, k) alone. So the batches are those of a dataset that was built with --num_aug N
+    and this seed, and nothing is stored. The dataset must then have no stored augmentations, and
+    `augment` must be true.
     """
 
     def __init__(
@@ -209,8 +209,10 @@ class TrainLoader:
         return chosen
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch, [puzzles]; two are kept, that which ends and that which
-        begins."""
+        """The permutation of an epoch, [num_puzzles] int64.
+
+        Two are cached, because a batch may hold the end of one epoch and the start of the next.
+        """
         if epoch not in self.orders:
             self.orders = {k: order for k, order in self.orders.items() if k == epoch - 1}
             stream = random_stream(self.seed, STREAM_EPOCH_ORDER, epoch)
@@ -220,7 +222,8 @@ class TrainLoader:
     def batch(self, step: int) -> Batch:
         """This worker's part of the global batch of `step` (from 0), a function of (seed, step).
 
-        inputs, labels: [b, S] uint8; puzzle_identifiers: [b] int32.
+        inputs, labels: [b, S] uint8; puzzle_identifiers: [b] int32, where b is the worker's batch
+        size. Any thread may call it for any step.
         """
         data, puzzles = self.dataset, self._puzzles(step)
         stream = random_stream(self.seed, STREAM_AUGMENTATION, step)
@@ -304,9 +307,9 @@ def evaluation_batches(
     """One worker's share of the examples. Each example is in exactly one share, and each worker has
     the same number of batches.
 
-    Yields (batch, rows): a batch of `batch_size` rows like the loader's, which ends with padding
-    where the examples run out, and the numbers of its real examples, [<= batch_size].
-    max_examples: a random subset, the same at every call.
+    Yields (batch, rows). batch: `batch_size` rows, as TrainLoader.batch has them; pads fill the end
+    of the last ones. rows: [<= batch_size] int64, the example numbers of those that are no pads.
+    max_examples: evaluate only so many, a random subset that is the same at every call.
     """
     chosen: np.ndarray = np.arange(len(dataset))
     if max_examples is not None and max_examples < len(dataset):

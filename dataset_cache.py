@@ -25,13 +25,15 @@ DATASET_FILE = re.compile(
 
 
 def local_dataset(url: str, cache_dir: str | Path | None = None) -> Path:
-    """The local folder of the dataset at `url`: a local path as it is, a gs:// one downloaded.
+    """The local folder of the dataset at `url`, which is a local path or a gs:// folder.
 
-    cache_dir: by default $TRM_CACHE, or ~/.cache/trm. The processes of a host wait while one of
-    them downloads. If the listing in the bucket (names, sizes, generations, checksums) changes,
-    that is another version, and earlier ones stay: runs may be reading them.
-    Raises UserError if there is no whole dataset, or if a name in it leads out of its folder;
-    StorageError if the bucket does not answer.
+    A gs:// folder is downloaded into cache_dir (default: $TRM_CACHE, or ~/.cache/trm). The other
+    processes of the host wait meanwhile. If the listing in the bucket (names, sizes, generations,
+    checksums) has changed, a new version is downloaded. Earlier versions stay, because runs may be
+    reading them.
+
+    Raises UserError if there is no whole dataset, or if a name in it leads out of its folder.
+    Raises StorageError if the bucket does not answer.
     """
     if not is_remote(url):
         return Path(url)
@@ -92,8 +94,10 @@ def _download(folder: GCSFolder, versions: dict[str, ObjectVersion], dataset: Pa
 
 
 def _check_build(url: str, dataset: Path) -> None:
-    """Raises UserError if the files are not those that build_info.json describes, if there is
-    one."""
+    """Raises UserError if the files are not those that build_info.json describes.
+
+    Without a build_info.json nothing is checked.
+    """
     try:
         digests = json.loads((dataset / "build_info.json").read_bytes())["sha256"].items()
     except FileNotFoundError:
@@ -106,8 +110,8 @@ def _check_build(url: str, dataset: Path) -> None:
     for name, expected in digests:
         path = dataset / checked_name(name, f"{url}/build_info.json")
         if not path.is_file() or sha256_of(path) != expected:
-            fault = "not the file (sha256)" if path.is_file() else "missing, a file"
+            what = "not the file (sha256)" if path.is_file() else "missing, a file"
             raise UserError(
-                f"{url}/{name} is {fault} that build_info.json names: upload the dataset again, "
+                f"{url}/{name} is {what} that build_info.json names: upload the dataset again, "
                 "all of it"
             )

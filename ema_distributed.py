@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the trained weights, on one worker or on all."""
+"""Exponential moving average (EMA) of the trained weights, kept by rank 0 or by every worker."""
 
 import copy
 
@@ -31,16 +31,16 @@ class EMADistributed:
     def update_in_step(self, model: TinyRecursiveModel) -> None:
         """Add the model's present weights, float32 and on the same device, to the average.
 
-        A part of the training step.
+        `TrainState.train_step` calls it, so on XLA it is part of the step's program.
         """
         if self.strategy == "every_worker":
             self._update(model)
 
     def update_after_step(self, model: TinyRecursiveModel) -> None:
-        """As update_in_step, after the step.
+        """Do what update_in_step does, but for the strategy "rank0" and after the step.
 
-        On XLA this is a program of its own: replicas whose step programs differ would hang in the
-        step's all-reduce.
+        On XLA this is a program of its own, because only rank 0 runs it. Workers whose step
+        programs differ would hang in the step's all-reduce.
         """
         if self.strategy == "rank0" and self.device.workers.rank == 0:
             self._update(model)

@@ -1,5 +1,5 @@
-"""What --eval_only does: the test split, with the weights of a checkpoint of any origin and with
-averages of checkpoints of the run."""
+"""--eval_only: evaluate the test split with the weights of a checkpoint, which may be of another
+run or of the original, and with averages of the run's checkpoints."""
 
 import io
 import time
@@ -27,8 +27,11 @@ from utils import UserError
 
 
 def evaluate_only(rank: int, config: Config, args: Namespace) -> None:
-    """Evaluate a checkpoint on the whole test split, averaged and raw weights, and the averages of
-    checkpoints at args.average (a list of steps for each); write eval.json."""
+    """Evaluate a checkpoint on the whole test split and write eval.json.
+
+    Its averaged weights and its raw weights are evaluated. So is the mean of the checkpoints of
+    each list of steps in args.average. Raises UserError if a checkpoint is missing or does not fit.
+    """
     device = Device(config.device)
     workers = device.workers
     with workers.together():
@@ -69,7 +72,7 @@ def evaluate_only(rank: int, config: Config, args: Namespace) -> None:
 
 
 def _read(checkpoints: CheckpointManager, name: str, workers: Workers) -> tuple[str, bytes]:
-    """(path, content) of a checkpoint, which rank 0 reads, on every worker."""
+    """Collective. (path, content) of a checkpoint: rank 0 reads it and sends it to all."""
     path, data = Path(), b""
     with workers.together():
         if workers.rank == 0:
@@ -82,7 +85,7 @@ def _read(checkpoints: CheckpointManager, name: str, workers: Workers) -> tuple[
 def _averages(
     config: Config, checkpoints: CheckpointManager, wanted: list[list[int]], workers: Workers
 ) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """(what it is, weights) of each average, which rank 0 computes, on every worker."""
+    """Collective. Yields (description, weights) of each average: rank 0 computes it for all."""
     for steps in wanted:
         file = io.BytesIO()
         with workers.together():

@@ -22,15 +22,15 @@ from storage import join, open_folder
 from train_state import TrainState
 
 RATING_EDGES = (0, 1, 5, 10, 20, 50, 100, 200, 500)  # lower edges of the rating buckets
-# of a result: for eval.json, too long for a record of metrics.jsonl
+# keys of a result that go to eval.json only, because they are too long for a line of metrics.jsonl
 PER_PUZZLE_KEYS = ("solved", "dataset_sha256")
-# of a result: for the marker of the checkpoint
+# keys of a result that go into the marker of the checkpoint
 MARKER_KEYS = ("split", "weights", "count", "exact_accuracy", "cell_accuracy")
-# of the scores of trm_model.evaluation_step, in their order
+# the rows of what trm_model.evaluation_step returns, in order
 SCORES = ("cell_accuracy", "exact_accuracy", "q_halt_accuracy", "lm_loss", "q_halt_loss")
 EXACT = SCORES.index("exact_accuracy")
 HALTING_LOGIT = len(SCORES)  # the row after them
-# of the sigmoid of the halting logit, for early_stop
+# probabilities of halting (sigmoid of the halting logit) at which early_stop stops
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
 
 
@@ -45,15 +45,18 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Give every puzzle exactly halt_max_steps supervision steps; each worker takes its share.
 
-    batch_size: puzzles of one worker. forward: trm_model.evaluation_step, compiled or not.
-    max_examples: only so many, a random subset that is always the same.
+    batch_size: puzzles in one batch of a worker. forward: trm_model.evaluation_step, compiled or
+    not. max_examples: evaluate only so many, a random subset that is always the same.
 
-    Returns None but on rank 0, where it returns a dict: count; cell_accuracy, exact_accuracy,
-    q_halt_accuracy, lm_loss, q_halt_loss (means over puzzles after the last step);
-    exact_accuracy_by_step [halt_max_steps]; early_stop (of the function early_stop); by_rating
-    [{rating_min, rating_max, count, exact_accuracy}]; eval_seconds; puzzles_per_second; solved
-    (pack_solved of the puzzles in the dataset's order); dataset_sha256 (of the split's inputs and
-    labels: two runs with the same one saw the same puzzles).
+    Collective. Rank 0 gets a dict with these keys, and the other workers get None:
+
+    - count; cell_accuracy, exact_accuracy, q_halt_accuracy, lm_loss, q_halt_loss: the number of
+      puzzles, and means over them after the last step
+    - exact_accuracy_by_step: [halt_max_steps]
+    - early_stop, by_rating: what the functions `early_stop` and `accuracy_by_rating` return
+    - eval_seconds, puzzles_per_second: over all workers
+    - solved: `pack_solved` of the puzzles in the dataset's order
+    - dataset_sha256: of the split's inputs and labels
     """
     start = time.perf_counter()
     rows, scores = _evaluate_share(model, dataset, device, batch_size, forward, max_examples)
@@ -93,8 +96,10 @@ def _evaluate_share(
     forward: Callable,
     max_examples: int | None,
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """(example numbers [N], -1 for a pad; the scores of trm_model.evaluation_step at each step,
-    [halt_max_steps, 6, N] on the CPU)."""
+    """(example numbers [N] int64, -1 for a pad; scores [halt_max_steps, 6, N] float32 on the CPU).
+
+    The scores are what trm_model.evaluation_step returned at each step.
+    """
     workers = device.workers
     carry = device.put(model.empty_carry(batch_size))
     rows: list[np.ndarray] = []
@@ -112,7 +117,7 @@ def _evaluate_share(
             scores.append(score)
         rows.append(np.pad(batch_rows, (0, batch_size - len(batch_rows)), constant_values=-1))
         pending.append(scores)
-        if len(pending) > 1:  # read a batch late, so that the device has the next one to work on
+        if len(pending) > 1:  # fetched one batch later, while the device computes the next one
             results.append(device.fetch(pending.popleft()))
     results.append(device.fetch(pending.popleft()))
     return np.concatenate(rows), torch.cat([torch.stack(batch) for batch in results], dim=2)
@@ -134,11 +139,12 @@ class Evaluator:
         )
 
     def run(self) -> None:
-        """Evaluate the checkpoint of this step and note the result in its marker.
+        """Collective. Evaluate the checkpoint of this step and write the result into its marker.
 
-        Always: evaluation.max_examples of evaluation.split, with the averaged weights if there are
-        any. The best checkpoint is chosen by that, on the same puzzles every time. After the last
-        step of the run also all of test, with averaged and raw weights, for eval.json.
+        This uses evaluation.max_examples puzzles of evaluation.split, the same every time, and the
+        averaged weights if there are any. The best checkpoint is chosen by this result. After the
+        last step of the run all of test is evaluated too, with averaged and raw weights, and
+        eval.json is written.
         """
         state, config = self.state, self.state.config.evaluation
         models = {"raw": state.model}
@@ -202,11 +208,11 @@ def unpack_solved(text: str, count: int) -> np.ndarray:
 
 
 def early_stop(halting_logits: np.ndarray, exact: np.ndarray) -> list[dict[str, float]]:
-    """What an evaluation would give that stops a puzzle at the first step at which the halting head
-    is sure: [{threshold, exact_accuracy, mean_steps}].
+    """The result of an evaluation with early stopping, for each of THRESHOLDS.
 
-    It is sure where the sigmoid of its logit is at least the threshold; a puzzle at which it never
-    is gets all steps. halting_logits, exact (0 or 1): [steps, N].
+    Such an evaluation stops a puzzle at the first step at which the sigmoid of the halting logit is
+    at least the threshold, and otherwise after the last step. halting_logits, exact (0 or 1):
+    [steps, N]. Returns [{threshold, exact_accuracy, mean_steps}].
     """
     steps, count = exact.shape
     rows = []
@@ -225,10 +231,11 @@ def early_stop(halting_logits: np.ndarray, exact: np.ndarray) -> list[dict[str, 
 
 
 def accuracy_by_rating(ratings: np.ndarray | None, exact: np.ndarray) -> list[dict[str, Any]]:
-    """Exact accuracy in the buckets between RATING_EDGES; no entry for an empty bucket.
+    """Exact accuracy in the buckets between RATING_EDGES, without the empty ones.
 
-    ratings: [N] int, or None for a dataset that has none (then the list is empty). exact: [N], 0
-    or 1.
+    ratings: [N] int, the guesses of sudoku.solve, or None for a dataset that has none. exact: [N],
+    0 or 1. Returns [{rating_min, rating_max, count, exact_accuracy}], which is empty without
+    ratings. rating_max is inclusive, and None in the last bucket.
     """
     if ratings is None:
         return []
@@ -248,10 +255,10 @@ def accuracy_by_rating(ratings: np.ndarray | None, exact: np.ndarray) -> list[di
 
 
 def write_eval_json(folder: Any, checkpoint: Any, config: Config, results: list[dict]) -> None:
-    """Write the final evaluation as eval.json into a folder of storage.py.
+    """Write eval.json, the final evaluation, and print where it is.
 
-    It holds the checkpoint's place, the configuration of the evaluation, and a result for each set
-    of weights.
+    folder: from storage.open_folder. checkpoint: its path or URL. results: of `evaluate`, one for
+    each set of weights.
     """
     content = {
         "checkpoint": str(checkpoint),

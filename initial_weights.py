@@ -34,9 +34,10 @@ def weights_in(content: Any, source: str) -> dict[str, dict[str, torch.Tensor]]:
 def initial_weights(
     config: Config, dataset: SudokuDatasetTPU, path: str, workers: Workers
 ) -> dict[str, torch.Tensor]:
-    """The raw weights of a file (local or gs://), for a new run. Rank 0 prints what is left out.
+    """The raw weights of the checkpoint at `path` (local or gs://), for a new run.
 
-    They are tried on a new model first. Raises UserError if there are none, or they do not fit.
+    Rank 0 prints which of them the model does not use. Raises UserError if there is no such file,
+    if it holds no weights, or if they do not fit the model.
     """
     source = f"--init_from {path}"
     weights = weights_in(load_checkpoint(fetch_file(path, cache_folder())), source)["raw"]

@@ -20,7 +20,7 @@ def truncated_normal(
 ) -> torch.Tensor:
     """Draw float32 values from a normal distribution cut off at two of its standard deviations.
 
-    They are rescaled so that their standard deviation is `std` after the cut, as JAX does.
+    The values are rescaled so that their standard deviation after the cut is `std`, as in JAX.
     """
     cut_away = 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2))
     std_after_cut = math.sqrt(1 - cut_away)
@@ -80,7 +80,10 @@ SwiGLUWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def swiglu(x: torch.Tensor, weights: SwiGLUWeights, axis: int) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)) of x [B, M, N] along `axis`, which comes last in the result."""
+    """down(silu(gate(x)) * up(x)) along `axis` of x [B, M, N].
+
+    Returns [B, M, N] for axis 2, and [B, N, M] for axis 1: the mixed axis comes last.
+    """
     gate, up, down = (cast(weight, x.dtype) for weight in weights)
     x = x.transpose(axis, 2)
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
@@ -89,8 +92,8 @@ def swiglu(x: torch.Tensor, weights: SwiGLUWeights, axis: int) -> torch.Tensor:
 def mix(x: torch.Tensor, weights: SwiGLUWeights, axis: int) -> torch.Tensor:
     """The mixing step of a SwiGLU: rms_norm(x + swiglu(x)) along `axis` of x [B, L, D].
 
-    This is PyTorch's form for CPU and CUDA. xla_mixing.py and pallas_mixing.py have other forms
-    with the same arguments and result.
+    This is the implementation in PyTorch, for CPU and CUDA. xla_mixing.py and pallas_mixing.py have
+    others with the same arguments and result. Raises RuntimeError on an XLA device.
     """
     if on_xla(x):
         raise RuntimeError(
@@ -103,7 +106,8 @@ class SwiGLU(nn.Module):
     """An MLP with a gate (arXiv 2002.05202), followed by its residual connection and RMS norm.
 
     Its width W is round(expansion * dim * 2/3), rounded up to a multiple of 256.
-    mix: the function that computes it, `layers.mix` unless another one is put in its place.
+    mix: the function that `forward` calls. It is `layers.mix` unless mixing.py puts another one in
+    its place.
     """
 
     mix: Callable[[torch.Tensor, SwiGLUWeights, int], torch.Tensor]
@@ -118,7 +122,7 @@ class SwiGLU(nn.Module):
     def weights(self) -> SwiGLUWeights:
         """(gate, up, down) for `forward`. Call it once in a step.
 
-        The backward pass then joins the gradients of gate and up once, and not at each use.
+        The backward pass then concatenates the gradients of gate and up once, and not at each use.
         """
         gate, up = self.gate_up_proj.weight.chunk(2)
         return gate, up, self.down_proj.weight
@@ -156,11 +160,11 @@ def rope_table(length: int, head_dim: int) -> torch.Tensor:
 
     Returns [2, length, head_dim] float32.
     """
-    # The original's operations in the original's order: in an angle of 90 radians, one last digit
-    # of the frequency is already visible.
+    # The operations are in the original's order. Another order changes the last digit of a
+    # frequency, and position 90 multiplies that error by 90.
     inverse = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), inverse).repeat(1, 2)
-    # The cosine of float32 differs in its last digit from one processor to another.
+    # In float64, because the last digit of a float32 cosine depends on the processor.
     return torch.stack((angle.double().cos(), angle.double().sin())).float()
 
 

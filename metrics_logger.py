@@ -1,6 +1,7 @@
 """One record for each logging interval: metrics.jsonl, TensorBoard, and the console.
 
-The console shows a bar on a terminal, and lines elsewhere. To read records no package is needed.
+The console shows a progress bar on a terminal, and lines elsewhere. Reading records needs neither
+tensorboardX nor tqdm.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 from utils import UserError, replace_file
 
-# what differs between two runs of the same training
+# the keys of a record that differ between two runs of the same training
 TIMING_KEYS = (
     "wall_time",
     "train_seconds",
@@ -33,10 +34,11 @@ TIMING_KEYS = (
 class MetricsLogger:
     """Writes the records of one run.
 
-    folder: for metrics.jsonl and tensorboard/. start_step: the step of the checkpoint that the run
-    goes on from. Records of later steps are dropped, and the evaluation of that step too unless it
-    was finished (evaluated): so resuming neither repeats a record nor loses one. last_step: of this
-    start, for the progress bar and the time left. Raises UserError if the records are damaged.
+    folder: for metrics.jsonl and tensorboard/. start_step: the step of the checkpoint to continue
+    from, or 0. evaluated: whether the evaluation of that step was finished. Records of later steps
+    are dropped, and so is an evaluation of start_step that was not finished. So resuming neither
+    repeats a record nor loses one. last_step: where this command stops, for the progress bar and
+    the time left. Raises UserError if the records are damaged.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class MetricsLogger:
             self.bar = tqdm(total=last_step, initial=start_step, unit="step", dynamic_ncols=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """record: a flat dict with step, split, wall_time (Unix seconds) and metrics."""
+        """Write one record. It is a flat dict with step, split, wall_time (Unix seconds) and
+        metrics."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.writer:
@@ -90,8 +93,8 @@ class MetricsLogger:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`. In a log the first step is reported: it compiles, and may take a
-        minute."""
+        """Move the bar to `step`. Where there is no bar, print a line after the first step, because
+        it compiles and may take a minute."""
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
         elif self.first_step_began is not None:
@@ -100,14 +103,15 @@ class MetricsLogger:
         self.first_step_began = None
 
     def flush(self) -> None:
-        """Bring every record to the disk; to be done before the checkpoint that makes them
-        count."""
+        """Write every record to the disk. Call it before saving a checkpoint: a run that resumes
+        there relies on the records up to it."""
         self.file.flush()
         os.fsync(self.file.fileno())
         if self.writer:
             self.writer.flush()
 
     def close(self) -> None:
+        """Write every record to the disk and close the files. `say` may be called after it."""
         self.flush()
         self.file.close()
         if self.writer:
@@ -195,7 +199,7 @@ def read_records(data: bytes, name: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_kept(record: dict[str, Any], step: int, evaluated: bool) -> bool:
-    """Whether a record is of the steps up to `step`: its evaluation only if `evaluated`."""
+    """Whether a run that resumes at `step` keeps a record. See MetricsLogger."""
     if record["step"] != step:
         return record["step"] < step
     return evaluated or record["split"] == "train"

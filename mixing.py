@@ -1,4 +1,4 @@
-"""Which form of its computation a model uses on a device: PyTorch's, XLA's or the TPU kernels."""
+"""Which implementation of its SwiGLUs a model uses: PyTorch's, that for XLA, or TPU kernels."""
 
 import sys
 
@@ -14,11 +14,12 @@ from trm_model import TinyRecursiveModel
 def choose_mixing(
     model: TinyRecursiveModel, config: Config, device: Device, training: bool = True
 ) -> None:
-    """Give the model (still on the CPU) the forms of `mix` that suit the device. Collective.
+    """Give each SwiGLU of the model the implementation of `mix` for the device. Collective.
 
-    On a TPU that is the kernels, if they compute the right numbers on every worker; otherwise rank
-    0 prints a warning. training: check the kernels also at the batch size of training, forward and
-    backward, and not only at that of an evaluation.
+    Call it while the model is on the CPU. A TPU gets the kernels if they compute the right numbers
+    on every worker. If they do not, rank 0 prints a warning. training: also check the kernels
+    forward and backward at the batch size of training. An evaluation's batch size is always
+    checked.
     """
     if not device.is_xla:
         return
@@ -30,7 +31,7 @@ def choose_mixing(
         return
     reason = _reason_against_kernels(model, config, device, training)
     if not device.workers.any(reason is not None):
-        assert device.generation, "a TPU has one"
+        assert device.generation, "a TPU has a generation"
         use_kernels(model, device.generation)
     elif device.workers.rank == 0:
         print(
@@ -42,7 +43,7 @@ def choose_mixing(
 
 
 def use_kernels(model: TinyRecursiveModel, chip: Generation) -> None:
-    """Let the model's SwiGLUs run as kernels on this generation of TPU, where they can."""
+    """Let each SwiGLU that fits this generation of TPU run as a kernel."""
     # jax is needed for the kernels only
     import pallas_mixing
 

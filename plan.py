@@ -8,9 +8,13 @@ from utils import UserError
 
 
 def plan_text(config: Config) -> str:
-    """The configuration as YAML, and what follows from it as comments."""
+    """The configuration as YAML, and what follows from it as comments.
+
+    Where the dataset cannot be read, 9x9 grids and data.expected_puzzles are assumed. Raises
+    UserError as `Schedule.of` and `stages` do.
+    """
     num_puzzles: int | None
-    sized = with_forward_dtype(config, "float32")  # "auto" waits for a device; sizes are the same
+    sized = with_forward_dtype(config, "float32")  # no device is there to settle "auto"
     try:
         dataset = load_dataset(config, "train")
         num_puzzles, known = dataset.num_puzzles, str(dataset.path)
@@ -48,7 +52,7 @@ def plan_text(config: Config) -> str:
 def step_flops(
     config: Config, model: trm_model.TinyRecursiveModel, cycles: trm_model.Cycles | None = None
 ) -> float:
-    """FLOPs of a training step, over all workers. cycles: null for the model's own."""
+    """FLOPs of a training step, over all workers. cycles: None for the model's own."""
     examples = config.training.global_batch_size
     return examples * trm_model.step_flops_per_example(model, train=True, cycles=cycles)
 

@@ -22,9 +22,10 @@ from train_state import TrainState
 def start_record(
     state: TrainState, datasets: dict[str, Any], config_file: str, init_from: str | None
 ) -> dict[str, Any]:
-    """One line of starts.jsonl: what a start of a training goes on from, and with what.
+    """One line of starts.jsonl, for each time that the command starts or resumes a training.
 
-    state: before its first step of this start. datasets: {split: dataset}.
+    It says at which step, and with which command, code, machine and data. state: before the first
+    step. datasets: {split: dataset}. init_from: the argument of --init_from.
     """
     device, (commit, dirty) = state.device, code_version()
     on_tpu = device.name == "tpu"
@@ -55,14 +56,15 @@ def start_record(
 def code_version(root: Path = Path(__file__).parent) -> tuple[str | None, bool | None]:
     """(commit, dirty) of the kit's code, or (None, None) if they are not known.
 
-    They come from git; where there is no repository from $TRM_COMMIT or the file COMMIT, which hold
-    a commit as `git describe --always --dirty` writes it. dirty: whether tracked files differ from
-    the commit.
+    They come from git. Without a repository they come from $TRM_COMMIT or the file COMMIT, which
+    hold what `git describe --always --dirty` writes. dirty: whether tracked files differ from the
+    commit.
     """
     text = os.environ.get("TRM_COMMIT") or ""
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
         with contextlib.suppress(OSError):  # no git on this machine
+            # without tags, so that the text is the commit's hash
             done = subprocess.run([*command, "--exclude=*"], text=True, capture_output=True)
             text = done.stdout or text
     elif not text and (root / "COMMIT").exists():

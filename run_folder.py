@@ -1,5 +1,7 @@
-"""Where a run lives: one folder, local or gs://, which one process writes, and a local folder to
-work in."""
+"""The folder of a run, local or gs://. Only rank 0 of one training writes to it.
+
+A gs:// run also has a local working folder, from which its files are uploaded.
+"""
 
 import contextlib
 import errno
@@ -22,15 +24,15 @@ from run_lock import RunLock
 from utils import RunFailure, UserError, replace_file, warn
 
 METRICS_FILE, STARTS_FILE, EVAL_FILE = "metrics.jsonl", "starts.jsonl", "eval.json"
-# for one attempt at a storage operation: the next save waits for it, and so does the answer to
-# SIGTERM
+# The longest that one attempt at a storage operation may take. The next save waits for it, and so
+# does the answer to SIGTERM.
 SAVE_SECONDS = 20.0
-# of the lock, which is released at a preemption, when there is no time for more
+# The same for the lock. It is shorter, because a preempted process has to release the lock.
 LOCK_SECONDS = 5.0
-# A preempted VM is gone after about 30 s. So long after SIGTERM may a save take that is running,
-# and so long the last one.
+# A preempted VM is gone after about 30 s. HURRY_SECONDS: how long after SIGTERM the last save waits
+# for one that is still running. LEAVE_SECONDS: how long the last save itself may take.
 HURRY_SECONDS, LEAVE_SECONDS = 8.0, 10.0
-# at the end of a training, for a storage that does not take the last files
+# How long the end of a training retries if the storage does not accept the last files.
 FINISH_SECONDS = 600.0
 
 
@@ -57,9 +59,9 @@ def open_checkpoints(config: Config, run_name: str) -> CheckpointManager:
 
 @contextlib.contextmanager
 def writing_to(config: Config) -> Iterator[None]:
-    """UserError if what is done in the block cannot write to logging.output_dir.
+    """Turn an OSError of the block into a UserError that names logging.output_dir.
 
-    A full disk is reported elsewhere (utils.run_cli).
+    A full disk and a StorageError pass through. utils.run_cli reports them.
     """
     try:
         yield
@@ -74,7 +76,7 @@ def writing_to(config: Config) -> Iterator[None]:
 
 
 def on_rank_0(method: Callable) -> Callable:
-    """Let a method do nothing, and return None, on the other workers."""
+    """Decorator: run a method on rank 0 only. On the other workers it returns None."""
 
     @functools.wraps(method)
     def on_this_worker(self, *args):
@@ -86,12 +88,12 @@ def on_rank_0(method: Callable) -> Callable:
 class RunFolder:
     """The folder of a run in training, the same object on every worker.
 
-    Rank 0 holds the run's lock, reads and writes. On the other workers the same methods take part
-    in the collectives, and do nothing else; all workers call them in the same order. With a gs://
-    run the records are uploaded before each checkpoint counts, and at the end.
+    Rank 0 holds the run's lock, reads and writes. On the other workers the same methods only take
+    part in the collectives. All workers call them in the same order. The records of a gs:// run are
+    uploaded before the marker of each checkpoint, and at the end.
 
-    Raises UserError if another process trains this run (unless take_over), or if the folder cannot
-    be written, or not be seen from a host.
+    The constructor raises UserError if another process trains this run (unless take_over) or if
+    the folder cannot be written. `with` raises it if a host does not see the folder.
     """
 
     def __init__(self, config: Config, run_name: str, workers: Workers, take_over: bool = False):
@@ -100,10 +102,10 @@ class RunFolder:
         self.path = working_folder(self.url)  # for records, TensorBoard, eval.json
         self.logger: MetricsLogger | SilentLogger = SilentLogger()
         self.saved_at = time.monotonic()
-        self.newest: str | None = None  # the checkpoint that was submitted last
-        self.lost: Exception | None = None  # why it will not be saved
-        self.left: bool | None = None  # what leave() has returned
-        self.leaving = threading.Lock()
+        self.newest: str | None = None  # URL of the checkpoint that was submitted last
+        self.save_error: Exception | None = None  # why it will not be saved
+        self.leave_result: bool | None = None  # what leave() has returned
+        self.leave_lock = threading.Lock()
         with workers.together():
             self._open(take_over)
 
@@ -136,7 +138,10 @@ class RunFolder:
         self.leave()
 
     def _check_seen_by_all(self) -> None:
-        """After a restart another host may have rank 0, and must not begin anew."""
+        """Raises UserError if this host does not see the folder that rank 0 has made.
+
+        After a restart another host may be rank 0. Without the folder it would begin the run anew.
+        """
         if not storage.is_remote(self.url) and not Path(self.url).is_dir():
             raise UserError(
                 f"logging.output_dir: {self.url} is a folder of one host, and the run has several: "
@@ -198,15 +203,16 @@ class RunFolder:
 
     # ----- while the training goes on -----
     def save_due(self) -> bool:
-        """Whether checkpoint.interval_minutes have passed since the last one; False off rank 0."""
+        """Whether checkpoint.interval_minutes have passed since the last save. False off rank 0."""
         minutes = self.config.checkpoint.interval_minutes
         waited = time.monotonic() - self.saved_at
         return self.workers.rank == 0 and minutes is not None and waited > 60 * minutes
 
     def check(self, totals: dict[str, float]) -> None:
-        """Ends the training if a number is not finite, or another process has taken the run over.
+        """End the training if a number is not finite, or if another process has taken over the run.
 
-        totals: TrainState.wait(), the same on every worker.
+        Raises UserError on rank 0 and ends the other workers. totals: of TrainState.wait(), the
+        same on every worker.
         """
         if totals["first_not_finite"]:
             self._stop_not_finite(int(totals["first_not_finite"]))
@@ -219,7 +225,8 @@ class RunFolder:
     def save(self, step: int, state: dict[str, Any] | None) -> None:
         """Save a checkpoint in the background, after the records up to it.
 
-        state: TrainState.state_dict(). After `hurry` a checkpoint may be lost: `leave` tells.
+        state: of TrainState.state_dict(). After `hurry` the save may fail; `leave` returns whether
+        it did. Raises UserError if the checkpoint cannot be written.
         """
         self.logger.flush()
         self._save(step, state)
@@ -231,7 +238,7 @@ class RunFolder:
         try:
             self.checkpoints.save(step, state)
         except storage.StorageError as error:
-            self.lost = error
+            self.save_error = error
         except UserError:
             # A new owner of the run deletes half-written files: then the disk is not what failed.
             with contextlib.suppress(storage.StorageError):
@@ -248,7 +255,8 @@ class RunFolder:
         """Ends all workers: the loss or a gradient of `step` is not finite."""
         newest = ""
         if self.workers.rank == 0:
-            with contextlib.suppress(storage.StorageError):  # the loss is the news
+            # the error to report is the loss, and not the storage
+            with contextlib.suppress(storage.StorageError):
                 self.writer.finish()
             newest = self.checkpoints.newest_text()
         self.workers.end_together(
@@ -259,11 +267,14 @@ class RunFolder:
         )
 
     def _verify_lock(self) -> None:
-        self.lock.check(verify=True)  # what a new owner has written must stay
+        # reads the lock again, so that nothing overwrites the files of a new owner
+        self.lock.check(verify=True)
 
     def _upload_records(self) -> None:
-        """Bring what has changed since the last time into the bucket; checkpoints go by
-        themselves."""
+        """Upload the files of a gs:// run that have changed, except checkpoints.
+
+        CheckpointManager uploads those.
+        """
         self._verify_lock()
         if not storage.is_remote(self.url):
             return
@@ -279,7 +290,7 @@ class RunFolder:
     # ----- the end -----
     @on_rank_0
     def hurry(self) -> None:
-        """SIGTERM has come: from now on nothing waits long for a save that is running."""
+        """Call it after SIGTERM: `save` then waits at most HURRY_SECONDS for an earlier save."""
         self.writer.hurry(HURRY_SECONDS)
         self.lock.stop()
 
@@ -302,17 +313,17 @@ class RunFolder:
         self.lock.release()
 
     def leave(self) -> bool:
-        """As `close`, within the seconds that a preemption grants. Returns whether all is saved.
+        """Like `close`, but take at most LEAVE_SECONDS. Returns whether everything is saved.
 
-        What is not in the folder by then is given up, with a warning. Any thread may call it, also
-        again.
+        If the last save is not complete by then, a warning is printed. Any thread may call this,
+        and a second call returns the same.
         """
         return self.workers.rank != 0 or self._leave()
 
     def _leave(self) -> bool:
-        with self.leaving:
-            if self.left is None:
-                error = self.lost
+        with self.leave_lock:
+            if self.leave_result is None:
+                error = self.save_error
                 if error is None and self.lock.failure is None:
                     try:
                         self.writer.finish(LEAVE_SECONDS)
@@ -324,8 +335,8 @@ class RunFolder:
                         "on from the checkpoint before"
                     )
                 self.lock.release()
-                self.left = error is None
-            return self.left
+                self.leave_result = error is None
+            return self.leave_result
 
     @on_rank_0
     def say_end(self, step: int, total_steps: int, how: str, saved: bool = True) -> None:

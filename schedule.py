@@ -18,10 +18,10 @@ def evaluation_interval_steps(config: Config, num_puzzles: int) -> int:
 
 
 def stages(config: Config, total_steps: int) -> list[tuple[int, Stage]]:
-    """[(steps done before it, stage)] of training.curriculum; without one, the whole run at the
-    model's depth.
+    """[(steps done before the stage, stage)] of training.curriculum.
 
-    A stage begins after round(begin * total_steps) steps. Raises UserError if one has no step.
+    Without a curriculum there is one stage, with the model's H_cycles and L_cycles. A stage begins
+    after round(begin * total_steps) steps. Raises UserError if a stage has no step.
     """
     model = config.model
     whole = Stage(begin=0.0, H_cycles=model.H_cycles, L_cycles=model.L_cycles)
@@ -42,14 +42,17 @@ class Schedule:
     """When something is due in a run of `total_steps` optimizer steps. Steps count from 1."""
 
     total_steps: int
-    last_step: int  # of this start: --max_steps may end it earlier
-    evaluation_interval: int
+    last_step: int  # where this command stops: at total_steps, or earlier by --max_steps
+    evaluation_interval: int  # this and the next two in steps
     log_interval: int
     checkpoint_interval: int
 
     @classmethod
     def of(cls, config: Config, num_puzzles: int, max_steps: int | None = None) -> "Schedule":
-        """Raises UserError if the epochs make no full batch."""
+        """The schedule that `config` gives for this many training puzzles.
+
+        Raises UserError if the epochs make no full batch.
+        """
         total = total_steps(config, num_puzzles)
         if total < 1:
             raise UserError(
@@ -66,17 +69,19 @@ class Schedule:
         )
 
     def log_due(self, step: int) -> bool:
+        """Whether a record is due after `step`."""
         return step % self.log_interval == 0 or step == self.last_step
 
     def is_done(self, step: int, evaluated: bool) -> bool:
-        """Whether nothing is left to do after `step`. evaluated: whether `step` is."""
+        """Whether nothing is left to do after `step`. evaluated: whether it has been evaluated."""
         return step >= self.last_step and (evaluated or not self.evaluation_due(step))
 
     def evaluation_due(self, step: int) -> bool:
+        """Whether an evaluation is due after `step`. The end by --max_steps alone needs none."""
         return step > 0 and (step % self.evaluation_interval == 0 or step == self.total_steps)
 
     def checkpoint_due(self, step: int) -> bool:
-        """An evaluation is of a checkpoint, so one is due with it."""
+        """Whether a checkpoint is due after `step`: an evaluation is recorded in one, too."""
         return (
             step % self.checkpoint_interval == 0
             or step == self.last_step

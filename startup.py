@@ -1,7 +1,7 @@
 """What every command imports first: one message if a package is missing, and a quiet Ctrl-C.
 
-A command that begins with `import torch` ends in a traceback if the environment is not active, and
-in another one if Ctrl-C comes during the seconds that this import takes.
+A command that begins with `import torch` ends in a traceback if the environment is not active. It
+also does if Ctrl-C comes during the seconds that this import takes.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ PACKAGES = ("numpy", "yaml")
 
 
 def require(*packages: str) -> None:
-    """End with status 2 and the way out unless these packages (import names) are installed."""
+    """Exit with status 2 and a message if one of these packages (import names) is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -24,6 +24,7 @@ def require(*packages: str) -> None:
 
 
 def _quiet_on_interrupt(kind, error, trace):
+    """A sys.excepthook that prints one line for Ctrl-C, and any other traceback as usual."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.stderr.flush()

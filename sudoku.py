@@ -1,6 +1,6 @@
 """Sudoku rules, solver, puzzle generator and symmetries for sizes 4, 6 and 9.
 
-It needs numpy and the standard library only.
+This module needs only numpy and the standard library.
 
 A grid is its cells in reading order: digits 1..size, 0 for an empty cell. The solver sees the
 puzzle as exact cover. One Python integer holds every candidate, bit d * cells + c meaning "digit
@@ -47,8 +47,10 @@ def size_of(cells: int) -> int:
 
 
 def parse(text: str) -> np.ndarray:
-    """Puzzle string, '.' or '0' for an empty cell, to uint8 [S] of 0..size.
-    ValueError on a wrong length or character."""
+    """A puzzle string as uint8 [S] of 0..size; '.' or '0' is an empty cell.
+
+    Raises ValueError if the length or a character is wrong.
+    """
     size = size_of(len(text))
     allowed = ".0123456789"[: size + 2]
     for position, char in enumerate(text, 1):
@@ -61,7 +63,7 @@ def split_puzzles(text: str) -> list[tuple[int, str]]:
     """[(line number from 1, puzzle string)] of a text that holds puzzles.
 
     A puzzle is one line, or a grid of as many lines as it has columns. Spaces, empty lines, a
-    byte-order mark and what follows # do not count. Nothing is checked: see `parse`.
+    byte-order mark and what follows # do not count. Nothing is checked here; `parse` does that.
     """
     lines = [
         (number, "".join(line.partition("#")[0].split()))
@@ -120,7 +122,9 @@ def has_conflict(puzzles: np.ndarray) -> np.ndarray:
 class _Tables(NamedTuple):
     cells: int
     full: int  # every candidate
-    kinds: list[tuple[list[int], int, int]]  # (shifts, mask, spread): cells, rows, columns, boxes
+    # (shifts, mask, spread) for cells, rows, columns and boxes. mask: the first candidate of each
+    # group; shifts: from it to each candidate of the group; spread: the sum of 2^shift.
+    kinds: list[tuple[list[int], int, int]]
     keep: list[int]  # for each candidate: all candidates but those that it rules out
 
 
@@ -259,12 +263,13 @@ def _start(tables: _Tables, puzzle: Grid) -> tuple[int, int]:
 def solve(puzzle: Grid, limit: int = 2) -> Solved:
     """Solutions of a puzzle ([S] of 0..size; array, list or bytes), at most `limit`, as `Solved`.
 
-    Singles are propagated, then the candidates of the first cell with the fewest are tried in
-    ascending order. `guesses` is the difficulty rating: the tried candidates that led to no
-    solution. Once a solution is known the search goes on, to prove it unique; from there on a
-    candidate that propagation alone refutes no longer counts, one that took further guesses does.
-    A puzzle that singles solve rates 0. Contradictory givens have no solution.
-    ValueError on a wrong number of cells or a digit outside 0..size.
+    Singles are propagated. Then the candidates of the first cell with the fewest are tried in
+    ascending order. `guesses` is the difficulty rating: the number of tried candidates that led to
+    no solution. When a solution is known, the search continues, to prove it unique. From then on a
+    candidate counts only if propagation alone does not refute it. A puzzle that singles solve has
+    rating 0. Contradictory givens have no solution.
+
+    Raises ValueError if the number of cells is wrong or a digit is outside 0..size.
     """
     size = size_of(len(puzzle))
     if not all(0 <= digit <= size for digit in puzzle):
@@ -309,7 +314,7 @@ def dig(solution: bytes, rng: random.Random, clues: int = 0) -> bytes:
     return bytes(puzzle)
 
 
-MIN_CLUES = {4: 4, 6: 9, 9: 22}  # below these, digging random grids practically never arrives
+MIN_CLUES = {4: 4, 6: 9, 9: 22}  # with fewer clues `generate` almost never succeeds
 _MAX_DIGS = 5000
 
 
@@ -318,9 +323,10 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random puzzle with exactly one solution and that solution, two uint8 [S] arrays.
 
-    clues: how many givens, MIN_CLUES[size]..size^2; grids are tried until one allows so few, which
-    takes up to seconds at the low end. None: remove clues until none can go. The same state of
-    `rng` gives the same puzzle. Raises ValueError if clues is out of range.
+    clues: the number of givens, from MIN_CLUES[size] to size^2. Grids are tried until one allows so
+    few, which takes seconds near MIN_CLUES. None removes clues until none can be removed. The same
+    state of `rng` gives the same puzzle. Raises ValueError if clues is out of range, and
+    RuntimeError if none of _MAX_DIGS grids allows so few.
     """
     box_shape(size)
     if clues is not None and not MIN_CLUES[size] <= clues <= size * size:
@@ -346,9 +352,10 @@ def _all_permutations(n: int) -> np.ndarray:
 
 @cache
 def line_permutations(blocks: int, width: int) -> np.ndarray:
-    """Every order of the lines that keeps bands together, [blocks! * (width!)^blocks, n].
+    """Every order of the rows (or columns) that keeps bands (or stacks) together.
 
-    blocks: bands (or stacks); width: lines in each; n = blocks * width.
+    blocks: the number of bands; width: the rows in each. Returns [blocks! * (width!)^blocks, n]
+    int64 with n = blocks * width.
     """
     inner = _all_permutations(width)
     return np.array(
@@ -361,19 +368,24 @@ def line_permutations(blocks: int, width: int) -> np.ndarray:
 
 
 def paired(puzzles: np.ndarray, solutions: np.ndarray) -> np.ndarray:
-    """Two uint8 [N, S] arrays as one, [N, S] uint16, which `SudokuAugmenter` permutes at half the
-    cost."""
+    """Two uint8 [N, S] arrays as one of [N, S] uint16, for `SudokuAugmenter`.
+
+    Permuting them together takes half the time.
+    """
     return np.stack((puzzles, solutions), axis=-1).view(np.uint16)[..., 0]
 
 
 def fixed_draws(seed: int, puzzles: np.ndarray, copies: np.ndarray) -> np.ndarray:
     """The draws of SudokuAugmenter for fixed symmetries of puzzles, [B] uint64.
 
-    seed: below 2^64; puzzles, copies: [B] integers, the number of the puzzle in its dataset and the
-    number of its symmetry. A draw is a function of these three alone: output `copy` of the
-    generator SplitMix64 (Steele, Lea and Flood 2014) that is seeded with output `puzzle` of the one
-    that is seeded with `seed`. Outputs count from 0. Any output costs the same, and a whole batch
-    is one numpy expression, which no generator of numpy can do.
+    seed: below 2^64. puzzles, copies: [B] integers, the number of the puzzle in its dataset and the
+    number of its symmetry. A draw depends on these three alone:
+
+        draw = splitmix64(splitmix64(seed, puzzle), copy)
+
+    where splitmix64(s, k) is output k, from 0, of the generator SplitMix64 (Steele, Lea and Flood
+    2014) with seed s. Any output costs the same, and a whole batch is one numpy expression. No
+    generator of numpy offers both.
     """
     draws = np.array([seed], np.uint64)
     for index in (puzzles, copies):
@@ -410,8 +422,8 @@ class SudokuAugmenter:
         """pairs: [B, S] uint16, see `paired`; draws: [B] uint64, uniform.
 
         Returns the images of puzzles and solutions, each [B, S] uint8. One draw decides the whole
-        map: it is read as a number in mixed radix. (2^64 is no multiple of the number of maps,
-        which changes the probability of each by a factor of 1e-6 at most.)
+        map: it is read as a number in mixed radix. Since 2^64 is no multiple of the number of
+        maps, their probabilities differ by up to 1e-6 of their value.
         """
         batch, size = len(pairs), self.size
         draws, row = np.divmod(draws, np.uint64(len(self.rows)))

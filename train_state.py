@@ -25,23 +25,28 @@ from schedule import stages, total_steps
 from trm_model import METRIC_KEYS, Carry
 from utils import UserError
 
-TOTALS = (*METRIC_KEYS, "grad_norm", "first_not_finite")  # of TrainState.totals
+TOTALS = (*METRIC_KEYS, "grad_norm", "first_not_finite")  # the entries of TrainState.totals
 
 
 class StepScalars(NamedTuple):
-    """Numbers that the host gives to a step, in one float32 tensor: each transfer costs."""
+    """Numbers that the host gives to a step: floats there, and float32 scalars on the device.
+
+    They go to the device as one tensor [3], because each transfer takes time.
+    """
 
     lr: Any
     puzzle_emb_lr: Any
-    step: Any
+    step: Any  # from 1
 
 
 # --------------------------------------------------------------------------------------------------
 # The parts of a run
 # --------------------------------------------------------------------------------------------------
 def load_dataset(config: Config, split: str) -> SudokuDatasetTPU:
-    """One split of the configuration's dataset. Raises UserError if it is missing or another
-    one."""
+    """One split of the configuration's dataset.
+
+    Raises UserError if it is missing or damaged, or not what the data section expects.
+    """
     dataset = SudokuDatasetTPU(local_dataset(config.data.dataset_path), split)
     expected = config.data.expected_puzzles
     if split == "train" and expected not in (None, dataset.num_puzzles):
@@ -61,7 +66,10 @@ def load_dataset(config: Config, split: str) -> SudokuDatasetTPU:
 
 
 def load_datasets(config: Config) -> dict[str, SudokuDatasetTPU]:
-    """{split: dataset} of the splits that a training needs: train, test and evaluation.split."""
+    """{split: dataset} of the splits that a training needs: train, test and evaluation.split.
+
+    Raises what `load_dataset` raises.
+    """
     splits = ("train", config.evaluation.split, "test")
     return {split: load_dataset(config, split) for split in splits}
 
@@ -80,10 +88,10 @@ def create_model(config: Config, dataset: SudokuDatasetTPU) -> trm_model.TinyRec
 def create_optimizer(
     config: Config, model: trm_model.TinyRecursiveModel
 ) -> tuple[AdamATan2 | AdamW, PuzzleEmbeddingSGD | None]:
-    """The optimizers of the network and of the puzzle embedding, if there is one.
+    """(optimizer of the network, optimizer of the puzzle embedding or None if there is none).
 
-    model: on its device. The state has its final shape from the start. The learning rate is an
-    argument of each step.
+    model: already on its device, because the optimizer's state is made there, in its final shape.
+    The learning rate is an argument of each step.
     """
     training = config.training
     kind = AdamATan2 if training.optimizer == "adam_atan2" else AdamW
@@ -98,10 +106,11 @@ def create_optimizer(
 def settle_forward_dtype(
     config: Config, device: Device, saved: dict[str, Any] | None = None
 ) -> Config:
-    """The configuration with the forward_dtype that is used, where it says "auto".
+    """The configuration with "bfloat16" or "float32" in place of a forward_dtype "auto".
 
-    It is that of the checkpoint to go on from, whose configuration is `saved`, or the device's own.
-    From here on the device multiplies with its precision.
+    saved: the configuration in the checkpoint to continue from; "auto" takes its forward_dtype.
+    Without a checkpoint "auto" takes what suits the device. Also sets the device's precision of
+    matrix products, so call it before the first program is compiled.
     """
     forward_dtype = config.model.forward_dtype
     if forward_dtype == "auto" and saved:
@@ -112,8 +121,11 @@ def settle_forward_dtype(
 
 
 def check_same_run(config: Config, saved: dict[str, Any], url: str) -> None:
-    """Raises UserError unless the run at `url` was begun with the same numbers; saved: by a
-    checkpoint."""
+    """Raises UserError if the run at `url` was begun with a configuration that computes other
+    numbers.
+
+    saved: the configuration in its checkpoint, as a dict.
+    """
     if changed := differences(config, saved, ("model", "data", "training")):
         raise UserError(
             f"{url} was begun with another configuration ({changed}): give this one its own "
@@ -130,12 +142,13 @@ def gradient(tensor: torch.Tensor) -> torch.Tensor:
 class TrainState:
     """Everything that training changes, on its device.
 
-    dataset: the training split. checkpoint: what `state_dict` returned, to go on from. weights: a
-    state dict to begin with, if there is no checkpoint.
+    dataset: the training split. checkpoint: what `state_dict` returned, to continue from. weights:
+    a state dict to begin with; it is used only if there is no checkpoint. Raises UserError if one
+    of them does not fit the model or the dataset.
 
-    step: optimizer steps done. train_seconds: time spent in steps. totals: TOTALS, summed over the
-    steps since `start_interval`, float32; the last one is the first step with a number that is not
-    finite, or 0.
+    step: optimizer steps done. train_seconds: seconds spent in them. totals: float32, one entry for
+    each name in TOTALS, summed over the steps since `start_interval`. The entry first_not_finite is
+    no sum: it is the first step with a number that is not finite, or 0.
     """
 
     def __init__(
@@ -155,7 +168,8 @@ class TrainState:
             trm_model.load_named_state(self.model, checkpoint["model"], "checkpoint")
         elif weights:
             trm_model.load_named_state(self.model, weights, "initial weights")
-        # copied on the CPU: a copy on XLA would be part of the first step's program alone
+        # The EMA model is copied while the weights are on the CPU. A copy on XLA would be part of
+        # the first step's program and of no other, so that the second step would compile again.
         self.ema = None
         if config.training.ema:
             rate, strategy = config.training.ema_rate, config.training.ema_strategy
@@ -183,10 +197,10 @@ class TrainState:
 
     # ----- what a checkpoint holds -----
     def state_dict(self) -> dict[str, Any] | None:
-        """On rank 0 all of it on the CPU, as tensors and plain data; on the other workers None.
+        """The content of a checkpoint on rank 0, as CPU tensors and plain data; elsewhere None.
 
-        The same for any number of workers. All workers must call it: each has its slots of the
-        carry.
+        It does not depend on the number of workers. All workers must call this, because each of
+        them holds its own slots of the carry.
         """
         slots = self.device.workers.gather(list(self.device.fetch(self.carry)))
         if slots is None:
@@ -209,7 +223,7 @@ class TrainState:
         )
 
     def _restore(self, checkpoint: dict[str, Any]) -> Carry:
-        """All but the weights, which the model took before it went to its device.
+        """Restore everything except the weights, which are loaded before the model is moved.
 
         Returns this worker's slots of the carry, on the CPU.
         """
@@ -233,7 +247,7 @@ class TrainState:
 
     # ----- one step -----
     def begin_stage(self) -> None:
-        """From the next step on, with the recursion of its stage: on XLA another program."""
+        """Use the recursion depth of the next step's stage. On XLA this compiles a new program."""
         training = self.config.training
         stage = [stage for begin, stage in self.stages if begin <= self.step][-1]
         cycles = trm_model.Cycles(stage.H_cycles, stage.L_cycles)
@@ -282,15 +296,14 @@ class TrainState:
         }
 
     def lr(self, step: int, base: float) -> float:
-        """The learning rate of a step: `base` by the schedule of warmup and cosine."""
+        """The learning rate of `step` (from 1), where `base` is the rate after the warmup."""
         training = self.config.training
         return lr_at(step, base, training.lr_warmup_steps, self.total_steps, training.lr_min_ratio)
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> None:
-        """Forward, backward and update with this worker's part of a batch: `host_batch` on the
-        device.
+        """Forward, backward and update. batch: what `host_batch` returned, on the device.
 
-        One XLA program with one all-reduce; nothing in it waits for the device.
+        On XLA this is one program with one all-reduce, and nothing in it waits for the device.
         """
         training, model = self.config.training, self.model
         scalars = StepScalars(*batch["scalars"].unbind())
@@ -322,10 +335,11 @@ class TrainState:
     def _forward_backward(
         self, batch: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Part by part of the batch: gradients into .grad, the carry to that after the step.
+        """Forward and backward, one part of grad_accumulation_steps after the other.
 
-        Returns the sums of METRIC_KEYS and the gradients of the slots' rows of the puzzle
-        embedding [B, puzzle_emb_ndim], if there is one.
+        Adds the gradients to .grad and replaces the carry. Returns the sums of METRIC_KEYS, and the
+        gradient [B, puzzle_emb_ndim] float32 of the slots' rows of the puzzle embedding, or None
+        without one.
         """
         training, model = self.config.training, self.model
         parts = training.grad_accumulation_steps
@@ -353,6 +367,7 @@ class TrainState:
         return functools.reduce(torch.add, metrics), torch.cat(row_grads) if row_grads else None
 
     def _add_to_totals(self, sums: torch.Tensor, step: torch.Tensor) -> None:
+        """sums: all of TOTALS but first_not_finite. step: from 1, a float32 scalar."""
         first = self.totals[-1]
         first = torch.where((first == 0) & ~torch.isfinite(sums).all(), step, first)
         self.totals = torch.cat((self.totals[:-1] + sums, first.view(1)))
@@ -364,11 +379,14 @@ class TrainState:
         self.interval_steps, self.interval_seconds = 0, 0.0
 
     def start_clock(self) -> None:
-        """From here on time counts as time of training."""
+        """Count the time from here on as training time, until `wait`."""
         self.clock = time.monotonic()
 
     def wait(self) -> dict[str, float]:
-        """Wait until the device has done all steps; returns the totals and adds up the time."""
+        """Wait until the device has done all steps, and add the time to the measured seconds.
+
+        Returns {name in TOTALS: its value}.
+        """
         totals = self.device.fetch(self.totals).tolist()
         now = time.monotonic()
         self.train_seconds += now - self.clock
@@ -388,8 +406,10 @@ class TrainState:
     def record(self, totals: dict[str, float], peak_flops: float) -> dict[str, Any]:
         """The record of the logging interval, for metrics.jsonl.
 
-        Losses are means over the examples; accuracies and mean_steps over the examples that halted
-        in the interval, and None where none did. peak_flops: of one worker, FLOP/s.
+        Losses are means over the examples. loss leaves out step_loss_decay and ponder_cost, so that
+        runs can be compared. Accuracies and mean_steps are means over the examples that halted in
+        the interval, or None if none did. grad_norm is the mean over the steps, before clipping.
+        mfu is a share from 0 to 1. peak_flops: of one worker, in FLOP/s.
         """
         batch, steps = self.config.training.global_batch_size, self.interval_steps
         count, rate = totals["count"], steps / self.interval_seconds

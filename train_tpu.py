@@ -33,6 +33,7 @@ from workers import check_workers, launch
 
 
 def parse_args() -> Namespace:
+    """The command line, checked. Raises UserError if an argument is not valid."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,7 +86,7 @@ def parse_args() -> Namespace:
 
 
 def check_average(text: str, args: Namespace) -> None:
-    """Raises UserError unless `--average text` says which checkpoints are meant."""
+    """Raises UserError unless `text` is valid for --average: K >= 2, or different steps."""
     if not args.eval_only:
         raise UserError("--average: only with --eval_only, which evaluates the averaged weights")
     if not re.fullmatch(r"\d+(,\d+)*", text):
@@ -100,12 +101,15 @@ def check_average(text: str, args: Namespace) -> None:
 
 
 def main() -> int | None:
+    """Run what the command line asks for. Returns the exit status; None is 0."""
     args = parse_args()
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(plan_text(config))
         return 0
     if args.average:
+        # Texts become lists of steps here, so that a mistake ends the command before any worker
+        # starts.
         checkpoints = open_checkpoints(config, args.run_name)
         args.average = [steps_to_average(checkpoints, text) for text in args.average]
     return launch(evaluate_only if args.eval_only else train_worker, config, args)
@@ -118,9 +122,10 @@ def train_worker(rank: int, config: Config, args: Namespace) -> int:
 
 
 def train(config: Config, args: Namespace, device: Device) -> int:
-    """From the newest checkpoint, or from the start, to the last step, with evaluations.
+    """Train from the newest checkpoint, or from the start, to the last step, and evaluate.
 
     Every worker runs these lines. What only rank 0 does lies inside of RunFolder and its logger.
+    Returns the exit status, as `train_worker` does.
     """
     with device.workers.together():  # if one worker raises in here, all end with that one message
         datasets, weights = load_datasets(config), None
@@ -176,9 +181,9 @@ def train(config: Config, args: Namespace, device: Device) -> int:
 def end(
     state: TrainState, schedule: Schedule, folder: RunFolder, preemption: Preemption, stop: bool
 ) -> int:
-    """Part from the other workers and complete the folder. Returns the exit status.
+    """Leave the other workers and complete the run's folder. Returns the exit status.
 
-    stop: after SIGTERM or Ctrl-C; then only a few seconds are left.
+    stop: whether SIGTERM or Ctrl-C ended the training. Then only a few seconds are left.
     """
     folder.logger.close()
     saved = folder.leave() if stop else True
@@ -195,9 +200,10 @@ def end(
 def resumed_config(
     config: Config, args: Namespace, device: Device, checkpoint: dict | None, url: str
 ) -> Config:
-    """The configuration with the forward_dtype that the run has, or gets.
+    """The configuration with the forward_dtype of the checkpoint, or without one of the device.
 
-    Raises UserError if the checkpoint is of another run, or --init_from is given besides it.
+    checkpoint: of RunFolder.latest(). url: the run's folder, for messages. Raises UserError if the
+    run was begun with another configuration, or if --init_from is given and there is a checkpoint.
     """
     saved = None
     if checkpoint:

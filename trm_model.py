@@ -34,6 +34,7 @@ from utils import STREAM_EXPLORATION, UserError, random_stream
 PAD_ID = 0  # in the inputs: no cell; in the labels: a cell that is not scored
 # In the files of the original, and therefore in ours, each weight's name begins with this.
 CHECKPOINT_PREFIX = "model.inner."
+# The sums that `act_step` returns, in this order.
 METRIC_KEYS = (
     "count",
     "cell_accuracy",
@@ -49,7 +50,7 @@ class Cycles(NamedTuple):
     """How deep the recursion of a supervision step is."""
 
     H_cycles: int  # T: only the last one has a gradient
-    L_cycles: int  # n: updates of z_L in each
+    L_cycles: int  # n: updates of z_L in each H cycle
 
 
 class Objective(NamedTuple):
@@ -70,8 +71,8 @@ PAPER_OBJECTIVE = Objective()
 class Carry(NamedTuple):
     """What each slot keeps from one supervision step to the next."""
 
-    z_H: torch.Tensor  # [B, L, D] forward dtype: the state that the answer is read from
-    z_L: torch.Tensor  # [B, L, D] forward dtype: the latent state
+    z_H: torch.Tensor  # [B, L, D] forward dtype: the answer's embedding, y in the paper
+    z_L: torch.Tensor  # [B, L, D] forward dtype: the latent state, z in the paper
     steps: torch.Tensor  # [B] int32: supervision steps done on this example
     halted: torch.Tensor  # [B] bool: the next step starts a new example
     inputs: torch.Tensor  # [B, S] int32
@@ -119,16 +120,16 @@ def recompute(function: Callable[..., torch.Tensor], h: torch.Tensor, *rest) -> 
 
     The backward pass computes everything else again (arXiv 1604.06174).
     """
-    # In a closure: checkpoint() looks for the device type of its arguments, and would need a
-    # torch.xla.
+    # The arguments are in a closure because checkpoint() looks up torch.<device type> for each
+    # tensor that it gets, and there is no torch.xla.
     return checkpoint(lambda: function(h, *rest), use_reentrant=False, preserve_rng_state=False)
 
 
 class Network(nn.Module):
     """The L_layers blocks. The same network updates both z_L and z_H.
 
-    recompute: how a block is called with activation checkpointing. xla_mixing.py has a form for
-    XLA.
+    recompute: the function that calls a block under activation checkpointing. xla_mixing.py puts
+    another one in its place on XLA.
     """
 
     def __init__(self, config: ModelConfig, length: int, generator: torch.Generator):
@@ -164,8 +165,8 @@ class Network(nn.Module):
 class PuzzleEmbedding(nn.Module):
     """A table [num_puzzle_identifiers, puzzle_emb_ndim] float32, zero at the start.
 
-    It is a buffer with an optimizer of its own. The gradient is asked for with respect to the rows
-    that a step reads (`puzzle_rows`), so that no scatter into the table is part of the step.
+    The table is a buffer, and has an optimizer of its own. A step computes the gradient of the rows
+    that it reads (`puzzle_rows`) and not that of the table, which would need a scatter.
     """
 
     weights: torch.Tensor
@@ -218,6 +219,8 @@ class TinyRecursiveModel(nn.Module):
         self.register_buffer("rope", rope, persistent=False)
         self.L_level = Network(config, self.length, generator)
         self.lm_head = Linear(dim, vocab_size, generator)
+        # There are two outputs, as in the original's checkpoints, and only the first is used. The
+        # bias of -5 lets an untrained head continue (its probability of halting is 0.7%).
         self.q_head = nn.Linear(dim, 2)
         nn.init.zeros_(self.q_head.weight)
         nn.init.constant_(self.q_head.bias, -5.0)
@@ -226,7 +229,7 @@ class TinyRecursiveModel(nn.Module):
 
     @property
     def cycles(self) -> Cycles:
-        """Its recursion, in evaluation always and in training where there is no curriculum."""
+        """The depth in every evaluation, and in a training without a curriculum."""
         return Cycles(self.config.H_cycles, self.config.L_cycles)
 
     def empty_carry(self, batch_size: int) -> Carry:
@@ -285,6 +288,7 @@ class TinyRecursiveModel(nn.Module):
             prefix = F.pad(puzzle_rows, (0, self.prefix_len * dim - puzzle_rows.shape[-1]))
             x = torch.cat((prefix.view(-1, self.prefix_len, dim).to(dtype), x), dim=1)
         if self.config.pos_encodings == "learned":
+            # the sum of two embeddings, scaled back to the variance of one
             x = (x + cast(self.embed_pos.embedding_weight, dtype)) * 0.5**0.5
         return x * dim**0.5
 
@@ -293,8 +297,8 @@ class TinyRecursiveModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """One supervision step: H_cycles - 1 cycles without gradient, then one with gradient.
 
-        cycles: other than the model's own. Returns z_H and z_L [B, L, D] and the logits [B, S, V]
-        in the forward dtype, and the halting logit [B] float32.
+        cycles: None for the model's own. Returns z_H and z_L [B, L, D] and the logits [B, S, V] in
+        the forward dtype, and the halting logit [B] float32.
         """
         net, (H_cycles, L_cycles) = self.L_level, cycles or self.cycles
 
@@ -331,13 +335,14 @@ def stablemax_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
         s(a) = a + 1 if a >= 0, else 1 / (1 - a);   probability = s / (sum of s over the symbols)
 
-    logits [..., S, V]; labels [..., S] integers, PAD_ID where a cell is not scored. Returns [...]:
-    float64, as in the original, or float32 on XLA, since a TPU has no float64 (the README has the
-    difference).
+    logits [..., S, V]; labels [..., S] integers, PAD_ID where a cell is not scored. Returns [...]
+    float64, as in the original. On XLA it is float32, since a TPU has no float64; the README says
+    how much that changes.
     """
     wide = logits.float() if on_xla(logits) else logits.double()
-    # torch.where computes both branches, and also their gradients. The branch that is not chosen
-    # must not contribute 0 * inf to the gradient: hence the clamp.
+    # torch.where computes both branches, and also their gradients. The clamp keeps the branch that
+    # is not chosen from contributing 0 * inf to the gradient. 1e-30 is the original's epsilon. A
+    # pad gets 1 added, which keeps its logarithm finite; its loss is not counted.
     s = torch.where(wide >= 0, wide + 1, 1 / (1 - wide.clamp(max=0) + 1e-30))
     target = labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
     loss = torch.log(s.sum(-1)) - torch.log((s * target).sum(-1) + (labels == PAD_ID))
@@ -351,7 +356,7 @@ def exploration_min_steps(
     """The least number of supervision steps of each slot at a training step, [batch_size] int32.
 
     With probability `prob` it is drawn uniformly from 2 to halt_max_steps, otherwise it is 0. The
-    result depends on the arguments alone.
+    result depends on the arguments alone. step: from 1.
     """
     stream = random_stream(seed, STREAM_EXPLORATION, step)
     explores = stream.random(batch_size) < prob
@@ -367,16 +372,17 @@ def act_step(
 ) -> tuple[torch.Tensor, torch.Tensor, Carry]:
     """One training step of deep supervision with adaptive halting, without the backward pass.
 
-    The loss, summed over the slots, of which each is at its supervision step t = 1, 2, ...:
+    The loss is the sum over the slots of this, where t = 1, 2, ... is a slot's supervision step:
 
         step_loss_decay^(t - 1) * cell loss + 0.5 * halting loss
             + ponder_cost * (1 - sigmoid(halting logit))
 
-    The last term is the price of the further step that the halting head expects. carry: after
-    `admit`. min_halt_steps: [B] integers from `exploration_min_steps`. Returns the loss, a scalar;
-    sums in the order of METRIC_KEYS, one float32 vector; and the next carry. Accuracies and steps
-    are summed over the slots that halt at this step; lm_loss and q_halt_loss over all slots,
-    without decay and price, so that runs compare.
+    The last term is the cost of the further step that the halting head expects. carry: after
+    `admit`. min_halt_steps: [B] integers from `exploration_min_steps`.
+
+    Returns (loss, a scalar; sums [len(METRIC_KEYS)] float32; the next carry). Accuracies and steps
+    are summed over the slots that halt at this step. lm_loss and q_halt_loss are summed over all
+    slots, without step_loss_decay and ponder_cost, so that runs can be compared.
     """
     z_H, z_L, logits, q_halt = model.supervision_step(carry, puzzle_rows, objective.cycles)
     correct_cells, exact = score(logits, carry.labels)
@@ -496,7 +502,7 @@ def load_named_state(
 
 
 def num_parameters(model: TinyRecursiveModel) -> int:
-    """Trained numbers outside the puzzle embedding, as the paper counts them."""
+    """The number of trained weights without the puzzle embedding, as the paper counts them."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -505,6 +511,7 @@ def forward_flops_per_example(model: TinyRecursiveModel) -> int:
     config, length = model.config, model.length
     flops = 0
     for name, weight in model.L_level.named_parameters():
+        # token mixing multiplies D columns of length L, everything else L rows of length D
         rows = config.hidden_size if "mlp_t" in name else length
         flops += 2 * weight.numel() * rows
     if not config.mlp_t:
@@ -518,10 +525,11 @@ def step_flops_per_example(
     """FLOPs of the matrix products in one supervision step on one example.
 
     train: with the backward pass, which is taken to cost twice as much as the forward pass.
-    cycles: other than the model's own.
+    cycles: None for the model's own.
     """
     config, (H_cycles, L_cycles) = model.config, cycles or model.cycles
     calls = L_cycles + 1
     net_calls = H_cycles * calls + (2 * calls if train else 0)
-    heads = 2 * config.hidden_size * model.vocab_size * model.seq_len * 2
-    return net_calls * forward_flops_per_example(model) + heads * (3 if train else 1)
+    # the product with a one-hot matrix in input_embedding, and lm_head
+    ends = 2 * config.hidden_size * model.vocab_size * model.seq_len * 2
+    return net_calls * forward_flops_per_example(model) + ends * (3 if train else 1)

@@ -64,9 +64,8 @@ def warn(message: object) -> None:
 def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
     """A numpy Generator that depends on (seed, purpose, index) alone.
 
-    There is no state to save, and nothing has to be replayed: Philox is counter-based (Salmon et
-    al. 2011), so stream `index` costs the same as stream 0. purpose: a small integer >= 0, one for
-    each use (the constants below).
+    Philox is counter-based (Salmon et al. 2011), so stream `index` costs the same as stream 0, and
+    a resumed run needs no saved state. purpose: one of the STREAM_ constants below.
     """
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, index]))
 
@@ -76,7 +75,7 @@ def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file in hexadecimal, read block by block."""
-    sha256 = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    sha256 = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             sha256.update(block)

@@ -1,11 +1,10 @@
-"""One training step of TRM in float64, written from its formulas and not from trm_model.py, and how
-far float32 may be from it.
+"""One training step of TRM in float64, written from the paper's formulas and not from trm_model.py.
 
-The distance follows from the model, because each call of the network takes the rounding errors of
-the last one as part of its input. A matrix product in float32 has an error of ROUNDING times the
-size of its result. How this error grows is computed: the step is done again in float64 with errors
-of that kind added, EPSILON in place of ROUNDING, at every product and norm and in their gradients.
-`tolerances` returns ROUNDING times the growth. Figures: docs/tpu_step.md.
+Also the tolerance for the same step in float32. It depends on the model, because the input of each
+call of the network holds the rounding errors of the call before. A matrix product in float32 has an
+error of ROUNDING times the size of its result. How this error grows is computed: the step is
+repeated in float64, and a random error of EPSILON times the size is added at every product and norm
+and in their gradients. `tolerances` returns ROUNDING times the growth. Figures: docs/tpu_step.md.
 """
 
 import torch
@@ -16,14 +15,14 @@ UNIT = 2.0**-24  # the largest relative rounding error of float32
 # what these models have.
 ROUNDING = 6 * UNIT
 EPSILON = 1e-9  # its square is negligible, and it is large against the rounding of float64
-DRAWS = 6
+DRAWS = 6  # repetitions with other random errors
 
 
 class Network:
     """The network in float64. noise: a generator of the errors that are added, or None.
 
-    config: ModelConfig; weights: {name: tensor}; rope: (cos, sin), which are given numbers here, as
-    the weights are.
+    config: ModelConfig. weights: {name: float64 tensor}. rope: (cos, sin) or None; like the
+    weights, they are taken as exact.
     """
 
     def __init__(self, config, weights, rope, noise):
@@ -101,7 +100,10 @@ class Network:
 
 
 def losses(logits, q_halt, labels):
-    """(loss, lm_loss, q_halt_loss), summed over the batch."""
+    """(loss, lm_loss, q_halt_loss), summed over the batch.
+
+    logits [b, S, V] and q_halt [b] float64; labels [b, S] int64, where 0 is not scored.
+    """
     scored = labels != 0
     s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits.clamp(max=0)))
     share = (s / s.sum(-1, keepdim=True)).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -114,9 +116,10 @@ def losses(logits, q_halt, labels):
 def step(config, weights, carry, puzzle_rows, rope=None, noise=None):
     """{name: value} of one supervision step.
 
-    z_H, z_L, logits, q_halt; loss, lm_loss and q_halt_loss, summed over the batch; and the
-    gradients of loss / batch size, puzzle_rows and each weight by its name. carry: an admitted
-    trm_model.Carry; for the others see Network.
+    The names are z_H, z_L, logits and q_halt; loss, lm_loss and q_halt_loss, which are summed over
+    the batch; puzzle_rows and each weight's name, which are the gradients of loss / batch size.
+    carry: a trm_model.Carry after `admit`. puzzle_rows: [b, puzzle_emb_ndim]. The other arguments:
+    see Network.
     """
     weights = {name: tensor.detach().double().requires_grad_() for name, tensor in weights.items()}
     rows = puzzle_rows.detach().double().requires_grad_()
@@ -159,8 +162,11 @@ def steps(count, config, weights, carry, puzzle_rows, rope=None, noise=None):
 
 
 def tolerances(*given, count=1):
-    """For each of `count` supervision steps one after the other: (its values in float64, {name: how
-    far float32's result may be from it, as a `distance`}). given: as for `step`."""
+    """[(values, tolerances)] of `count` supervision steps, one after the other.
+
+    values: of `step`, in float64. tolerances: {name: the largest allowed `distance` of a float32
+    result}. given: the arguments of `step`.
+    """
     exact = steps(count, *given)
     growth = [dict.fromkeys(values, 0.0) for values in exact]
     for draw in range(DRAWS):

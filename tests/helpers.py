@@ -13,9 +13,9 @@ import tempfile
 import unittest
 from pathlib import Path
 
-# For every process that the tests start. Models are tiny: on a busy machine a wait for a second
-# thread costs many times the work, and XLA takes longer to compile a program than to run it. Its
-# newer code generator takes twice as long as the older one.
+# For every process that the tests start. The models are tiny, so on a busy machine waiting for a
+# second thread takes many times as long as the work. XLA takes longer to compile a program than to
+# run it, and its newer code generator takes twice as long as the older one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -36,7 +36,7 @@ class ContentTest(unittest.TestCase):
     """Tests that compare what checkpoints hold."""
 
     def same_content(self, ours, theirs, path="checkpoint"):
-        """Bit by bit the same, but for measured seconds."""
+        """Assert that both are equal bit for bit, except measured seconds and the output folder."""
         self.assertIs(type(ours), type(theirs), path)
         if isinstance(ours, dict):
             self.assertEqual(list(ours), list(theirs), path)
@@ -61,7 +61,10 @@ class FolderTest(ContentTest):
         self.folder = Path(holder.name)
 
     def user_error(self, function, *says):
-        """`function()` must raise UserError with each of `says` in its message; returns that."""
+        """Assert that `function()` raises UserError with each of `says` in its message.
+
+        Returns the message.
+        """
         with self.assertRaises(UserError) as caught:
             function()
         for text in says:
@@ -108,7 +111,7 @@ def write_config(path, text="data: {dataset_path: nowhere}\n"):
 def random_pairs(size, count, seed=0, clue_share=0.5):
     """`count` puzzles and their solutions in a dataset's codes (1 empty, 2.. digits).
 
-    Each is [count, S] uint8. A puzzle may have more than one solution; these tests need no better.
+    Each is [count, S] uint8. A puzzle may have more than one solution, which these tests allow.
     """
     stream = np.random.Generator(np.random.Philox(seed))
     solution = np.frombuffer(sudoku.random_solution(size, random.Random(seed)), np.uint8)
@@ -228,13 +231,16 @@ class CommandTest(ContentTest):
         return output
 
     def user_mistake(self, *args, says=(), **options):
-        """The command must end with status 2 and `says_once`; returns its output."""
+        """Assert that the command ends with status 2 and one error line with each of `says`.
+
+        Returns its output.
+        """
         output = self.train(*args, status=2, **options)
         self.says_once(output, says)
         return output
 
     def says_once(self, output, says):
-        """Exactly one line of the output begins with `error:`; it must hold each of `says`."""
+        """Assert that exactly one line begins with `error:`, and that it holds each of `says`."""
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         self.assertEqual(len(errors), 1, output)
         self.assertNotIn("Traceback", output)
